@@ -1,0 +1,118 @@
+"""The one function that most users need."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .capture import gather_inputs
+from .convert import folded_copy, quantized_copy, set_activation_ranges
+from .recipes import RECIPES
+from .reconstruct import RunSettings, reconstruct
+from .specs import QuantSpec
+from .trace import trace
+from .units import find_blocks, find_units
+
+logger = logging.getLogger(__name__)
+
+METHODS = tuple(RECIPES)
+
+_EXAMPLES = 2
+_RANGE_IMAGES = 256
+
+
+def quantize(
+    fp_model: nn.Module,
+    calib_loader: Tensor | Iterable[object],
+    *,
+    method: str = "qdrop",
+    w_bits: int = 4,
+    a_bits: int = 4,
+    iters: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    range_method: str = "mse",
+    progress: bool = False,
+) -> nn.Module:
+    """Quantize a trained network after training, from unlabelled images; ``fp_model`` is not touched.
+
+    Args:
+        fp_model: the full-precision network, any classification network made of convolutions and linear layers.
+        calib_loader: calibration inputs: a stacked tensor ``(N, ...)`` or an iterable of batches (labels unused).
+        method: ``"rtn"`` (round to nearest) or ``"qdrop"``.
+        w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The first
+            layer's weights and the last layer's weights and input have 8.
+        iters: optimiser steps a unit and stage; by default the method's published number (20,000).
+        batch_size: images a step.
+        seed: of everything random; the same seed, machine and versions give the same model.
+        range_method: ``"mse"`` or ``"minmax"``.
+        progress: show a progress bar.
+
+    Returns:
+        A new network of the same class and the same outputs' shape, in eval mode, on the same device, without
+        gradients. Its ``state_dict`` holds the hardened weights, scales and zero points.
+
+    Raises:
+        ValueError: an unknown method or bit width, no calibration inputs, fewer of them than one batch, or nothing
+            to quantize.
+        FloatingPointError: a loss that is not finite during reconstruction (which unit, which step).
+    """
+    started = time.perf_counter()
+    if method not in RECIPES:
+        raise ValueError(f"method={method!r} should be one of {', '.join(METHODS)}")
+    recipe, spec = RECIPES[method], QuantSpec(w_bits=w_bits, a_bits=a_bits, range_method=range_method)
+    iters = recipe.iters if iters is None else iters
+    if iters < 0 or batch_size < 1:
+        raise ValueError(f"iters={iters} should be at least 0 and batch_size={batch_size} at least 1")
+    device, dtype = _placement(fp_model)
+    with _random_state_kept():
+        inputs = gather_inputs(calib_loader)
+    if inputs.is_floating_point():
+        inputs = inputs.to(dtype)
+    if recipe.stages and len(inputs) < batch_size:
+        raise ValueError(f"{len(inputs)} calibration inputs are fewer than one batch of {batch_size}")
+    generator = torch.Generator(device).manual_seed(seed)
+
+    folded = folded_copy(fp_model, inputs[:_EXAMPLES].to(device))
+    record = trace(folded, inputs[:_EXAMPLES].to(device))
+    blocks = find_blocks(folded, record)
+    network = quantized_copy(folded, record, blocks, spec)
+    units = find_units(folded, record, blocks, recipe.unit)
+    images = inputs[:_RANGE_IMAGES].to(device)
+    set_activation_ranges(folded, network, images, spec, batch_size=batch_size, generator=generator)
+    settings = RunSettings(
+        iters=iters, batch_size=batch_size, capture_batch_size=max(batch_size, 64), progress=progress
+    )
+    reconstruct(folded, network, units, inputs.to(device), recipe, settings, generator)
+    logger.info(
+        "%s W%dA%d: %d units, %d images, %d steps a unit, %.1f s",
+        *(method, w_bits, a_bits, len(units), len(inputs), iters, time.perf_counter() - started),
+    )
+    return network.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Shuffling and augmenting loaders draw from the global generators; these are put back."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and floating type of the model's parameters."""
+    for tensor in model.parameters():
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    raise ValueError(f"{type(model).__name__} has no floating-point parameter, so there is nothing to quantize")

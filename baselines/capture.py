@@ -1,0 +1,152 @@
+"""What goes into each unit, on calibration images: gathered once, then carried forward one unit at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+_IMAGE_KEYS = ("pixel_values", "images", "image", "inputs", "input", "x")
+
+
+def gather_inputs(loader: Tensor | Iterable[object]) -> Tensor:
+    """All calibration inputs as one tensor ``(N, ...)`` on the CPU.
+
+    Args:
+        loader: a stacked tensor, or an iterable (``DataLoader``, list) of batches; a batch is a tensor, a tuple or
+            list that starts with one, or a dict with an entry such as ``"pixel_values"`` or ``"image"``. Labels are
+            not used. The last, smaller batch counts.
+
+    Raises:
+        ValueError: no batch, a batch of another form, or inputs that are not finite.
+    """
+    if isinstance(loader, Tensor):
+        inputs = loader.detach()
+    else:
+        batches = [_input_of(batch).detach().cpu() for batch in loader]
+        if not batches:
+            raise ValueError("the calibration loader is empty; give it at least one batch of inputs")
+        inputs = torch.cat(batches)
+    if len(inputs) == 0:
+        raise ValueError(f"the calibration set is empty: inputs of shape {tuple(inputs.shape)}")
+    if inputs.is_floating_point() and not torch.isfinite(inputs).all():
+        bad = int((~torch.isfinite(inputs)).flatten(1).any(1).sum())
+        raise ValueError(f"{bad} of {len(inputs)} calibration inputs hold NaN or infinite values")
+    return inputs
+
+
+def _input_of(batch: object) -> Tensor:
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if isinstance(batch, dict):
+        batch = next((batch[key] for key in _IMAGE_KEYS if key in batch), batch)
+    if not isinstance(batch, Tensor):
+        found = f"dict with keys {sorted(map(str, batch))}" if isinstance(batch, dict) else type(batch).__name__
+        raise ValueError(
+            f"a calibration batch is a {found}; expected a tensor, a tuple that starts with one, or a dict with one "
+            f"of the keys {', '.join(_IMAGE_KEYS)}"
+        )
+    return batch
+
+
+class _Arrived(Exception):
+    """Carries a unit's input out of the forward pass that reached it."""
+
+
+class Stream:
+    """One network's calibration data on its way through the units.
+
+    :meth:`arrive` gives the input of the next unit, :meth:`leave` computes that unit's output, once. Between two units
+    the network's own forward pass is replayed with the last unit's output in its place, so that whatever it computes
+    there (pooling, flattening, adding tokens) happens as always, while no unit runs a second time. Units further back
+    return NaN in a replay; if that reaches the next unit, the network has a connection past a unit, and the units are
+    run again for this step.
+    """
+
+    def __init__(self, network: nn.Module, inputs: Tensor, batch_size: int, device: torch.device) -> None:
+        self._network = network
+        self._inputs = inputs
+        self._batch_size = batch_size
+        self._device = device
+        self._passed: list[tuple[nn.Module, torch.Size]] = []
+        self._output: Tensor | None = None
+
+    @torch.no_grad()
+    def arrive(self, unit: nn.Module) -> Tensor:
+        """The input ``(N, ...)`` of ``unit``, the next one in calling order, before its own quantization."""
+        arrived = self._collect(unit, self._replayed)
+        if arrived.is_floating_point() and torch.isnan(arrived).any() and len(self._passed) > 1:
+            logger.debug("a connection passes a unit before %s: running all units up to it", type(unit).__name__)
+            arrived = self._collect(unit, lambda start: contextlib.nullcontext())
+        self._output = None
+        return arrived
+
+    @torch.no_grad()
+    def leave(self, unit: nn.Module, arrived: Tensor) -> Tensor:
+        """The output ``(N, ...)`` of ``unit`` for the input that :meth:`arrive` gave."""
+        batches = [unit(batch.to(self._device).clone()) for batch in arrived.split(self._batch_size)]
+        self._output = torch.cat(batches)
+        self._passed.append((unit, self._output.shape[1:]))
+        return self._output
+
+    def _collect(self, unit: nn.Module, replay: Callable[[int], contextlib.AbstractContextManager]) -> Tensor:
+        collected: list[Tensor] = []
+        with _forward_replaced(unit, _raise_arrived), _without_entry_quantizer(unit):
+            for start in range(0, len(self._inputs), self._batch_size):
+                with replay(start):
+                    batch = self._inputs[start : start + self._batch_size].to(self._device)
+                    try:
+                        self._network(batch)
+                    except _Arrived as stop:
+                        collected.append(stop.args[0])
+        if not collected:
+            raise ValueError(f"{type(unit).__name__} was not reached; control flow that depends on data hides it")
+        return torch.cat(collected)
+
+    @contextlib.contextmanager
+    def _replayed(self, start: int) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            size = min(self._batch_size, len(self._inputs) - start)
+            for position, (unit, shape) in enumerate(self._passed):
+                if position == len(self._passed) - 1:
+                    value = self._output[start : start + size].clone()
+                else:
+                    value = self._output.new_full((size, *shape), torch.nan)
+                stack.enter_context(_forward_replaced(unit, _returning(value)))
+                stack.enter_context(_without_entry_quantizer(unit))
+            yield
+
+
+def _raise_arrived(x: Tensor, *args: object, **kwargs: object) -> None:
+    raise _Arrived(x)
+
+
+def _returning(value: Tensor) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: value
+
+
+@contextlib.contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextlib.contextmanager
+def _without_entry_quantizer(module: nn.Module) -> Iterator[None]:
+    quantizer = getattr(module, "input_quantizer", None)
+    if quantizer is None:
+        yield
+        return
+    quantizer.bypass = True
+    try:
+        yield
+    finally:
+        quantizer.bypass = False

@@ -1,0 +1,104 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from baselines import METHODS, QuantSpec, quantize
+
+from .networks import SmallResNet, images, randomized
+
+
+def snapshot(model):
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    flags = [m.training for m in model.modules()]
+    grads = [p.grad for p in model.parameters()]
+    inplace = [getattr(m, "inplace", None) for m in model.modules()]
+    return tensors, hooks, flags, [p.requires_grad for p in model.parameters()], grads, inplace
+
+
+def equal(a, b):
+    return all(torch.equal(a[0][key], b[0][key]) for key in a[0]) and a[1:] == b[1:]
+
+
+def random_states():
+    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fp_model_and_random_states_are_untouched(method):
+    model = randomized(SmallResNet())
+    model.layer1[0].train()
+    before, states = snapshot(model), random_states()
+    loader = DataLoader(TensorDataset(images(40), torch.zeros(40)), batch_size=7, shuffle=True)
+    network = quantize(model, loader, method=method, iters=3, batch_size=16)
+    assert equal(snapshot(model), before)
+    assert random_states() == states
+    assert not any(p.requires_grad for p in network.parameters())
+    assert not any(m.training for m in network.modules())
+    theirs = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert not theirs & {tensor.data_ptr() for tensor in network.state_dict().values()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_state_dict_carries_the_whole_quantized_model(method):
+    model = randomized(SmallResNet())
+    network = quantize(model, images(40), method=method, w_bits=2, a_bits=3, iters=5, batch_size=16)
+    other = quantize(model, images(16, seed=9), method="rtn", w_bits=2, a_bits=3)
+    assert not torch.equal(other(images(4)), network(images(4)))
+    other.load_state_dict(network.state_dict())
+    assert torch.equal(other(images(4)), network(images(4)))
+
+
+def test_eight_bits_are_close_to_floating_point_and_two_are_not():
+    model = randomized(SmallResNet())
+    fp = model(images(30))
+    errors = [
+        (quantize(model, images(30), method="rtn", w_bits=b, a_bits=b)(images(30)) - fp).norm() for b in (8, 4, 2)
+    ]
+    assert errors[0] < 0.02 * fp.norm() < errors[1] < errors[2]
+
+
+def test_everything_off_gives_the_fp_model():
+    model = randomized(SmallResNet())
+    network = quantize(model, images(16), method="rtn", w_bits=32, a_bits=32)
+    torch.testing.assert_close(network(images(4)), model(images(4)), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_model_stays_in_half_precision():
+    model = randomized(SmallResNet()).to(torch.bfloat16)
+    network = quantize(model, images(32), method="qdrop", w_bits=8, a_bits=8, iters=2, batch_size=16)
+    out = network(images(4).to(torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, model(images(4).to(torch.bfloat16)), rtol=0.2, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "method='magic' should be one of rtn, qdrop"),
+        ({"w_bits": 1}, "w_bits=1 should be an integer from 2 to 8, or 32"),
+        ({"a_bits": 9}, "a_bits=9"),
+        ({"a_bits": 4.0}, r"a_bits=4\.0"),
+        ({"range_method": "max"}, "range_method='max' should be one of mse, minmax"),
+        ({"iters": -1}, "iters=-1"),
+        ({"batch_size": 64}, "20 calibration inputs are fewer than one batch of 64"),
+    ],
+)
+def test_bad_options_are_clear_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(randomized(SmallResNet()), images(20), **options)
+
+
+def test_model_without_parameters_is_a_clear_error():
+    with pytest.raises(ValueError, match="Flatten has no floating-point parameter"):
+        quantize(nn.Flatten(), images(20))
+
+
+def test_spec_is_a_value():
+    assert QuantSpec(w_bits=2) == QuantSpec(w_bits=2) != QuantSpec(w_bits=3)
+    with pytest.raises(AttributeError):
+        QuantSpec().w_bits = 3

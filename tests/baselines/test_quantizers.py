@@ -1,0 +1,117 @@
+import pytest
+import torch
+
+from baselines.quantizers import ActivationQuantizer, Rounding, WeightQuantizer, _QuantizeOrKeep, coin_flips
+
+
+def straight_through(x, otherwise, scale, zero_point, levels, mask):
+    """Independent reference: autograd through a detached rounding, LSQ-style."""
+    steps = x / scale
+    rounded = steps.round().detach() + (steps - steps.detach())  # in this order the integers stay exact
+    clipped = rounded.detach().clamp(-zero_point, levels - zero_point)
+    quantized = torch.where(clipped == rounded, rounded, clipped) * scale
+    return torch.where(mask.bool(), quantized, otherwise)
+
+
+@pytest.fixture
+def quantizer():
+    module = ActivationQuantizer(2)
+    module.scale.data.fill_(0.37)
+    module.zero_point.fill_(1.0)
+    module.scale.requires_grad_(True)
+    return module
+
+
+def values(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_hand_computed_values():
+    module = ActivationQuantizer(2)
+    module.scale.data.fill_(0.5)
+    module.zero_point.fill_(1.0)
+    x = torch.tensor([-3.0, -0.4, -0.2, 0.0, 0.3, 0.8, 9.0])
+    assert module(x).tolist() == [-0.5, -0.5, 0.0, 0.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("constant", [True, False], ids=["otherwise-constant", "otherwise-x"])
+def test_mix_and_its_gradients_equal_the_reference(quantizer, keep, constant):
+    x, other, weight = (values(64, 30, seed=s) for s in range(3))
+    x.requires_grad_(True)
+    mask = coin_flips(x.shape, keep, x.dtype, x.device, torch.Generator().manual_seed(7))
+    with quantizer.training_with(keep, False, torch.Generator().manual_seed(7)):
+        out = quantizer.mix(x, other if constant else None)
+    (out * weight).sum().backward()
+    actual = out.detach(), x.grad.clone(), quantizer.scale.grad.clone()
+    x.grad = quantizer.scale.grad = None
+    reference = straight_through(x, other if constant else x, quantizer.scale, 1.0, 3, mask)
+    (reference * weight).sum().backward()
+    for mine, theirs in zip(actual, (reference.detach(), x.grad, quantizer.scale.grad), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_gradcheck_between_two_roundings():
+    """In double precision and away from the jumps, the output is ``integer * scale``: linear in the scale."""
+    x = torch.tensor([0.1, 0.5, 0.8, -0.3, 5.0, -7.0], dtype=torch.float64)
+    scale = torch.tensor(0.37, dtype=torch.float64)
+    out = [_QuantizeOrKeep.apply(x, None, scale + step, -1.0, 2.0, None) for step in (-1e-6, 1e-6)]
+    slope = (out[1] - out[0]) / 2e-6
+    scale.requires_grad_(True)
+    _QuantizeOrKeep.apply(x, None, scale, -1.0, 2.0, None).sum().backward()
+    inside = torch.tensor([True, True, True, True, False, False])
+    # LSQ's gradient inside the range is that of the slope less x / scale, which stands for the moving roundings.
+    torch.testing.assert_close(scale.grad, (slope - torch.where(inside, x / 0.37, 0.0)).sum())
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.25, 0.5, 1.0])
+def test_coin_flips_are_fair_and_seeded(probability):
+    def flip():
+        generator = torch.Generator().manual_seed(5)
+        return coin_flips(torch.Size((101, 203)), probability, torch.float32, torch.device("cpu"), generator)
+
+    flips = flip()
+    assert set(flips.unique().tolist()) <= {0.0, 1.0}
+    assert abs(flips.mean().item() - probability) < 0.015
+    assert torch.equal(flips, flip())
+
+
+def test_quantizer_is_plain_again_after_training_even_if_it_raises(quantizer):
+    x = values(20)
+    with torch.no_grad():
+        before = quantizer(x)
+    with pytest.raises(RuntimeError), quantizer.training_with(0.5, True, torch.Generator()):
+        raise RuntimeError
+    with torch.no_grad():
+        assert torch.equal(quantizer(x), before)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_soft_rounding_starts_at_the_fp_weights_where_nothing_is_clipped(bits):
+    weight = values(4, 3, 3, 3)
+    quantizer = WeightQuantizer(weight, bits, "minmax")
+    (soft,), fraction = Rounding([weight], [quantizer]).soft()
+    ends = [quantizer.dequantize(torch.tensor(float(integer))) for integer in (0, quantizer.levels)]
+    inside = (weight >= ends[0]) & (weight <= ends[1])  # zero is on the grid, which moves its ends a little
+    torch.testing.assert_close(soft[inside], weight[inside], rtol=0, atol=1e-5)
+    assert inside.float().mean() > 0.9
+    assert fraction.min() >= 0 and fraction.max() <= 1
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_hard_weights_lie_on_the_grid_and_start_as_round_to_nearest(bits):
+    weights = [values(4, 3, 3, 3), values(5, 7, seed=1)]
+    quantizers = [WeightQuantizer(w, bits) for w in weights]
+    for hard, weight, quantizer in zip(Rounding(weights, quantizers).hard(), weights, quantizers, strict=True):
+        integers = hard / quantizer.scale + quantizer.zero_point
+        torch.testing.assert_close(integers, integers.round(), rtol=0, atol=1e-4)
+        assert integers.round().min() >= 0 and integers.round().max() <= 2**bits - 1
+        torch.testing.assert_close(hard, quantizer(weight))
+
+
+def test_rounding_gradient_moves_one_weight_only():
+    weight = values(2, 3)
+    rounding = Rounding([weight], [WeightQuantizer(weight, 4, "minmax")])
+    (soft,), _ = rounding.soft()
+    soft[1, 2].backward()
+    assert rounding.logit.grad.nonzero().flatten().tolist() == [5]
