@@ -1,0 +1,90 @@
+"""The main entry point."""
+
+import dataclasses
+import logging
+import time
+
+import torch
+from torch import nn
+
+from cat_plugin.accuracy import compare_accuracy
+from cat_plugin.batches import Loader
+from cat_plugin.collect import PairedOutputs, collect_outputs
+from cat_plugin.config import CATConfig
+from cat_plugin.correction import ClusterAffine
+from cat_plugin.fit import fit_cluster_affine, held_out_scores
+from cat_plugin.report import CATReport
+from cat_plugin.wrapper import CATWrapper
+
+logger = logging.getLogger(__name__)
+
+
+def apply_cat(
+    quantized_model: nn.Module,
+    fp_model: nn.Module,
+    calib_loader: Loader,
+    *,
+    config: CATConfig | None = None,
+    eval_loader: Loader | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> CATWrapper:
+    """Fits a correction of `quantized_model` towards `fp_model` and attaches it (arXiv 2509.26277).
+
+    Runs both models once over `calib_loader`, whose labels are ignored. Images that were not used
+    to calibrate the quantized model are better, since its error is smaller on those it was tuned on.
+    Weights, buffers, modes and random states of both models stay as they were.
+
+    Args:
+        quantized_model: gives logits (N, C); it is hooked in place.
+        fp_model: the full-precision model, which gives logits of the same shape.
+        calib_loader: a DataLoader or list of batches, or one stacked tensor of images.
+        config: `CATConfig()` by default.
+        eval_loader: labelled images; if given, the report holds top-1 and top-5 of FP, quantized, and corrected.
+        batch_size: into which a loader that is one tensor is cut.
+        progress: show progress bars.
+
+    Returns:
+        The attached wrapper; its `report` says what was fitted and what it gains.
+
+    Raises:
+        CATError: see `collect_outputs`, `fit_cluster_affine` and `compare_accuracy`. Nothing stays attached.
+    """
+    config = config or CATConfig()
+    start = time.perf_counter()
+    pairs = collect_outputs(quantized_model, fp_model, calib_loader, batch_size=batch_size, progress=progress)
+    collected = time.perf_counter()
+    correction = fit_cluster_affine(pairs.q, pairs.f, config)
+    fitted = time.perf_counter()
+    report = _report(pairs, correction, config, collected - start, fitted - collected)
+    cat_model = CATWrapper(quantized_model, correction, report, config)
+    if eval_loader is not None:
+        try:
+            accuracy = compare_accuracy(
+                fp_model, quantized_model, cat_model, eval_loader, batch_size=batch_size, progress=progress
+            )
+        except BaseException:
+            cat_model.remove()
+            raise
+        cat_model.report = dataclasses.replace(report, accuracy=accuracy)
+    logger.info("%s", cat_model.report)
+    return cat_model
+
+
+def _report(
+    pairs: PairedOutputs, correction: ClusterAffine, config: CATConfig, collect_seconds: float, fit_seconds: float
+) -> CATReport:
+    start = time.perf_counter()
+    held_out = held_out_scores(pairs.q, pairs.f, config)
+    sizes = torch.bincount(correction.assign(pairs.q), minlength=correction.num_clusters)
+    return CATReport(
+        images=len(pairs.q),
+        num_clusters=correction.num_clusters,
+        cluster_sizes=tuple(sizes.tolist()),
+        held_out=held_out,
+        added_parameters=correction.num_parameters,
+        added_bytes=correction.num_bytes,
+        collect_seconds=collect_seconds,
+        fit_seconds=fit_seconds,
+        held_out_seconds=time.perf_counter() - start,
+    )

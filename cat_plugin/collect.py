@@ -1,0 +1,152 @@
+"""Paired logits of the quantized and the full-precision model, in one pass through a loader."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cat_plugin.batches import Batch, Loader, iterate_inputs, num_batches, place
+from cat_plugin.errors import CATError
+from cat_plugin.hook import refuse_attached
+from cat_plugin.outputs import extract
+from cat_plugin.preserve import inference, storage_leaves
+
+
+@dataclass(frozen=True, eq=False)
+class PairedOutputs:
+    """Logits of both models for the same images, on the CPU.
+
+    q: (N, C) float32, of the quantized model. f: (N, C) float32, of the full-precision model.
+    targets: (N,) int64, or None where the loader has no labels.
+    """
+
+    q: Tensor
+    f: Tensor
+    targets: Tensor | None = None
+
+
+def collect_outputs(
+    quantized_model: nn.Module,
+    fp_model: nn.Module,
+    loader: Loader,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> PairedOutputs:
+    """Streams `loader` once through both models in evaluation mode and keeps their logits.
+
+    See `iterate_inputs` for what a loader can be; `batch_size` is used for one stacked tensor only.
+    Both models are left as they were found, also when something raises half-way.
+
+    Raises:
+        CATError: models that cannot be compared, a loader without images, logits that are not 2-D,
+            differ in shape, or are not finite, and a quantized model whose hooks do not run.
+    """
+    check_models(quantized_model, fp_model)
+    refuse_attached(quantized_model)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    targets: list[Tensor | None] = []
+    models = {"quantized_model": quantized_model, "fp_model": fp_model}
+    with inference(models), _captured(quantized_model) as capture:
+        for inputs, labels in progress_bar(loader, batch_size, progress, "CAT: collecting logits"):
+            quantized_model(place(inputs, quantized_model))
+            q = _to_cpu(extract(capture.take(), "quantized_model"))
+            f = run_logits(fp_model, inputs, "fp_model")
+            check_same_shape({"quantized_model": q, "fp_model": f})
+            pairs.append((q, f))
+            targets.append(labels)
+    q, f = (torch.cat(part) for part in zip(*pairs, strict=True))
+    check_finite(q, "quantized_model")
+    check_finite(f, "fp_model")
+    return PairedOutputs(q, f, None if any(labels is None for labels in targets) else torch.cat(targets))
+
+
+def progress_bar(loader: Loader, batch_size: int, progress: bool, title: str) -> Iterator[Batch]:
+    """`iterate_inputs` with a progress bar if `progress` is true."""
+    batches = iterate_inputs(loader, batch_size)
+    return tqdm(batches, title, num_batches(loader, batch_size) if progress else None, disable=not progress)
+
+
+def run_logits(model: nn.Module, inputs: Tensor, name: str) -> Tensor:
+    """Logits (N, C) of `model` for one batch, float32 on the CPU."""
+    return _to_cpu(extract(model(place(inputs, model)), name))
+
+
+def check_models(quantized_model: nn.Module, fp_model: nn.Module) -> None:
+    """Raises a `CATError` unless the two are different modules that share no parameter."""
+    for name, model in (("quantized_model", quantized_model), ("fp_model", fp_model)):
+        if not isinstance(model, nn.Module):
+            raise CATError(f"{name} is a {type(model).__name__}; expected a torch.nn.Module")
+    if quantized_model is fp_model:
+        raise CATError(
+            "quantized_model and fp_model are the same object; if quantization works in place, "
+            "quantize a copy.deepcopy of the full-precision model"
+        )
+    owners = _parameter_storages(fp_model)
+    shared = [name for key, name in _parameter_storages(quantized_model).items() if key in owners]
+    if shared:
+        raise CATError(
+            f"quantized_model shares {len(shared)} of its parameters with fp_model, such as {shared[0]!r}: "
+            "quantization may have changed the full-precision model in place; quantize a copy.deepcopy of it"
+        )
+
+
+def check_same_shape(outputs: dict[str, Tensor]) -> None:
+    """Raises a `CATError` unless the logits of all models (name -> (N, C)) have the same shape."""
+    if len({tensor.shape for tensor in outputs.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in outputs.items())
+        raise CATError(f"outputs differ in shape for the same batch: {shapes}; expected the same classes")
+
+
+def check_finite(logits: Tensor, name: str) -> None:
+    """Raises a `CATError` if `logits` (N, C) of the model `name` hold NaN or infinite values."""
+    bad = ~torch.isfinite(logits)
+    if bad.any():
+        raise CATError(
+            f"{name} gave {int(bad.sum())} NaN or infinite logits, in {int(bad.any(dim=1).sum())} of "
+            f"{len(logits)} images; check its scales, and its inputs for values out of range"
+        )
+
+
+class _Capture:
+    """Forward hook that keeps the last output."""
+
+    def __init__(self) -> None:
+        self._outputs: list[Any] = []
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._outputs = [output]
+
+    def take(self) -> Any:
+        if not self._outputs:
+            raise CATError(
+                "the forward hook on quantized_model never fired for a batch, so CAT could not act on it: its __call__ "
+                "bypasses torch.nn.Module.__call__ (for instance by calling forward directly); override forward "
+                "instead, or give the module that is really called"
+            )
+        return self._outputs.pop()
+
+
+@contextmanager
+def _captured(model: nn.Module) -> Iterator[_Capture]:
+    capture = _Capture()
+    handle = model.register_forward_hook(capture)
+    try:
+        yield capture
+    finally:
+        handle.remove()
+
+
+def _parameter_storages(model: nn.Module) -> dict[tuple[torch.device, int], str]:
+    """Names of the parameters by the memory they live in; parameters without memory are left out."""
+    leaves = ((name, leaf) for name, parameter in model.named_parameters() for leaf in storage_leaves(parameter))
+    return {(leaf.device, leaf.data_ptr()): name for name, leaf in leaves if leaf.data_ptr() != 0}
+
+
+def _to_cpu(logits: Tensor) -> Tensor:
+    # A copy: models behind CUDA graphs or with preallocated outputs overwrite them at the next batch.
+    return logits.detach().to("cpu", torch.float32, copy=True)

@@ -1,0 +1,84 @@
+"""What `apply_cat` is asked to fit, as an immutable value."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any
+
+from cat_plugin.errors import CATError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CATConfig:
+    """Settings of a Cluster-based Affine Transformation (arXiv 2509.26277).
+
+    ================  ==========================================================================
+    field             meaning
+    ================  ==========================================================================
+    num_clusters      K, the largest number of clusters of the quantized model's logits
+    pca_dim           dimensions kept for clustering where there are more classes than this
+    alpha             0 to 1, how far an output moves from the quantized to the corrected logits
+    min_cluster_size  K is lowered until a cluster has on average this many images; None: never
+    seed              of PCA, k-means and the folds of the report
+    ================  ==========================================================================
+    """
+
+    num_clusters: int = 64
+    pca_dim: int = 50
+    alpha: float = 0.4
+    min_cluster_size: int | None = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_int("num_clusters", 1)
+        self._check_int("pca_dim", 1)
+        if self.min_cluster_size is not None:
+            self._check_int("min_cluster_size", 1)
+        self._check_int("seed", 0, 2**32 - 1)
+        alpha = self.alpha
+        is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
+        if not is_number or not math.isfinite(alpha) or not 0 <= alpha <= 1:
+            raise CATError(f"alpha={alpha!r} should be a number from 0 (no correction) to 1 (full correction)")
+        object.__setattr__(self, "alpha", float(alpha))
+
+    def _check_int(self, name: str, low: int, high: int | None = None) -> None:
+        value = getattr(self, name)
+        is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not is_int or value < low or (high is not None and value > high):
+            limits = f">= {low}" if high is None else f"from {low} to {high}"
+            raise CATError(f"{name}={value!r} should be an integer {limits}")
+        object.__setattr__(self, name, int(value))
+
+    @classmethod
+    def paper(cls, num_clusters: int = 64, pca_dim: int = 50, alpha: float = 0.4, seed: int = 0) -> "CATConfig":
+        """The published recipe: exactly `num_clusters` clusters, however few images they hold."""
+        return cls(num_clusters=num_clusters, pca_dim=pca_dim, alpha=alpha, min_cluster_size=None, seed=seed)
+
+    def clusters_for(self, n_images: int) -> int:
+        """Number of clusters to fit on `n_images` images.
+
+        Raises:
+            CATError: there are fewer images than clusters and no `min_cluster_size` that lowers K.
+        """
+        if self.min_cluster_size is not None:
+            return min(max(n_images // self.min_cluster_size, 1), self.num_clusters)
+        if n_images < self.num_clusters:
+            raise CATError(
+                f"n_images={n_images} should be >= num_clusters={self.num_clusters}; "
+                "lower num_clusters or give more images"
+            )
+        return self.num_clusters
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-able dict."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CATConfig":
+        """Inverse of `to_dict`; absent fields take their defaults, unknown ones are a `CATError`."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise CATError(f"unknown CATConfig fields {unknown}; known are {known}")
+        return cls(**values)

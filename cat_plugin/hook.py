@@ -1,0 +1,85 @@
+"""The forward hook by which a correction acts on the user's own model."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from cat_plugin.correction import ClusterAffine
+from cat_plugin.errors import CATError
+from cat_plugin.outputs import extract, insert
+
+
+class CATHook:
+    """Forward hook that replaces a model's logits by the corrected ones.
+
+    A class and not a closure, so that the hooked model can be deep-copied and pickled. The hook
+    holds its own handle for the same reason: unpickling a handle reserves its number, without
+    which the next hook on a model loaded in a new process would overwrite this one.
+    """
+
+    def __init__(self, correction: ClusterAffine) -> None:
+        self.correction = correction
+        self._handle: RemovableHandle | None = None
+        self._disabled = 0
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._disabled:
+            return output
+        logits = extract(output, type(module).__name__)
+        if self.correction.scale.device != logits.device:
+            self.correction.to(logits.device)
+        return insert(output, self.correction(logits))
+
+    def attach(self, model: nn.Module) -> None:
+        """Registers the hook on `model`.
+
+        Raises:
+            CATError: the model, or a part of it, already carries a correction.
+        """
+        refuse_attached(model)
+        self._handle = model.register_forward_hook(self)
+
+    def remove(self) -> None:
+        """Takes the hook off its model; nothing happens the second time."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model gives its plain output inside the block; blocks can be nested."""
+        self._disabled += 1
+        try:
+            yield
+        finally:
+            self._disabled -= 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside disabled() has no block that would ever enable it again.
+        return {**self.__dict__, "_disabled": 0}
+
+
+def find_hooks(model: nn.Module) -> list[CATHook]:
+    """All CAT hooks on `model` and its submodules."""
+    return [hook for module in model.modules() for hook in module._forward_hooks.values() if isinstance(hook, CATHook)]
+
+
+def refuse_attached(model: nn.Module) -> None:
+    """Raises a `CATError` if `model` already carries a correction."""
+    if find_hooks(model):
+        raise CATError(
+            f"CAT is already attached to this {type(model).__name__}; "
+            "call remove() on the CATWrapper that apply_cat returned before attaching again"
+        )
+
+
+@contextmanager
+def uncorrected(model: nn.Module) -> Iterator[None]:
+    """Inside the block, `model` gives its plain output whatever corrections it carries."""
+    with ExitStack() as stack:
+        for hook in find_hooks(model):
+            stack.enter_context(hook.disabled())
+        yield

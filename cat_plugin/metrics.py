@@ -1,0 +1,72 @@
+"""Figures of merit on plain tensors, shared by the report and by benchmarks."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+
+from cat_plugin.errors import CATError
+
+BOOTSTRAP_SAMPLES = 10_000
+
+
+def top_k_correct(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
+    """(N,) bool: is the target (N,) among the `k` largest of the logits (N, C); all classes if k > C."""
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (top == targets.unsqueeze(1)).any(dim=1)
+
+
+def agreement(f: Tensor, out: Tensor) -> float:
+    """Percentage of images for which the logits `f` and `out`, both (N, C), have the same argmax."""
+    return 100.0 * (f.argmax(dim=1) == out.argmax(dim=1)).double().mean().item()
+
+
+def kl_divergence(f: Tensor, out: Tensor) -> float:
+    """Mean over images of KL(softmax(f) || softmax(out)) in nats; `f` and `out` are (N, C)."""
+    log_f, log_out = f.double().log_softmax(dim=1), out.double().log_softmax(dim=1)
+    return (log_f.exp() * (log_f - log_out)).sum(dim=1).mean().item()
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedStatistics:
+    """Comparison of two models on the same images.
+
+    delta: gain in top-1, percentage points, with its 95 % interval `ci_low` to `ci_high` by paired
+    bootstrap. p_value: exact two-sided McNemar test. won, lost: images that became right or wrong.
+    """
+
+    images: int
+    delta: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    won: int
+    lost: int
+
+
+def paired_statistics(lq_correct: Tensor, cat_correct: Tensor, seed: int = 0) -> PairedStatistics:
+    """Statistics of the gain from `lq_correct` to `cat_correct`, both (N,) bool.
+
+    Raises:
+        CATError: the two differ in shape or hold no image.
+    """
+    if lq_correct.shape != cat_correct.shape or lq_correct.ndim != 1 or len(lq_correct) == 0:
+        raise CATError(
+            f"got shapes {tuple(lq_correct.shape)} and {tuple(cat_correct.shape)}; expected (N,) twice, N >= 1"
+        )
+    lq_correct, cat_correct = lq_correct.bool(), cat_correct.bool()
+    images = len(lq_correct)
+    won, lost = int((cat_correct & ~lq_correct).sum()), int((lq_correct & ~cat_correct).sum())
+    # Resampling images with replacement draws the three counts from a multinomial distribution.
+    shares = np.array([won, lost, images - won - lost]) / images
+    counts = np.random.default_rng(seed).multinomial(images, shares, size=BOOTSTRAP_SAMPLES)
+    low, high = np.percentile(100.0 * (counts[:, 0] - counts[:, 1]) / images, [2.5, 97.5])
+    p_value = binomtest(won, won + lost).pvalue if won + lost else 1.0
+    return PairedStatistics(images, 100.0 * (won - lost) / images, float(low), float(high), float(p_value), won, lost)
+
+
+def percent(correct: Tensor) -> float:
+    """Percentage of true values in `correct` (N,) bool."""
+    return 100.0 * torch.mean(correct.double()).item()

@@ -1,0 +1,153 @@
+"""Run other people's models and leave no trace: modes, buffers and random states come back as they were."""
+
+import hashlib
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cat_plugin.errors import CATError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def inference(models: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Evaluation mode without gradients for `models` (name -> module), restored at the end in every case.
+
+    Restored are the training flag of every module, all buffers, and the global random state of
+    Python, NumPy, and PyTorch on the CPU and on the models' devices. An error of the body goes
+    through unchanged.
+
+    Raises:
+        CATError: the body succeeded but a forward pass changed parameters or buffers.
+    """
+    states = {name: _ModelState(model) for name, model in models.items()}
+    random_state = _RandomState(models.values())
+    try:
+        for model in models.values():
+            for module in model.modules():
+                # Not model.eval(): graph modules of pt2e refuse it, and a subclass may override it.
+                module.training = False
+        with torch.no_grad():
+            yield
+    except BaseException:
+        try:
+            _restore(states, random_state)
+        except Exception:  # must not hide the error that brought us here
+            logger.warning("could not restore everything after an error", exc_info=True)
+        raise
+    changed = _restore(states, random_state)
+    if changed:
+        raise CATError(
+            f"a forward pass in evaluation mode changed {'; '.join(changed)}; buffers have been restored. "
+            "Freeze observers and range estimators of a quantized model before attaching CAT"
+        )
+
+
+def state_digests(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of dtype, shape and bytes of every parameter and buffer, non-persistent ones included, by name."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: _digest(tensor) for name, tensor in named}
+
+
+def storage_leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that hold the data of `tensor`, which may be a wrapper subclass of quantization tools."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from storage_leaves(getattr(tensor, name))
+    else:
+        yield tensor.detach()
+
+
+def _digest(tensor: Tensor) -> str:
+    digest = hashlib.sha256()
+    for leaf in storage_leaves(tensor):
+        digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+        values = leaf.int_repr() if leaf.is_quantized else leaf
+        # A copy: numpy() on the tensor itself would leave its storage unable to be resized, as observers do.
+        copy = values.to("cpu", copy=True).contiguous()
+        digest.update(copy.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _restore(states: "dict[str, _ModelState]", random_state: "_RandomState") -> list[str]:
+    """Restores everything, what cannot fail first, and says which tensors a forward pass had changed."""
+    for state in states.values():
+        state.restore_flags()
+    random_state.restore()
+    found = {name: state.restore_buffers() for name, state in states.items()}
+    return [f"{', '.join(tensors)} of {name}" for name, tensors in found.items() if tensors]
+
+
+class _ModelState:
+    """Training flags and buffers of a model, and digests of all its tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.flags = [(module, module.training) for module in model.modules()]
+        self.buffers = [
+            (module, {name: (value, _clone(value)) for name, value in module._buffers.items()})
+            for module in model.modules()
+        ]
+        self.digests = state_digests(model)
+
+    def restore_flags(self) -> None:
+        for module, training in self.flags:
+            module.training = training
+
+    def restore_buffers(self) -> list[str]:
+        """Puts back changed buffers; returns the names of all parameters and buffers that had changed."""
+        digests = state_digests(self.model)
+        names = self.digests.keys() | digests.keys()
+        changed = sorted(name for name in names if self.digests.get(name) != digests.get(name))
+        if changed:
+            for module, saved in self.buffers:
+                _restore_module_buffers(module, saved)
+        return changed
+
+
+@torch.no_grad()
+def _restore_module_buffers(module: nn.Module, saved: dict[str, tuple[Tensor | None, Tensor | None]]) -> None:
+    for name, _ in list(module._buffers.items()):
+        if name not in saved:
+            delattr(module, name)
+    for name, (tensor, clone) in saved.items():
+        if getattr(module, name, None) is not tensor:
+            setattr(module, name, tensor)
+        if tensor is not None:
+            if tensor.shape != clone.shape:
+                tensor.resize_(clone.shape)
+            tensor.copy_(clone)
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+class _RandomState:
+    """Global random states of Python, NumPy, and PyTorch on the CPU and on the devices of `models`."""
+
+    def __init__(self, models) -> None:
+        self.python = random.getstate()
+        self.numpy = np.random.get_state()
+        self.torch = torch.get_rng_state()
+        devices = {tensor.device for model in models for tensor in (*model.parameters(), *model.buffers())}
+        self.devices = {}
+        for device in devices:
+            backend = getattr(torch, device.type, None)
+            if device.type != "cpu" and hasattr(backend, "get_rng_state"):
+                # The one Apple device takes no index.
+                self.devices[device] = backend.get_rng_state(*([] if device.type == "mps" else [device]))
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        for device, state in self.devices.items():
+            getattr(torch, device.type).set_rng_state(state, *([] if device.type == "mps" else [device]))

@@ -1,0 +1,75 @@
+"""A quantized model together with the correction that is attached to it."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from cat_plugin.batches import model_device
+from cat_plugin.config import CATConfig
+from cat_plugin.correction import ClusterAffine
+from cat_plugin.errors import CATError
+from cat_plugin.hook import CATHook
+from cat_plugin.report import CATReport
+
+
+class CATWrapper(nn.Module):
+    """Attaches `correction` to `quantized_model` by a forward hook.
+
+    From then on `quantized_model(x)` and the wrapper itself give the corrected output; parameters,
+    buffers and `state_dict` of the model stay as they are. `quantized_model.forward(x)` bypasses
+    hooks and so gives the plain output. The correction follows the model's output to its device.
+
+    Args:
+        quantized_model: the user's model, which is hooked, not copied.
+        correction: takes the logits (N, C) of that model.
+        report, config: how the correction came about, if known.
+
+    Raises:
+        CATError: the model already carries a correction, or the arguments are of other types.
+    """
+
+    def __init__(
+        self,
+        quantized_model: nn.Module,
+        correction: ClusterAffine,
+        report: CATReport | None = None,
+        config: CATConfig | None = None,
+    ) -> None:
+        super().__init__()
+        expected = {"quantized_model": (quantized_model, nn.Module), "correction": (correction, ClusterAffine)}
+        for name, (value, kind) in expected.items():
+            if not isinstance(value, kind):
+                raise CATError(f"{name} is a {type(value).__name__}; expected a {kind.__name__}")
+        hook = CATHook(correction)
+        hook.attach(quantized_model)
+        correction.to(model_device(quantized_model))
+        self.quantized_model = quantized_model
+        self.correction = correction
+        self.report = report
+        self.config = config
+        self.training = quantized_model.training
+        self._hook = hook
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The corrected output of the quantized model; its plain output after `remove()`."""
+        return self.quantized_model(*args, **kwargs)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model still carries the correction."""
+        return any(hook is self._hook for hook in self.quantized_model._forward_hooks.values())
+
+    def remove(self) -> nn.Module:
+        """Takes the correction off and returns the quantized model as it was; can be called again."""
+        self._hook.remove()
+        return self.quantized_model
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """`with cat_model.disabled():` gives plain outputs inside the block; blocks can be nested."""
+        return self._hook.disabled()
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "removed"
+        summary = self.report.summary() if self.report else f"{self.correction.num_clusters} clusters"
+        return f"CATWrapper({type(self.quantized_model).__name__}, {state}: {summary})"

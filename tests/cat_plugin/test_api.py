@@ -1,0 +1,102 @@
+import json
+import logging
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import cat_plugin
+from cat_plugin import CATConfig, CATError, apply_cat, compare_accuracy, fit_cluster_affine
+from cat_plugin.fit import held_out_scores
+from tests.cat_plugin.helpers import images, model_pair, state_of
+
+
+@pytest.fixture
+def pair():
+    quantized, fp = model_pair()
+    return quantized.eval(), fp.eval()
+
+
+def test_applies_what_the_tensor_level_fits(pair):
+    quantized, fp = pair
+    x, config = images(400), CATConfig.paper(5)
+    with torch.no_grad():
+        q, f = quantized(x), fp(x)
+    expected = fit_cluster_affine(q, f, config)(q)
+    cat_model = apply_cat(quantized, fp, x, config=config, batch_size=128)
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(x), expected)
+    assert cat_model.config == config
+
+
+def test_report(pair, caplog):
+    quantized, fp = pair
+    x = images(400)
+    with torch.no_grad():
+        q, f = quantized(x), fp(x)
+    labels = f.argmax(dim=1)
+    with caplog.at_level(logging.INFO, "cat_plugin"):
+        cat_model = apply_cat(quantized, fp, [x], eval_loader=DataLoader(TensorDataset(x, labels), 64))
+    report = cat_model.report
+    assert (report.images, report.num_clusters, sum(report.cluster_sizes)) == (400, 25, 400)
+    assert report.held_out == held_out_scores(q, f)
+    assert report.added_parameters == 10 * 25 + 25 + 2 * 25 * 10
+    assert report.added_bytes == 4 * report.added_parameters
+    assert report.accuracy == compare_accuracy(fp, quantized, cat_model, [(x, labels)])
+    assert report.accuracy.fp_top1 == 100.0
+    assert report.accuracy.quantized_top1 == pytest.approx(report.held_out.agreement_before)
+    assert str(report) in caplog.text
+    assert json.loads(json.dumps(report.to_dict()))["accuracy"]["images"] == 400
+    for figure in (f"{report.held_out.kl_after:.4f}", "400 images", "25 clusters"):
+        assert figure in str(report)
+        assert figure in repr(cat_model)
+
+
+def test_report_of_one_image(pair):
+    report = apply_cat(*pair, images(1)).report
+    assert report.held_out is None
+    assert "one image cannot be split" in str(report)
+
+
+def test_two_runs_are_identical():
+    first, second = (apply_cat(*model_pair(), images(300), config=CATConfig(seed=3)) for _ in range(2))
+    assert first.report.held_out == second.report.held_out
+    for a, b in zip(first.correction.buffers(), second.correction.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_labels_do_not_matter_for_the_fit():
+    x = images(200)
+    plain = apply_cat(*model_pair(), [x]).correction
+    labelled = apply_cat(*model_pair(), [{"image": x, "label": torch.zeros(200)}]).correction
+    assert torch.equal(plain.scale, labelled.scale)
+
+
+def test_failing_evaluation_leaves_nothing_attached(pair):
+    before = state_of(*pair)
+    with pytest.raises(CATError, match="accuracy needs class labels"):
+        apply_cat(*pair, images(), eval_loader=images())
+    assert state_of(*pair) == before
+
+
+def test_second_attachment_is_refused_until_removed(pair):
+    cat_model = apply_cat(*pair, images())
+    with pytest.raises(CATError, match="already attached"):
+        apply_cat(*pair, images())
+    with pytest.raises(CATError, match="already attached"):
+        apply_cat(cat_model, pair[1], images())
+    cat_model.remove()
+    assert apply_cat(*pair, images()).attached
+
+
+def test_public_names():
+    assert set(cat_plugin.__all__) == {
+        "CATConfig",
+        "CATError",
+        "CATWrapper",
+        "ClusterAffine",
+        "apply_cat",
+        "compare_accuracy",
+        "fit_cluster_affine",
+    }
+    assert cat_plugin.__version__ == "0.1.0"

@@ -1,0 +1,120 @@
+import pytest
+import torch
+from torch import nn
+
+from cat_plugin import CATError, ClusterAffine
+
+# Two clusters, told by the sign of the difference of both logits.
+TABLE = {
+    "weight": torch.tensor([[1.0, -1.0], [-1.0, 1.0]]),
+    "bias": torch.zeros(2),
+    "scale": torch.tensor([[2.0, 3.0], [1.0, 0.5]]),
+    "shift": torch.tensor([[0.5, -1.0], [0.0, 10.0]]),
+}
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def correction():
+    return ClusterAffine(**{name: value.clone() for name, value in TABLE.items()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_table_computed_by_hand(correction, dtype):
+    q = torch.tensor([[3.0, 1.0], [1.0, 4.0], [-2.0, -4.0]], dtype=dtype)
+    before = q.clone()
+    assert correction.assign(q).tolist() == [0, 1, 0]
+    out = correction(q)
+    assert torch.equal(out, torch.tensor([[6.5, 2.0], [1.0, 12.0], [-3.5, -13.0]], dtype=dtype))
+    assert out.dtype == dtype
+    assert torch.equal(q, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "make", [lambda: ClusterAffine(**TABLE), lambda: ClusterAffine.identity(2)], ids=["K=2", "K=1"]
+)
+@pytest.mark.parametrize("n_images", [0, 1])
+def test_small_batches(make, dtype, n_images):
+    out = make()(torch.ones(n_images, 2, dtype=dtype))
+    assert out.shape == (n_images, 2)
+    assert out.dtype == dtype
+
+
+def test_half_is_computed_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(shape, generator=generator) for shape in [(10, 8), (8,), (8, 10), (8, 10)]]
+    correction = ClusterAffine(*parts)
+    q = torch.randn(200, 10, generator=generator).to(torch.bfloat16)
+    assert torch.equal(correction(q), correction(q.float()).to(torch.bfloat16))
+    torch.testing.assert_close(correction(q.float()), correction(q.double()).float())
+
+
+def test_autocast_does_not_move_images_to_other_clusters():
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(shape, generator=generator) for shape in [(10, 64), (64,), (64, 10), (64, 10)]]
+    correction = ClusterAffine(*parts)
+    q = torch.randn(2000, 10, generator=generator)
+    expected = correction(q)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(correction(q), expected)
+
+
+def test_identity_changes_nothing():
+    q = torch.randn(5, 4)
+    assert torch.equal(ClusterAffine.identity(4)(q), q)
+
+
+def test_sizes(correction):
+    assert (correction.num_clusters, correction.num_classes) == (2, 2)
+    assert correction.num_parameters == 4 + 2 + 4 + 4
+    assert correction.num_bytes == 4 * 14
+    assert repr(correction) == "ClusterAffine(clusters=2, classes=2, 56 bytes)"
+    assert list(correction.parameters()) == []
+    assert list(correction.state_dict()) == ["weight", "bias", "scale", "shift"]
+
+
+def test_half_of_a_surrounding_model_does_not_round_the_correction(correction):
+    nn.Sequential(correction).half()
+    assert correction.scale.dtype == torch.float32
+    assert correction.to("meta").scale.device.type == "meta"
+    assert correction(torch.ones(3, 2, device="meta")).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("q", "message"),
+    [
+        (torch.ones(3, 4), r"got logits of shape \(3, 4\) and dtype torch.float32; .* floating-point \(N, 2\)"),
+        (torch.ones(2), r"got logits of shape \(2,\)"),
+        (torch.ones(3, 2, dtype=torch.int64), "dtype torch.int64"),
+        (torch.ones(3, 2, device="meta"), "logits are on meta, the correction on cpu"),
+    ],
+)
+def test_wrong_logits(correction, q, message):
+    with pytest.raises(CATError, match=message):
+        correction(q)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_wrong_buffers(name):
+    with pytest.raises(CATError, match=rf"{name} \(3, 5\).*; expected weight \(C, K\)"):
+        ClusterAffine(**{**TABLE, name: torch.zeros(3, 5)})
+
+
+@pytest.mark.parametrize("clusters", [1, 6])
+def test_export_with_any_number_of_images(clusters):
+    parts = [torch.randn(shape) for shape in [(4, clusters), (clusters,), (clusters, 4), (clusters, 4)]]
+    correction = ClusterAffine(*parts)
+    dynamic = ({0: torch.export.Dim("images", min=1)},)
+    program = torch.export.export(correction, (torch.randn(8, 4),), dynamic_shapes=dynamic)
+    for n_images in (1, 3, 50):
+        q = torch.randn(n_images, 4)
+        torch.testing.assert_close(program.module()(q), correction(q))
+
+
+@pytest.mark.parametrize("clusters", [1, 6])
+def test_compile_without_graph_breaks(clusters):
+    parts = [torch.randn(shape) for shape in [(4, clusters), (clusters,), (clusters, 4), (clusters, 4)]]
+    correction = ClusterAffine(*parts)
+    q = torch.randn(8, 4)
+    torch.testing.assert_close(torch.compile(correction, backend="eager", fullgraph=True)(q), correction(q))
