@@ -1,6 +1,6 @@
 """Post-training quantization baselines on one reconstruction engine."""
 
-from .api import METHODS, quantize
-from .specs import QuantSpec
+from baselines.api import METHODS, quantize
+from baselines.specs import QuantSpec
 
 __all__ = ["METHODS", "QuantSpec", "quantize"]

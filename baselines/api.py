@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .capture import gather_inputs
-from .convert import folded_copy, quantized_copy, set_activation_ranges
-from .recipes import RECIPES
-from .reconstruct import RunSettings, reconstruct
-from .specs import QuantSpec
-from .trace import trace
-from .units import find_blocks, find_units
+from baselines.capture import gather_inputs
+from baselines.convert import folded_copy, quantized_copy, set_activation_ranges
+from baselines.recipes import RECIPES
+from baselines.reconstruct import RunSettings, reconstruct
+from baselines.specs import QuantSpec
+from baselines.trace import trace
+from baselines.units import find_blocks, find_units
 
 logger = logging.getLogger(__name__)
 

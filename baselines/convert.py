@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from .layers import QUANTIZABLE, QuantLayer, is_quantizable, quantize_on_entry
-from .quantizers import ActivationQuantizer, WeightQuantizer
-from .specs import OFF, QuantSpec
-from .trace import Call, Trace, trace
-from .units import quantized_layers
+from baselines.layers import QUANTIZABLE, QuantLayer, is_quantizable, quantize_on_entry
+from baselines.quantizers import ActivationQuantizer, WeightQuantizer
+from baselines.specs import OFF, QuantSpec
+from baselines.trace import Call, Trace, trace
+from baselines.units import quantized_layers
 
 logger = logging.getLogger(__name__)
 

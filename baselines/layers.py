@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .quantizers import ActivationQuantizer, WeightQuantizer
+from baselines.quantizers import ActivationQuantizer, WeightQuantizer
 
 
 class QuantLayer(nn.Module):

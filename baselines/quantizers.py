@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .ranges import activation_range, weight_range
+from baselines.ranges import activation_range, weight_range
 
 # Stretch of the sigmoid (AdaRound, arXiv 2004.10568, eq. 23), so that rounding reaches exactly 0 and 1.
 GAMMA, ZETA = -0.1, 1.1

@@ -1,4 +1,4 @@
-"""The published methods as data: one engine (:mod:`.reconstruct`) runs them all and never sees a name."""
+"""The published methods as data: one engine (:mod:`baselines.reconstruct`) runs them all and never sees a name."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .capture import Stream
-from .losses import annealed_beta, reconstruction_error, rounding_penalty
-from .quantizers import ActivationQuantizer, Rounding, coin_flips
-from .recipes import Recipe, Stage
-from .units import Unit, quantized_layers
+from baselines.capture import Stream
+from baselines.losses import annealed_beta, reconstruction_error, rounding_penalty
+from baselines.quantizers import ActivationQuantizer, Rounding, coin_flips
+from baselines.recipes import Recipe, Stage
+from baselines.units import Unit, quantized_layers
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .layers import QuantLayer, is_quantizable
-from .trace import Call, Trace
+from baselines.layers import QuantLayer, is_quantizable
+from baselines.trace import Call, Trace
 
 ACTIVATIONS = (
     nn.ReLU,
