@@ -1,0 +1,36 @@
+# Every target sets up what it needs by itself: an environment in $(VENV) with this project installed into it.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint check bench clean
+
+demo: $(STAMP)  ## quantize a small network on real data and show what CAT wins back; ARGS="..." adds options
+	$(BIN)/python -m benchmarks $(ARGS)
+
+test: $(STAMP)  ## all tests but the slow ones; ARGS="-m slow" runs those
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+check: lint test
+
+bench: $(STAMP)  ## CIFAR-10, three seeds: make bench DATA=cifar10.zip WEIGHTS=resnet20.pt
+	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "usage: make bench DATA=ZIP_OR_FOLDER WEIGHTS=FILE"; exit 2; }
+	$(BIN)/python -m benchmarks --dataset cifar10 --data "$(DATA)" --model resnet20 --weights "$(WEIGHTS)" \
+		--seeds 0 1 2 $(ARGS)
+
+# The stamp is written last, so that an installation that was interrupted is repeated.
+$(STAMP): setup.cfg setup.py
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev,plots]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	find baselines benchmarks cat_plugin tests -name __pycache__ -type d -prune -exec rm -rf {} +

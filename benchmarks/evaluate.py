@@ -1,0 +1,132 @@
+"""One row of the table: quantize, fit the corrections on other training images, score on the test images."""
+
+from dataclasses import dataclass, fields
+
+from torch import Tensor, nn
+
+from baselines import quantize
+from benchmarks.data import Dataset, split_calibration
+from cat_plugin import CATConfig, fit_cluster_affine
+from cat_plugin.collect import collect_outputs
+
+SCORING_BATCH = 256
+PAPER_CLUSTERS = 64
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One cell of the grid."""
+
+    method: str
+    w_bits: int
+    a_bits: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Readable, unique in a run, and fit for a file name."""
+        return f"{self.method}-w{self.w_bits}a{self.a_bits}-seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What all cells of a run share.
+
+    ``iters`` and ``batch_size`` are those of the reconstruction, ``n_calib`` the training images that quantization
+    sees and ``n_cat`` the fresh ones that corrections are fitted on; ``device`` is where the networks run.
+    """
+
+    iters: int
+    n_calib: int
+    n_cat: int
+    batch_size: int = 32
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of ``results.csv``; top-1 accuracies and ``cat_delta`` (CAT minus low-bit) in percent.
+
+    ``iters`` is what was asked for, also where a method learns nothing; ``cat_paper_top1`` is None where there
+    are fewer images than the paper's 64 clusters.
+    """
+
+    dataset: str
+    model: str
+    method: str
+    w_bits: int
+    a_bits: int
+    seed: int
+    iters: int
+    n_calib: int
+    n_cat: int
+    n_eval: int
+    fp_top1: float
+    lq_top1: float
+    plain_affine_top1: float
+    cat_paper_top1: float | None
+    cat_top1: float
+    cat_delta: float
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+def measure(
+    setting: Setting, protocol: Protocol, dataset: Dataset, model_name: str, fp_model: nn.Module, *, progress: bool
+) -> Row:
+    """Quantize ``fp_model`` as ``setting`` says and score it alone and with every correction.
+
+    Training images are split by the setting's seed; the labels of the images that quantization and corrections see
+    are not used.
+    """
+    calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
+    device, seed = protocol.device, setting.seed
+    quantized = quantize(
+        fp_model,
+        dataset.train_images[calib].to(device),
+        method=setting.method,
+        w_bits=setting.w_bits,
+        a_bits=setting.a_bits,
+        iters=protocol.iters,
+        batch_size=protocol.batch_size,
+        seed=setting.seed,
+        progress=progress,
+    )
+    fit_q, fit_f = _paired_logits(quantized, fp_model, dataset.train_images[cat].to(device))
+    test_q, test_f = _paired_logits(quantized, fp_model, dataset.test_images.to(device))
+
+    def corrected_top1(config: CATConfig) -> float:
+        return top1(fit_cluster_affine(fit_q, fit_f, config)(test_q), dataset.test_labels)
+
+    lq_top1 = top1(test_q, dataset.test_labels)
+    cat_top1 = corrected_top1(CATConfig(seed=seed))
+    paper = CATConfig.paper(num_clusters=PAPER_CLUSTERS, seed=seed) if protocol.n_cat >= PAPER_CLUSTERS else None
+    return Row(
+        dataset=dataset.name,
+        model=model_name,
+        method=setting.method,
+        w_bits=setting.w_bits,
+        a_bits=setting.a_bits,
+        seed=setting.seed,
+        iters=protocol.iters,
+        n_calib=protocol.n_calib,
+        n_cat=protocol.n_cat,
+        n_eval=len(dataset.test_labels),
+        fp_top1=top1(test_f, dataset.test_labels),
+        lq_top1=lq_top1,
+        plain_affine_top1=corrected_top1(CATConfig.paper(num_clusters=1, alpha=1.0, seed=seed)),
+        cat_paper_top1=corrected_top1(paper) if paper else None,
+        cat_top1=cat_top1,
+        cat_delta=round(cat_top1 - lq_top1, 4),
+    )
+
+
+def top1(logits: Tensor, labels: Tensor) -> float:
+    """Percentage of rows of ``logits`` ``(N, C)`` whose largest entry is at the label ``(N,)``; 4 decimals."""
+    return round(100 * (logits.argmax(1) == labels).double().mean().item(), 4)
+
+
+def _paired_logits(quantized: nn.Module, fp_model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = collect_outputs(quantized, fp_model, images, batch_size=SCORING_BATCH)
+    return outputs.q, outputs.f

@@ -1,0 +1,133 @@
+"""The networks that are measured, and loading of weights that come from outside."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v2
+from torchvision.models.resnet import BasicBlock
+
+from benchmarks import BenchmarkError
+
+WIDTHS = (16, 32, 64)
+# (expansion, channels, repeats, stride) of each stage: torchvision's MobileNetV2 with strides for 32x32 images.
+MOBILENETV2_STAGES = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 2, 1], [6, 64, 2, 2], [6, 96, 2, 2], [6, 160, 1, 1]]
+KEYS_SHOWN = 5
+
+
+class CifarResNet(nn.Module):
+    """ResNet for small images (He et al. 2016, section 4.2), ``6 * blocks + 2`` layers of torchvision's blocks."""
+
+    def __init__(self, blocks: int, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], blocks, stride=1)
+        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], blocks, stride=2)
+        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], blocks, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(WIDTHS[2], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, in_channels, height, width)``."""
+        features = self.relu(self.bn1(self.conv1(images)))
+        features = self.layer3(self.layer2(self.layer1(features)))
+        return self.fc(self.avgpool(features).flatten(1))
+
+
+def _stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+    downsample = None
+    if stride != 1 or in_channels != channels:
+        downsample = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
+        )
+    first = BasicBlock(in_channels, channels, stride, downsample)
+    return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
+
+
+def resnet8(num_classes: int, in_channels: int = 1) -> nn.Module:
+    """One block a stage; small enough to be trained on the digits within a minute."""
+    return CifarResNet(1, num_classes, in_channels)
+
+
+def resnet20(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """Three blocks a stage, the usual network for CIFAR-10."""
+    return CifarResNet(3, num_classes, in_channels)
+
+
+def mobilenetv2(num_classes: int) -> nn.Module:
+    """torchvision's MobileNetV2 of half width with the strides of small images."""
+    return mobilenet_v2(
+        num_classes=num_classes, width_mult=0.5, dropout=0.0, inverted_residual_setting=MOBILENETV2_STAGES
+    )
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"resnet8": resnet8, "resnet20": resnet20, "mobilenetv2": mobilenetv2}
+
+
+def create_model(name: str, num_classes: int, seed: int = 0) -> nn.Module:
+    """A network of :data:`MODELS` with random weights from ``seed``, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return MODELS[name](num_classes).eval()
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state_dict from a safetensors file, or from a ``torch.save`` file that holds tensors only.
+
+    Raises:
+        BenchmarkError: no such file, a file that is more than tensors (nothing of it is run), something other than a
+            state_dict, or keys or shapes that do not fit the network, which the message lists.
+    """
+    if not path.is_file():
+        raise BenchmarkError(f"no such weights file: {path}")
+    state = _read_state(path)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        held = f"a mapping with the keys {_some(state)}" if isinstance(state, Mapping) else type(state).__name__
+        raise BenchmarkError(f"{path} is not a state_dict, that is names with tensors; it holds {held}")
+    _refuse_misfit(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_outputs(model: nn.Module, images: Tensor, classes: tuple[str, ...]) -> None:
+    """Raise :class:`BenchmarkError` unless the network has one output a class."""
+    with torch.no_grad():
+        outputs = model(images[:1]).shape[-1]
+    if outputs != len(classes):
+        raise BenchmarkError(f"the model has {outputs} outputs, the data {len(classes)} classes")
+
+
+def _read_state(path: Path) -> object:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the two readers raise many types for damaged and for hostile files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BenchmarkError(f"{path} is not a readable weights file that holds tensors only: {reason}") from error
+
+
+def _refuse_misfit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    wanted = model.state_dict()
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    problems = {
+        "missing": [key for key in wanted if key not in state],
+        "unexpected": [key for key in state if key not in wanted],
+        "wrong shape": shapes,
+    }
+    found = [f"{problem}: {_some(keys)}" for problem, keys in problems.items() if keys]
+    if found:
+        raise BenchmarkError(f"{path} does not fit the {type(model).__name__}; " + "; ".join(found))
+
+
+def _some(keys: object) -> str:
+    names = [str(key) for key in keys]
+    shown = ", ".join(names[:KEYS_SHOWN])
+    return shown if len(names) <= KEYS_SHOWN else f"{shown} and {len(names) - KEYS_SHOWN} more"

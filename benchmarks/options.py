@@ -1,0 +1,135 @@
+"""The options of the command line and what they mean where they are not given."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from baselines import METHODS
+from benchmarks import BenchmarkError
+
+BITS = "2/2", "2/4", "4/2", "4/4"
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a data set means for options that are not given; the first of its models is the default one."""
+
+    models: tuple[str, ...]
+    iters: int
+    n_calib: int
+    n_cat: int
+    trains: bool  # whether a network is trained where no weights are given
+
+
+DATASETS = {
+    "digits": Defaults(models=("resnet8",), iters=250, n_calib=256, n_cat=1024, trains=True),
+    "cifar10": Defaults(models=("resnet20", "mobilenetv2"), iters=1000, n_calib=1024, n_cat=1024, trains=False),
+}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options with every default filled in.
+
+    Raises:
+        BenchmarkError: options that do not go together.
+        SystemExit: options that argparse refuses by themselves; it has printed why.
+    """
+    args = _parser().parse_args(argv)
+    defaults = DATASETS[args.dataset]
+    for option in ("iters", "n_calib", "n_cat"):
+        if getattr(args, option) is None:
+            setattr(args, option, getattr(defaults, option))
+    args.model = args.model or defaults.models[0]
+    if args.model not in defaults.models:
+        raise BenchmarkError(
+            f"--model {args.model} is not for {args.dataset}; choose from {', '.join(defaults.models)}"
+        )
+    if args.weights is None and not defaults.trains:
+        raise BenchmarkError(
+            f"--dataset {args.dataset} needs --weights FILE, a state_dict of {args.model} trained on these images: "
+            "training it here would take hours; without --dataset a small network is trained on the digits"
+        )
+    if args.data is not None and args.dataset == "digits":
+        raise BenchmarkError("--data is not for digits, which come with scikit-learn; did you mean --dataset cifar10?")
+    if args.n_calib < args.batch_size:
+        raise BenchmarkError(f"--n-calib {args.n_calib} is less than one batch; lower --batch-size {args.batch_size}")
+    args.methods, args.bits, args.seeds = (list(dict.fromkeys(each)) for each in (args.methods, args.bits, args.seeds))
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Quantize a network, attach CAT, and report top-1 accuracy with and without it.",
+    )
+    what = parser.add_argument_group("what to measure")
+    what.add_argument("--dataset", choices=DATASETS, default="digits")
+    what.add_argument(
+        "--data", type=Path, metavar="ZIP_OR_FOLDER", help="train/<class>/* and test/<class>/*; default: download"
+    )
+    what.add_argument("--model", choices=[model for each in DATASETS.values() for model in each.models])
+    what.add_argument("--weights", type=Path, metavar="FILE", help="state_dict of the full-precision network")
+    what.add_argument("--methods", nargs="+", choices=METHODS, default=["rtn", "qdrop"])
+    what.add_argument(
+        "--bits", nargs="+", type=_bits, metavar="W/A", default=[_bits(each) for each in BITS], help=" ".join(BITS)
+    )
+    what.add_argument("--seeds", nargs="+", type=_seed, metavar="SEED", default=[0])
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--iters", type=_positive, help="iterations for each unit of the network")
+    how.add_argument("--n-calib", type=_positive, help="training images for quantization")
+    how.add_argument("--n-cat", type=_positive, help="other training images for the corrections")
+    how.add_argument("--batch-size", type=_positive, default=32, help="of the reconstruction (default: 32)")
+    how.add_argument("--device", type=_device, default="cpu", help="where the networks run (default: cpu)")
+
+    where = parser.add_argument_group("where")
+    where.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(default: results)")
+    where.add_argument("--run", metavar="NAME", help="folder in DIR; default: derived from the settings")
+    where.add_argument("--cache", type=Path, default=_cache(), metavar="DIR", help="trained networks and downloads")
+    where.add_argument("--fresh", action="store_true", help="measure again what the run has finished")
+    where.add_argument("--no-progress", action="store_true", help="no progress bars")
+    return parser
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "cat-plugin"
+
+
+def _bits(text: str) -> tuple[int, int]:
+    try:
+        w_bits, a_bits = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} should be WEIGHT_BITS/ACTIVATION_BITS such as 2/4") from None
+    if any(bits != FLOAT_BITS and not 2 <= bits <= 8 for bits in (w_bits, a_bits)):
+        raise argparse.ArgumentTypeError(f"{text!r}: bits should be 2 to 8, or {FLOAT_BITS} for floating point")
+    return w_bits, a_bits
+
+
+def _positive(text: str) -> int:
+    return _whole_number(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _whole_number(text, 0, 2**32 - 1)  # what scikit-learn accepts
+
+
+def _whole_number(text: str, low: int, high: int | None = None) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if number < low or (high is not None and number > high):
+        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} should be a whole number {limits}")
+    return number
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None
+    return text

@@ -1,0 +1,89 @@
+"""Rows as CSV, JSON and a Markdown table with means and standard deviations over seeds."""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evaluate import COLUMNS, Row
+from benchmarks.files import write_text
+
+HEADER = ("method", "bits", "FP", "low-bit", "+ plain affine", "+ CAT (paper)", "+ CAT", "gain of CAT")
+SCORES = ("fp_top1", "lq_top1", "plain_affine_top1", "cat_paper_top1", "cat_top1")
+
+
+def write_report(folder: Path, rows: Sequence[Row]) -> None:
+    """Write ``results.csv``, ``results.json`` and ``results.md``, each whole or not at all."""
+    write_text(folder / "results.csv", to_csv(rows))
+    write_text(folder / "results.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    write_text(folder / "results.md", f"{title(rows)}\n\n{to_table(rows)}\n")
+
+
+def write_environment(folder: Path, environment: dict[str, Any]) -> None:
+    """Write ``environment.json``."""
+    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """One line a row with the columns of :class:`Row`; empty where a value is None."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def title(rows: Sequence[Row]) -> str:
+    """One sentence that says what the table shows."""
+    first, seeds = rows[0], sorted({row.seed for row in rows})
+    return (
+        f"Top-1 in percent on {first.n_eval:,} test images: {first.model} on {first.dataset}, "
+        f"{first.n_calib:,} images for quantization, {first.n_cat:,} others for the corrections, "
+        f"{first.iters:,} iterations a unit, {'seed' if len(seeds) == 1 else 'mean ± standard deviation of seeds'} "
+        f"{', '.join(map(str, seeds))}."
+    )
+
+
+def to_table(rows: Sequence[Row]) -> str:
+    """Markdown table, padded so that it also reads well on a console; one line a method and bit setting."""
+
+    def cell(row: Row) -> tuple[str, int, int]:
+        return row.method, row.w_bits, row.a_bits
+
+    order = list(dict.fromkeys(cell(row) for row in rows))
+    by_setting = groupby(sorted(rows, key=lambda row: order.index(cell(row))), key=cell)
+    lines = [HEADER]
+    for (method, w_bits, a_bits), group in by_setting:
+        seeds = list(group)
+        scores = [_over_seeds([getattr(row, score) for row in seeds]) for score in SCORES]
+        gain = _over_seeds([row.cat_delta for row in seeds], sign="+")
+        lines.append((method, f"W{w_bits}A{a_bits}", *scores, gain))
+    return _align(lines)
+
+
+def _over_seeds(values: Sequence[float | None], sign: str = "") -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.fmean(known):{sign}.2f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.2f}"
+
+
+def _align(lines: Sequence[tuple[str, ...]]) -> str:
+    """The first line is the header; two columns of text, then figures, which stand to the right."""
+    widths = [max(len(text) for text in column) for column in zip(*lines, strict=True)]
+    rule = [("-" * width) if index < 2 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
+
+    def joined(cells: Sequence[str]) -> str:
+        padded = [
+            text.ljust(width) if index < 2 else text.rjust(width)
+            for index, (text, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    return "\n".join([joined(lines[0]), joined(rule), *(joined(line) for line in lines[1:])])

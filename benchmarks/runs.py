@@ -1,0 +1,92 @@
+"""A run is a folder that remembers its settings and its finished rows, so that a stopped run resumes."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks import BenchmarkError
+from benchmarks.evaluate import Row, Setting
+from benchmarks.files import digest_text, write_text
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "settings.json"
+ROWS_FOLDER = "rows"
+
+
+class Run:
+    """The folder ``<results>/<name>`` of one set of settings; use :meth:`open`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(cls, results: Path, settings: dict[str, Any], *, name: str | None = None, fresh: bool = False) -> "Run":
+        """Start a run or come back to it.
+
+        Args:
+            results: the folder of all runs.
+            settings: all that figures depend on, as JSON types; has ``dataset`` and ``model``.
+            name: name of the run; by default it is derived from the settings.
+            fresh: forget what the run has finished.
+
+        Raises:
+            BenchmarkError: ``name`` is no plain folder name, or that folder belongs to other settings or is no run.
+        """
+        text = json.dumps(settings, indent=2, sort_keys=True)
+        name = name or f"{settings['dataset']}-{settings['model']}-{digest_text(text)[:8]}"
+        if Path(name).name != name or name in (".", ".."):
+            raise BenchmarkError(f"the name of a run must be a plain folder name, got {name!r}")
+        run = cls(results / name)
+        run._claim(json.loads(text), fresh)
+        write_text(run.folder / SETTINGS_FILE, text + "\n")
+        return run
+
+    def finished(self) -> dict[str, Row]:
+        """The stored rows by the name of their setting."""
+        rows = {}
+        for path in sorted((self.folder / ROWS_FOLDER).glob("*.json")):
+            try:
+                rows[path.stem] = Row(**json.loads(path.read_text("utf-8")))
+            except (ValueError, TypeError) as error:
+                logger.warning("measuring again, the stored row %s is unreadable: %s", path.stem, error)
+        return rows
+
+    def complete(
+        self, grid: Sequence[Setting], measure: Callable[[Setting], Row], *, progress: bool = False
+    ) -> list[Row]:
+        """Measure what is not finished, storing each row at once; all rows in the order of ``grid``."""
+        rows = self.finished()
+        pending = [setting for setting in grid if setting.name not in rows]
+        with tqdm(pending, unit="setting", disable=not progress or not pending) as bar:
+            for setting in bar:
+                bar.set_description(setting.name)
+                rows[setting.name] = measure(setting)
+                write_text(self._row_path(setting.name), json.dumps(asdict(rows[setting.name]), indent=2) + "\n")
+        return [rows[setting.name] for setting in grid]
+
+    def _row_path(self, name: str) -> Path:
+        return self.folder / ROWS_FOLDER / f"{name}.json"
+
+    def _claim(self, settings: dict[str, Any], fresh: bool) -> None:
+        """Refuse a folder of something else; empty it if ``fresh``."""
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return
+        try:
+            stored = json.loads((self.folder / SETTINGS_FILE).read_text("utf-8"))
+        except (OSError, ValueError):
+            raise BenchmarkError(f"{self.folder} exists and is not a benchmark run; choose another --run") from None
+        if fresh:
+            shutil.rmtree(self.folder)
+        elif stored != settings:
+            keys = sorted(key for key in stored.keys() | settings.keys() if stored.get(key) != settings.get(key))
+            changes = "; ".join(f"{key}: {stored.get(key)} then, {settings.get(key)} now" for key in keys)
+            raise BenchmarkError(
+                f"{self.folder} was made with other settings ({changes}); choose another --run, or --fresh to redo it"
+            )

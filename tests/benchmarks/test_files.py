@@ -1,0 +1,75 @@
+import stat
+import zipfile
+
+import pytest
+import torch
+
+from benchmarks import BenchmarkError
+from benchmarks.files import atomic_path, digest_tensors, digest_text, extract_zip, write_text
+
+
+def make_zip(path, *entries):
+    with zipfile.ZipFile(path, "w") as opened:
+        opened.writestr("train/first.txt", "first")
+        for entry in entries:
+            opened.writestr(entry, "content")
+    return path
+
+
+def test_zip_is_extracted(tmp_path):
+    extract_zip(make_zip(tmp_path / "good.zip", "test/second.txt", "test/a..b.txt"), tmp_path / "out")
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.txt")}
+    assert found == {"train/first.txt", "test/second.txt", "test/a..b.txt"}
+
+
+@pytest.mark.parametrize(
+    "name", ["../out.txt", "train/../../out.txt", "/tmp/out.txt", "..\\out.txt", "C:\\out.txt", "C:out.txt"]
+)
+def test_zip_entry_outside_is_refused_before_anything_is_extracted(tmp_path, name):
+    archive = make_zip(tmp_path / "bad.zip", name)
+    with pytest.raises(BenchmarkError, match=r"bad\.zip: entry .*out\.txt' points outside.*nothing was extracted"):
+        extract_zip(archive, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+def test_zip_with_symbolic_link_is_refused(tmp_path):
+    link = zipfile.ZipInfo("train/link")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with pytest.raises(BenchmarkError, match=r"entry 'train/link' is a symbolic link"):
+        extract_zip(make_zip(tmp_path / "bad.zip", link), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_zip_is_refused(tmp_path):
+    (tmp_path / "no.zip").write_bytes(b"no archive")
+    with pytest.raises(BenchmarkError, match=r"no\.zip cannot be read as a zip archive"):
+        extract_zip(tmp_path / "no.zip", tmp_path / "out")
+
+
+def test_interrupted_write_leaves_the_old_file_alone(tmp_path):
+    target = tmp_path / "file.txt"
+    write_text(target, "old")
+
+    def interrupted():
+        with atomic_path(target) as temporary:
+            temporary.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_digests_tell_apart():
+    assert digest_text("ab", "c") != digest_text("a", "bc")
+    values = torch.arange(6.0)
+    digests = [
+        digest_tensors({"a": values}),
+        digest_tensors({"b": values}),
+        digest_tensors({"a": values.view(2, 3)}),
+        digest_tensors({"a": values.double()}),
+        digest_tensors({"a": values + 1}),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digest_tensors({"a": values, "b": values[0]}) == digest_tensors({"b": values[0], "a": values.clone()})
