@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import torch
@@ -86,7 +85,7 @@ class ActivationQuantizer(nn.Module):
 
     def mix(self, x: Tensor, otherwise: Tensor | None = None) -> Tensor:
         """Quantized ``x`` where a coin of probability :attr:`keep` says so, else ``otherwise`` (or ``x`` itself)."""
-        mask = None if self.keep >= 1 else coin_flips(x.shape, self.keep, x.dtype, x.device, self.generator)
+        mask = None if self.keep >= 1 else coin_flips(x, self.keep, self.generator)
         return _QuantizeOrKeep.apply(x, otherwise, self.scale, self._lowest, self._lowest + self.levels, mask)
 
     @contextlib.contextmanager
@@ -103,21 +102,20 @@ class ActivationQuantizer(nn.Module):
         return f"bits={self.bits}"
 
 
-def coin_flips(
-    shape: torch.Size,
-    probability: float,
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Zeros and ones of ``shape``, ones with ``probability`` (to the nearest 1/256: an element costs one random byte).
+def coin_flips(like: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
+    """Zeros and ones in the shape, type and memory format of ``like``, ones with ``probability``.
 
-    Numbers and not booleans: on the CPU, arithmetic with booleans and ``torch.where`` take 5 to 30 times as long.
+    An element costs one random byte, so the probability is rounded to the nearest 1/256. Numbers and not booleans: on
+    the CPU, arithmetic with booleans and ``torch.where`` take 5 to 30 times as long.
     """
-    count = math.prod(shape)
-    words = torch.empty(-(-count // 8), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    flips = words.view(torch.uint8)[:count].to(dtype)
-    return flips.neg_().add_(round(probability * 256)).clamp_(0, 1).view(shape)
+    count = like.numel()
+    words = torch.empty(-(-count // 8), dtype=torch.int64, device=like.device)
+    words.random_(-(2**63), None, generator=generator)
+    flips = words.view(torch.uint8)[:count].to(like.dtype).neg_().add_(round(probability * 256)).clamp_(0, 1)
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        batch, channels, height, width = like.shape
+        return flips.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return flips.view(like.shape)
 
 
 class _QuantizeOrKeep(torch.autograd.Function):

@@ -153,7 +153,7 @@ class _UnitRun:
         if self._entry is not None and self._stage.quantize_activations:
             return self._entry.mix(x, fp_input[chosen] if keep < 1 else None)
         if keep < 1:
-            return torch.lerp(fp_input[chosen], x, coin_flips(x.shape, keep, x.dtype, x.device, self._generator))
+            return torch.lerp(fp_input[chosen], x, coin_flips(x, keep, self._generator))
         return x
 
     def _batches(self, count: int) -> Iterator[Tensor]:

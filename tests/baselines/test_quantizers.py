@@ -39,7 +39,7 @@ def test_hand_computed_values():
 def test_mix_and_its_gradients_equal_the_reference(quantizer, keep, constant):
     x, other, weight = (values(64, 30, seed=s) for s in range(3))
     x.requires_grad_(True)
-    mask = coin_flips(x.shape, keep, x.dtype, x.device, torch.Generator().manual_seed(7))
+    mask = coin_flips(x, keep, torch.Generator().manual_seed(7))
     with quantizer.training_with(keep, False, torch.Generator().manual_seed(7)):
         out = quantizer.mix(x, other if constant else None)
     (out * weight).sum().backward()
@@ -68,7 +68,7 @@ def test_gradcheck_between_two_roundings():
 def test_coin_flips_are_fair_and_seeded(probability):
     def flip():
         generator = torch.Generator().manual_seed(5)
-        return coin_flips(torch.Size((101, 203)), probability, torch.float32, torch.device("cpu"), generator)
+        return coin_flips(torch.empty(101, 203), probability, generator)
 
     flips = flip()
     assert set(flips.unique().tolist()) <= {0.0, 1.0}
@@ -115,3 +115,9 @@ def test_rounding_gradient_moves_one_weight_only():
     (soft,), _ = rounding.soft()
     soft[1, 2].backward()
     assert rounding.logit.grad.nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
+def test_coin_flips_lie_in_memory_as_what_they_are_for(layout):
+    x = torch.empty(2, 3, 4, 5).to(memory_format=layout)
+    assert coin_flips(x, 0.5, None).stride() == x.stride()
