@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks import BenchmarkError
 from benchmarks.data import Dataset, load_cifar10, load_digits
 from benchmarks.environment import describe_machine, source_digest, versions
-from benchmarks.evaluate import Protocol, Row, Setting, measure
+from benchmarks.evaluate import Measurement, Protocol, Setting, measure
 from benchmarks.files import digest_tensors
 from benchmarks.models import check_outputs, create_model, load_weights
 from benchmarks.options import parse
@@ -56,14 +56,17 @@ def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if done := len(run.finished()):
         print(f"resuming {run.folder}: {done} of {len(grid)} rows are finished already")
 
-    def work(setting: Setting) -> Row:
+    def work(setting: Setting) -> Measurement:
         return measure(setting, protocol, dataset, args.model, model, progress=progress)
 
-    rows = run.complete(grid, work, progress=progress)
-    write_report(run.folder, rows)
+    measured = run.complete(grid, work, progress=progress)
+    write_report(run.folder, measured)
+    rows = [measurement.row for measurement in measured]
     if done < len(grid):
         write_environment(run.folder, _environment(argv, args.seeds, time.perf_counter() - started) | settings)
-    print(f"\n{title(rows)}\n\n{to_table(rows)}\n\nwritten to {run.folder}: results.csv, .json, .md, environment.json")
+    print(
+        f"\n{title(rows)}\n\n{to_table(measured)}\n\nwritten to {run.folder}: results.csv, .json, .md, environment.json"
+    )
 
 
 def _load_model(args: argparse.Namespace, dataset: Dataset) -> nn.Module:

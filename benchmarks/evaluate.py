@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor, nn
 
 from baselines import quantize
@@ -72,9 +73,26 @@ class Row:
 COLUMNS = tuple(field.name for field in fields(Row))
 
 
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """A row and the predicted classes that it was computed from.
+
+    ``predictions`` holds int16 tensors ``(n_eval,)``: ``labels``, and one for each score of the row (``fp``, ``lq``,
+    ``plain_affine``, ``cat_paper``, ``cat``).
+    """
+
+    row: Row
+    predictions: dict[str, Tensor]
+
+    def gain(self) -> Tensor:
+        """``(n_eval,)`` float64: 1 where CAT put an image right, -1 where it put one wrong."""
+        labels = self.predictions["labels"]
+        return (self.predictions["cat"] == labels).double() - (self.predictions["lq"] == labels).double()
+
+
 def measure(
     setting: Setting, protocol: Protocol, dataset: Dataset, model_name: str, fp_model: nn.Module, *, progress: bool
-) -> Row:
+) -> Measurement:
     """Quantize ``fp_model`` as ``setting`` says and score it alone and with every correction.
 
     Training images are split by the setting's seed; the labels of the images that quantization and corrections see
@@ -96,14 +114,28 @@ def measure(
     fit_q, fit_f = _paired_logits(quantized, fp_model, dataset.train_images[cat].to(device))
     test_q, test_f = _paired_logits(quantized, fp_model, dataset.test_images.to(device))
 
-    def corrected_top1(config: CATConfig) -> float:
-        return top1(fit_cluster_affine(fit_q, fit_f, config)(test_q), dataset.test_labels)
+    def corrected(config: CATConfig) -> Tensor:
+        return fit_cluster_affine(fit_q, fit_f, config)(test_q)
 
-    lq_top1 = top1(test_q, dataset.test_labels)
-    cat_top1 = corrected_top1(CATConfig(seed=seed))
-    paper = CATConfig.paper(num_clusters=PAPER_CLUSTERS, seed=seed) if protocol.n_cat >= PAPER_CLUSTERS else None
+    logits = {
+        "fp": test_f,
+        "lq": test_q,
+        "plain_affine": corrected(CATConfig.paper(num_clusters=1, alpha=1.0, seed=seed)),
+        "cat": corrected(CATConfig(seed=seed)),
+    }
+    if protocol.n_cat >= PAPER_CLUSTERS:
+        logits["cat_paper"] = corrected(CATConfig.paper(num_clusters=PAPER_CLUSTERS, seed=seed))
+    predictions = {name: values.argmax(1).to(torch.int16) for name, values in logits.items()}
+    predictions["labels"] = dataset.test_labels.to(torch.int16)
+    return Measurement(_row(setting, protocol, dataset.name, model_name, predictions), predictions)
+
+
+def _row(
+    setting: Setting, protocol: Protocol, dataset_name: str, model_name: str, predictions: dict[str, Tensor]
+) -> Row:
+    scores = {name: top1(classes, predictions["labels"]) for name, classes in predictions.items() if name != "labels"}
     return Row(
-        dataset=dataset.name,
+        dataset=dataset_name,
         model=model_name,
         method=setting.method,
         w_bits=setting.w_bits,
@@ -112,19 +144,19 @@ def measure(
         iters=protocol.iters,
         n_calib=protocol.n_calib,
         n_cat=protocol.n_cat,
-        n_eval=len(dataset.test_labels),
-        fp_top1=top1(test_f, dataset.test_labels),
-        lq_top1=lq_top1,
-        plain_affine_top1=corrected_top1(CATConfig.paper(num_clusters=1, alpha=1.0, seed=seed)),
-        cat_paper_top1=corrected_top1(paper) if paper else None,
-        cat_top1=cat_top1,
-        cat_delta=round(cat_top1 - lq_top1, 4),
+        n_eval=len(predictions["labels"]),
+        fp_top1=scores["fp"],
+        lq_top1=scores["lq"],
+        plain_affine_top1=scores["plain_affine"],
+        cat_paper_top1=scores.get("cat_paper"),
+        cat_top1=scores["cat"],
+        cat_delta=round(scores["cat"] - scores["lq"], 4),
     )
 
 
-def top1(logits: Tensor, labels: Tensor) -> float:
-    """Percentage of rows of ``logits`` ``(N, C)`` whose largest entry is at the label ``(N,)``; 4 decimals."""
-    return round(100 * (logits.argmax(1) == labels).double().mean().item(), 4)
+def top1(predicted: Tensor, labels: Tensor) -> float:
+    """Percentage of ``predicted`` classes ``(N,)`` that are the labels ``(N,)``; 4 decimals."""
+    return round(100 * (predicted == labels).double().mean().item(), 4)
 
 
 def _paired_logits(quantized: nn.Module, fp_model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,18 +10,22 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evaluate import COLUMNS, Row
-from benchmarks.files import write_text
+import torch
 
-HEADER = ("method", "bits", "FP", "low-bit", "+ plain affine", "+ CAT (paper)", "+ CAT", "gain of CAT")
+from benchmarks.evaluate import COLUMNS, Measurement, Row
+from benchmarks.files import write_text
+from cat_plugin.metrics import bootstrap_interval
+
+HEADER = ("method", "bits", "FP", "low-bit", "+ plain affine", "+ CAT (paper)", "+ CAT", "gain of CAT", "95 % interval")
 SCORES = ("fp_top1", "lq_top1", "plain_affine_top1", "cat_paper_top1", "cat_top1")
 
 
-def write_report(folder: Path, rows: Sequence[Row]) -> None:
+def write_report(folder: Path, measured: Sequence[Measurement]) -> None:
     """Write ``results.csv``, ``results.json`` and ``results.md``, each whole or not at all."""
+    rows = [measurement.row for measurement in measured]
     write_text(folder / "results.csv", to_csv(rows))
     write_text(folder / "results.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    write_text(folder / "results.md", f"{title(rows)}\n\n{to_table(rows)}\n")
+    write_text(folder / "results.md", f"{title(rows)}\n\n{to_table(measured)}\n")
 
 
 def write_environment(folder: Path, environment: dict[str, Any]) -> None:
@@ -49,20 +53,23 @@ def title(rows: Sequence[Row]) -> str:
     )
 
 
-def to_table(rows: Sequence[Row]) -> str:
-    """Markdown table, padded so that it also reads well on a console; one line a method and bit setting."""
+def to_table(measured: Sequence[Measurement]) -> str:
+    """Markdown table, padded so that it also reads well on a console; one line a method and bit setting.
 
-    def cell(row: Row) -> tuple[str, int, int]:
-        return row.method, row.w_bits, row.a_bits
+    The interval of the gain is a paired bootstrap over test images, of each image's mean over the seeds.
+    """
 
-    order = list(dict.fromkeys(cell(row) for row in rows))
-    by_setting = groupby(sorted(rows, key=lambda row: order.index(cell(row))), key=cell)
+    def cell(measurement: Measurement) -> tuple[str, int, int]:
+        return measurement.row.method, measurement.row.w_bits, measurement.row.a_bits
+
+    order = list(dict.fromkeys(map(cell, measured)))
     lines = [HEADER]
-    for (method, w_bits, a_bits), group in by_setting:
+    for (method, w_bits, a_bits), group in groupby(sorted(measured, key=lambda m: order.index(cell(m))), key=cell):
         seeds = list(group)
-        scores = [_over_seeds([getattr(row, score) for row in seeds]) for score in SCORES]
-        gain = _over_seeds([row.cat_delta for row in seeds], sign="+")
-        lines.append((method, f"W{w_bits}A{a_bits}", *scores, gain))
+        scores = [_over_seeds([getattr(seed.row, score) for seed in seeds]) for score in SCORES]
+        gain = _over_seeds([seed.row.cat_delta for seed in seeds], sign="+")
+        low, high = bootstrap_interval(100 * torch.stack([seed.gain() for seed in seeds]).mean(0))
+        lines.append((method, f"W{w_bits}A{a_bits}", *scores, gain, f"{low:+.2f} to {high:+.2f}"))
     return _align(lines)
 
 

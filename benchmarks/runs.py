@@ -8,11 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from benchmarks import BenchmarkError
-from benchmarks.evaluate import Row, Setting
-from benchmarks.files import digest_text, write_text
+from benchmarks.evaluate import Measurement, Row, Setting
+from benchmarks.files import atomic_path, digest_text, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -48,31 +50,36 @@ class Run:
         write_text(run.folder / SETTINGS_FILE, text + "\n")
         return run
 
-    def finished(self) -> dict[str, Row]:
-        """The stored rows by the name of their setting."""
-        rows = {}
+    def finished(self) -> dict[str, Measurement]:
+        """What is stored, by the name of the setting."""
+        found = {}
         for path in sorted((self.folder / ROWS_FOLDER).glob("*.json")):
             try:
-                rows[path.stem] = Row(**json.loads(path.read_text("utf-8")))
-            except (ValueError, TypeError) as error:
+                row = Row(**json.loads(path.read_text("utf-8")))
+                found[path.stem] = Measurement(row, load_file(path.with_suffix(".safetensors")))
+            except (ValueError, TypeError, OSError, SafetensorError) as error:
                 logger.warning("measuring again, the stored row %s is unreadable: %s", path.stem, error)
-        return rows
+        return found
 
     def complete(
-        self, grid: Sequence[Setting], measure: Callable[[Setting], Row], *, progress: bool = False
-    ) -> list[Row]:
-        """Measure what is not finished, storing each row at once; all rows in the order of ``grid``."""
-        rows = self.finished()
-        pending = [setting for setting in grid if setting.name not in rows]
+        self, grid: Sequence[Setting], measure: Callable[[Setting], Measurement], *, progress: bool = False
+    ) -> list[Measurement]:
+        """Measure what is not finished, storing it at once; all measurements in the order of ``grid``."""
+        found = self.finished()
+        pending = [setting for setting in grid if setting.name not in found]
         with tqdm(pending, unit="setting", disable=not progress or not pending) as bar:
             for setting in bar:
                 bar.set_description(setting.name)
-                rows[setting.name] = measure(setting)
-                write_text(self._row_path(setting.name), json.dumps(asdict(rows[setting.name]), indent=2) + "\n")
-        return [rows[setting.name] for setting in grid]
+                found[setting.name] = measure(setting)
+                self._store(setting.name, found[setting.name])
+        return [found[setting.name] for setting in grid]
 
-    def _row_path(self, name: str) -> Path:
-        return self.folder / ROWS_FOLDER / f"{name}.json"
+    def _store(self, name: str, measurement: Measurement) -> None:
+        """The row last: where it is, the predictions are, too."""
+        folder = self.folder / ROWS_FOLDER
+        with atomic_path(folder / f"{name}.safetensors") as temporary:
+            save_file(measurement.predictions, temporary)
+        write_text(folder / f"{name}.json", json.dumps(asdict(measurement.row), indent=2) + "\n")
 
     def _claim(self, settings: dict[str, Any], fresh: bool) -> None:
         """Refuse a folder of something else; empty it if ``fresh``."""

@@ -59,12 +59,22 @@ def paired_statistics(lq_correct: Tensor, cat_correct: Tensor, seed: int = 0) ->
     lq_correct, cat_correct = lq_correct.bool(), cat_correct.bool()
     images = len(lq_correct)
     won, lost = int((cat_correct & ~lq_correct).sum()), int((lq_correct & ~cat_correct).sum())
-    # Resampling images with replacement draws the three counts from a multinomial distribution.
-    shares = np.array([won, lost, images - won - lost]) / images
-    counts = np.random.default_rng(seed).multinomial(images, shares, size=BOOTSTRAP_SAMPLES)
-    low, high = np.percentile(100.0 * (counts[:, 0] - counts[:, 1]) / images, [2.5, 97.5])
+    low, high = bootstrap_interval(100.0 * (cat_correct.double() - lq_correct.double()), seed)
     p_value = binomtest(won, won + lost).pvalue if won + lost else 1.0
-    return PairedStatistics(images, 100.0 * (won - lost) / images, float(low), float(high), float(p_value), won, lost)
+    return PairedStatistics(images, 100.0 * (won - lost) / images, low, high, float(p_value), won, lost)
+
+
+def bootstrap_interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of `differences` (N,), resampled with replacement.
+
+    Takes differences of few distinct values, such as those of correctness: a resample is then one draw of how often
+    each value comes, from a multinomial distribution.
+    """
+    values, counts = np.unique(differences.double().numpy(), return_counts=True)
+    images = counts.sum()
+    draws = np.random.default_rng(seed).multinomial(images, counts / images, size=BOOTSTRAP_SAMPLES)
+    low, high = np.percentile(draws @ values / images, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def percent(correct: Tensor) -> float:

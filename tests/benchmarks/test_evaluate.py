@@ -27,8 +27,13 @@ def model(digits, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def row(digits, model):
+def measurement(digits, model):
     return measure(SETTING, PROTOCOL, digits, "resnet8", model, progress=False)
+
+
+@pytest.fixture(scope="module")
+def row(measurement):
+    return measurement.row
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,14 @@ def test_scores_equal_those_by_hand(row, logits, digits):
     assert len(set(expected.values())) == len(expected), "equal figures would hide a mix-up"
 
 
+def test_predictions_recompute_the_row(measurement, digits):
+    predictions, row = measurement.predictions, measurement.row
+    assert torch.equal(predictions["labels"].long(), digits.test_labels)
+    for name in ("fp", "lq", "plain_affine", "cat_paper", "cat"):
+        assert top1(predictions[name], predictions["labels"]) == getattr(row, f"{name}_top1")
+    assert 100 * measurement.gain().mean().item() == pytest.approx(row.cat_delta, abs=1e-3)
+
+
 def test_row_says_what_was_measured(row):
     found = (row.dataset, row.model, row.method, row.w_bits, row.a_bits, row.seed)
     assert found == ("digits", "resnet8", "rtn", 2, 4, 3)
@@ -76,8 +89,8 @@ def test_row_says_what_was_measured(row):
 
 def test_paper_mode_needs_as_many_images_as_clusters(digits, model):
     few, enough = (Protocol(iters=1, n_calib=64, n_cat=n_cat) for n_cat in (63, 64))
-    assert measure(SETTING, few, digits, "resnet8", model, progress=False).cat_paper_top1 is None
-    assert measure(SETTING, enough, digits, "resnet8", model, progress=False).cat_paper_top1 is not None
+    assert measure(SETTING, few, digits, "resnet8", model, progress=False).row.cat_paper_top1 is None
+    assert measure(SETTING, enough, digits, "resnet8", model, progress=False).row.cat_paper_top1 is not None
 
 
 def test_each_correction_is_fitted_on_the_images_meant_for_it(digits, model, monkeypatch):
@@ -106,6 +119,5 @@ def test_each_correction_is_fitted_on_the_images_meant_for_it(digits, model, mon
 
 
 def test_top1_is_a_percentage():
-    logits = torch.eye(3)
-    assert top1(logits, torch.tensor([0, 1, 0])) == pytest.approx(66.6667)
-    assert top1(logits, torch.arange(3)) == 100
+    assert top1(torch.arange(3), torch.tensor([0, 1, 0])) == pytest.approx(66.6667)
+    assert top1(torch.arange(3), torch.arange(3)) == 100

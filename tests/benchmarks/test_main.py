@@ -8,7 +8,7 @@ import torch
 
 import benchmarks.__main__ as command_line
 from benchmarks.models import create_model
-from tests.benchmarks.rows import make_row
+from tests.benchmarks.rows import make_measurement
 
 ALL_FILES = ["environment.json", "results.csv", "results.json", "results.md", "rows", "settings.json"]
 
@@ -64,7 +64,7 @@ def test_resumed_run_ends_with_the_same_table(tiny, tmp_path, monkeypatch, capsy
 @pytest.fixture
 def free(tiny, monkeypatch):
     """The tiny run with rows that cost nothing."""
-    monkeypatch.setattr(command_line, "measure", lambda setting, *args, **kwargs: make_row(setting))
+    monkeypatch.setattr(command_line, "measure", lambda setting, *args, **kwargs: make_measurement(setting))
     return tiny
 
 

@@ -3,14 +3,14 @@ import pytest
 from benchmarks import BenchmarkError
 from benchmarks.evaluate import Setting
 from benchmarks.runs import Run
-from tests.benchmarks.rows import make_row
+from tests.benchmarks.rows import make_measurement, same
 
 SETTINGS = {"dataset": "digits", "model": "resnet8", "versions": {"torch": "2.4"}}
 GRID = [Setting("rtn", 2, 2, seed) for seed in range(4)]
 
 
 def measure(setting):
-    return make_row(setting, lq_top1=90.0 + setting.seed)
+    return make_measurement(setting, won=10 + setting.seed, lq_top1=90.0 + setting.seed)
 
 
 def failing_at(seed):
@@ -33,10 +33,10 @@ def test_stopped_run_goes_on_where_it_stopped(tmp_path):
     again = Run.open(tmp_path, SETTINGS)
     assert sorted(again.finished()) == [setting.name for setting in GRID[:2]]
     measured = []
-    rows = again.complete(GRID, lambda setting: (measured.append(setting), measure(setting))[1])
-    assert measured == GRID[2:]
-    assert rows == [measure(setting) for setting in GRID]
-    assert Run.open(tmp_path, SETTINGS).complete(GRID, never) == rows
+    found = again.complete(GRID, lambda setting: (measured.append(setting), measure(setting))[1])
+    assert measured == GRID[2:] and len(found) == len(GRID)
+    assert all(map(same, found, map(measure, GRID)))
+    assert all(map(same, found, Run.open(tmp_path, SETTINGS).complete(GRID, never)))
 
 
 def test_unreadable_row_is_measured_again(tmp_path, caplog):
@@ -44,8 +44,10 @@ def test_unreadable_row_is_measured_again(tmp_path, caplog):
     run.complete(GRID, measure)
     (run.folder / "rows" / f"{GRID[1].name}.json").write_text('{"dataset": "dig')
     (run.folder / "rows" / f"{GRID[2].name}.json").write_text('{"dataset": "digits"}')
-    assert len(run.finished()) == 2
-    assert run.complete(GRID, measure) == [measure(setting) for setting in GRID]
+    (run.folder / "rows" / f"{GRID[3].name}.safetensors").write_bytes(b"\x08")
+    (run.folder / "rows" / f"{GRID[0].name}.safetensors").unlink()
+    assert not run.finished()
+    assert all(map(same, run.complete(GRID, measure), map(measure, GRID)))
     assert "the stored row rtn-w2a2-seed1 is unreadable" in caplog.text
 
 
