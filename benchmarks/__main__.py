@@ -57,7 +57,7 @@ def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
         print(f"resuming {run.folder}: {done} of {len(grid)} rows are finished already")
 
     def work(setting: Setting) -> Measurement:
-        return measure(setting, protocol, dataset, args.model, model, progress=progress)
+        return measure(setting, protocol, dataset, args.model, model, cache=args.cache, progress=progress)
 
     measured = run.complete(grid, work, progress=progress)
     write_report(run.folder, measured)

@@ -23,9 +23,9 @@ def versions() -> dict[str, str]:
     return own | {name: metadata.version(name) for name in LIBRARIES}
 
 
-def source_digest() -> str:
-    """Digest of all Python files of the three packages: changes with any edit."""
-    paths = sorted(path for package in SOURCES for path in (ROOT / package).rglob("*.py"))
+def source_digest(*packages: str) -> str:
+    """Digest of all Python files of ``packages``, by default of all three: changes with any edit."""
+    paths = sorted(path for package in packages or SOURCES for path in (ROOT / package).rglob("*.py"))
     return digest_text(
         *(text for path in paths for text in (path.relative_to(ROOT).as_posix(), path.read_text("utf-8")))
     )

@@ -1,12 +1,13 @@
 """One row of the table: quantize, fit the corrections on other training images, score on the test images."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from baselines import quantize
 from benchmarks.data import Dataset, split_calibration
+from benchmarks.quantized import quantized_model
 from cat_plugin import CATConfig, fit_cluster_affine
 from cat_plugin.collect import collect_outputs
 
@@ -91,18 +92,26 @@ class Measurement:
 
 
 def measure(
-    setting: Setting, protocol: Protocol, dataset: Dataset, model_name: str, fp_model: nn.Module, *, progress: bool
+    setting: Setting,
+    protocol: Protocol,
+    dataset: Dataset,
+    model_name: str,
+    fp_model: nn.Module,
+    *,
+    cache: Path | None = None,
+    progress: bool = False,
 ) -> Measurement:
     """Quantize ``fp_model`` as ``setting`` says and score it alone and with every correction.
 
     Training images are split by the setting's seed; the labels of the images that quantization and corrections see
-    are not used.
+    are not used. Quantized networks are kept in ``cache`` and taken from it.
     """
     calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
     device, seed = protocol.device, setting.seed
-    quantized = quantize(
+    quantized = quantized_model(
         fp_model,
         dataset.train_images[calib].to(device),
+        cache,
         method=setting.method,
         w_bits=setting.w_bits,
         a_bits=setting.a_bits,

@@ -95,17 +95,17 @@ def test_paper_mode_needs_as_many_images_as_clusters(digits, model):
 
 def test_each_correction_is_fitted_on_the_images_meant_for_it(digits, model, monkeypatch):
     """Neither quantization nor a fit may see a test image, nor a fit an image that quantization was tuned on."""
-    seen, real_quantize, real_fit = {}, evaluate.quantize, evaluate.fit_cluster_affine
+    seen, real_quantize, real_fit = {}, evaluate.quantized_model, evaluate.fit_cluster_affine
 
-    def spy_quantize(fp_model, images, **options):
+    def spy_quantize(fp_model, images, *args, **options):
         seen["calib"] = images
-        return real_quantize(fp_model, images, **options)
+        return real_quantize(fp_model, images, *args, **options)
 
     def spy_fit(q, f, config):
         seen.setdefault("fits", {})[config] = f
         return real_fit(q, f, config)
 
-    monkeypatch.setattr(evaluate, "quantize", spy_quantize)
+    monkeypatch.setattr(evaluate, "quantized_model", spy_quantize)
     monkeypatch.setattr(evaluate, "fit_cluster_affine", spy_fit)
     measure(SETTING, PROTOCOL, digits, "resnet8", model, progress=False)
     calib, cat = split_calibration(1297, 64, 512, seed=3)

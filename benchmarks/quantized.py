@@ -1,0 +1,46 @@
+"""Quantized networks, kept as safetensors files: another look at corrections need not quantize again."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from baselines import quantize
+from benchmarks.environment import source_digest, versions
+from benchmarks.files import atomic_path, digest_tensors, digest_text
+
+logger = logging.getLogger(__name__)
+
+
+def quantized_model(
+    fp_model: nn.Module, images: Tensor, cache: Path | None = None, *, progress: bool = False, **options: Any
+) -> nn.Module:
+    """``quantize(fp_model, images, **options)``, from ``cache`` where the same call has been made before.
+
+    A file is found again only while nothing that quantization depends on has changed: weights, images, options,
+    device, library versions and the sources of ``baselines``. An unreadable file is made anew.
+    """
+    if cache is None:
+        return quantize(fp_model, images, progress=progress, **options)
+    path = cache / "quantized" / f"{_key(fp_model, images, options)}.safetensors"
+    if path.is_file():
+        try:
+            # Rounding to nearest costs a pass over the images and makes a network of the same structure.
+            network = quantize(fp_model, images, **(options | {"method": "rtn"}))
+            network.load_state_dict({name: tensor.to(images.device) for name, tensor in load_file(path).items()})
+            return network
+        except (OSError, SafetensorError, RuntimeError) as error:
+            logger.warning("quantizing again, the cached network is unusable: %s", error)
+    network = quantize(fp_model, images, progress=progress, **options)
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.clone() for name, tensor in network.state_dict().items()}, temporary)
+    return network
+
+
+def _key(fp_model: nn.Module, images: Tensor, options: dict[str, Any]) -> str:
+    inputs = digest_tensors(fp_model.state_dict()), digest_tensors({"images": images})
+    environment = repr((type(fp_model).__qualname__, images.device.type, versions(), sorted(options.items())))
+    return digest_text(*inputs, environment, source_digest("baselines"))

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from benchmarks import quantized
+from benchmarks.models import create_model
+from benchmarks.quantized import quantized_model
+
+OPTIONS = {"method": "qdrop", "w_bits": 2, "a_bits": 2, "iters": 2, "batch_size": 8, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return create_model("resnet8", 10, seed=1).eval()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The methods of all quantizations that were really made."""
+    methods, real = [], quantized.quantize
+
+    def spy(*args, **options):
+        methods.append(options["method"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(quantized, "quantize", spy)
+    return methods
+
+
+def test_cached_network_is_the_same_and_not_made_again(model, images, made, tmp_path):
+    first = quantized_model(model, images, tmp_path, **OPTIONS)
+    second = quantized_model(model, images, tmp_path, **OPTIONS)
+    assert made == ["qdrop", "rtn"]
+    assert torch.equal(first(images), second(images))
+    assert torch.equal(first(images), quantized_model(model, images, **OPTIONS)(images))
+
+
+@pytest.mark.parametrize("change", ["option", "images", "weights", "sources"])
+def test_any_change_makes_a_new_network(model, images, made, tmp_path, monkeypatch, change):
+    quantized_model(model, images, tmp_path, **OPTIONS)
+    if change == "weights":
+        model = create_model("resnet8", 10, seed=2).eval()
+    if change == "sources":
+        monkeypatch.setattr(quantized, "source_digest", lambda *packages: "other")
+    images = images + 1 if change == "images" else images
+    quantized_model(model, images, tmp_path, **(OPTIONS | ({"seed": 1} if change == "option" else {})))
+    assert made == ["qdrop", "qdrop"]
+
+
+def test_truncated_file_is_replaced(model, images, made, tmp_path, caplog):
+    quantized_model(model, images, tmp_path, **OPTIONS)
+    (path,) = (tmp_path / "quantized").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    quantized_model(model, images, tmp_path, **OPTIONS)
+    assert "the cached network is unusable" in caplog.text
+    assert path.read_bytes() == whole
