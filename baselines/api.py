@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from baselines.capture import gather_inputs
-from baselines.convert import folded_copy, quantized_copy, set_activation_ranges
-from baselines.recipes import RECIPES
+from baselines.convert import HALF, folded_copy, quantized_copy, set_activation_ranges
+from baselines.recipes import RECIPES, Recipe
 from baselines.reconstruct import RunSettings, reconstruct
 from baselines.specs import QuantSpec
 from baselines.trace import trace
@@ -51,13 +51,14 @@ def quantize(
             layer's weights and the last layer's weights and input have 8.
         iters: optimiser steps a unit and stage; by default the method's published number (20,000).
         batch_size: images a step.
-        seed: of everything random; the same seed, machine and versions give the same model.
+        seed: of everything random; the same seed, machine and versions give the same model (on a GPU as far as its
+            convolutions are deterministic, see ``torch.use_deterministic_algorithms``).
         range_method: ``"mse"`` or ``"minmax"``.
         progress: show a progress bar.
 
     Returns:
-        A new network of the same class and the same outputs' shape, in eval mode, on the same device, without
-        gradients. Its ``state_dict`` holds the hardened weights, scales and zero points.
+        A new network of the same class, device and type, in eval mode, without gradients and without the forward
+        hooks of ``fp_model``. Its ``state_dict`` holds the hardened weights, scales and zero points.
 
     Raises:
         ValueError: an unknown method or bit width, no calibration inputs, fewer of them than one batch, or nothing
@@ -74,31 +75,51 @@ def quantize(
     device, dtype = _placement(fp_model)
     with _random_state_kept():
         inputs = gather_inputs(calib_loader)
-    if inputs.is_floating_point():
-        inputs = inputs.to(dtype)
     if recipe.stages and len(inputs) < batch_size:
         raise ValueError(f"{len(inputs)} calibration inputs are fewer than one batch of {batch_size}")
-    generator = torch.Generator(device).manual_seed(seed)
+    with torch.inference_mode(False), torch.enable_grad():  # the caller may be inside of no_grad
+        settings = RunSettings(
+            iters=iters, batch_size=batch_size, capture_batch_size=max(batch_size, 64), progress=progress
+        )
+        network = _run(fp_model, _placed(inputs, device, dtype), recipe, spec, settings, seed)
+    logger.info(
+        "%s W%dA%d: %d images, %d steps a unit, %.1f s",
+        *(method, w_bits, a_bits, len(inputs), iters, time.perf_counter() - started),
+    )
+    return network.to(dtype) if dtype in HALF else network
 
-    # Convolutions run faster with channels last; the network that is returned is as usual again.
-    layout = torch.channels_last if inputs.dim() == 4 else torch.contiguous_format
-    inputs = inputs.to(device, memory_format=layout)
-    folded = folded_copy(fp_model, inputs[:_EXAMPLES]).to(memory_format=layout)
-    record = trace(folded, inputs[:_EXAMPLES])
+
+def _run(
+    fp_model: nn.Module, inputs: Tensor, recipe: Recipe, spec: QuantSpec, settings: RunSettings, seed: int
+) -> nn.Module:
+    generator = torch.Generator(inputs.device).manual_seed(seed)
+    example = inputs[:_EXAMPLES]
+    folded = folded_copy(fp_model, example)
+    _set_layout(folded, torch.channels_last)  # convolutions run faster so
+    record = trace(folded, example)
     blocks = find_blocks(folded, record)
     network = quantized_copy(folded, record, blocks, spec)
     units = find_units(folded, record, blocks, recipe.unit)
-    images = inputs[:_RANGE_IMAGES]
-    set_activation_ranges(folded, network, images, spec, batch_size=batch_size, generator=generator)
-    settings = RunSettings(
-        iters=iters, batch_size=batch_size, capture_batch_size=max(batch_size, 64), progress=progress
-    )
+    sample, batch_size = inputs[:_RANGE_IMAGES], settings.batch_size
+    set_activation_ranges(folded, network, sample, spec, batch_size=batch_size, generator=generator)
     reconstruct(folded, network, units, inputs, recipe, settings, generator)
-    logger.info(
-        "%s W%dA%d: %d units, %d images, %d steps a unit, %.1f s",
-        *(method, w_bits, a_bits, len(units), len(inputs), iters, time.perf_counter() - started),
-    )
-    return network.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
+    _set_layout(network, torch.contiguous_format)
+    return network.eval().requires_grad_(False)
+
+
+def _placed(inputs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Inputs where and how the engine wants them: images with channels last, nothing in half precision."""
+    if inputs.is_floating_point():
+        inputs = inputs.to(torch.float32 if dtype in HALF else dtype)
+    layout = torch.channels_last if inputs.dim() == 4 else torch.preserve_format
+    inputs = inputs.to(device, memory_format=layout)
+    return inputs.clone() if inputs.is_inference() else inputs
+
+
+def _set_layout(model: nn.Module, layout: torch.memory_format) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=layout)
 
 
 @contextlib.contextmanager

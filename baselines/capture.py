@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 _IMAGE_KEYS = ("pixel_values", "images", "image", "inputs", "input", "x")
+_LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 def gather_inputs(loader: Tensor | Iterable[object]) -> Tensor:
-    """All calibration inputs as one tensor ``(N, ...)`` on the CPU.
+    """All calibration inputs as one tensor ``(N, ...)``, on the CPU unless it was given as one tensor.
 
     Args:
         loader: a stacked tensor, or an iterable (``DataLoader``, list) of batches; a batch is a tensor, a tuple or
@@ -41,15 +42,18 @@ def gather_inputs(loader: Tensor | Iterable[object]) -> Tensor:
 
 
 def _input_of(batch: object) -> Tensor:
+    found = type(batch).__name__
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
-    if isinstance(batch, dict):
-        batch = next((batch[key] for key in _IMAGE_KEYS if key in batch), batch)
+    if isinstance(batch, Mapping):
+        found = f"dict with keys {sorted(map(str, batch))}"
+        inputs = {key: value for key, value in batch.items() if key not in _LABEL_KEYS}
+        known = [inputs[key] for key in _IMAGE_KEYS if key in inputs]
+        batch = known[0] if known else next(iter(inputs.values())) if len(inputs) == 1 else None
     if not isinstance(batch, Tensor):
-        found = f"dict with keys {sorted(map(str, batch))}" if isinstance(batch, dict) else type(batch).__name__
         raise ValueError(
             f"a calibration batch is a {found}; expected a tensor, a tuple that starts with one, or a dict with one "
-            f"of the keys {', '.join(_IMAGE_KEYS)}"
+            f"entry besides the label or one of the keys {', '.join(_IMAGE_KEYS)}"
         )
     return batch
 
@@ -122,8 +126,8 @@ class Stream:
             yield
 
 
-def _raise_arrived(x: Tensor, *args: object, **kwargs: object) -> None:
-    raise _Arrived(x)
+def _raise_arrived(*args: Tensor, **kwargs: Tensor) -> None:
+    raise _Arrived(*args, *kwargs.values())  # one tensor: units are called with nothing else
 
 
 def _returning(value: Tensor) -> Callable[..., Tensor]:

@@ -35,8 +35,8 @@ class QuantLayer(nn.Module):
         """The layer without the quantization of its input."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x if self.input_quantizer is None else self.input_quantizer(x))
+    def forward(self, input: Tensor) -> Tensor:  # named as in torch, for those who call layer(input=x)
+        return self.body(input if self.input_quantizer is None else self.input_quantizer(input))
 
     @property
     def current_weight(self) -> Tensor:
@@ -85,8 +85,18 @@ QUANTIZABLE: dict[type[nn.Module], type[QuantLayer]] = {
 
 
 def is_quantizable(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer that quantization replaces (exact types: a subclass may compute otherwise)."""
-    return type(module) in QUANTIZABLE
+    """Whether ``module`` is a layer that quantization replaces.
+
+    Exact types only, since a subclass may compute otherwise, and with a weight of its own, not one that is computed
+    anew for each pass (weight normalisation).
+    """
+    return type(module) in QUANTIZABLE and "weight" in module._parameters
+
+
+def looks_quantizable(module: nn.Module) -> bool:
+    """Whether a user would expect ``module`` to be quantized, though it may be of a kind that is not replaced."""
+    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+    return isinstance(module, kinds) and not isinstance(module, QuantLayer)
 
 
 def quantize_on_entry(block: nn.Module, args: tuple) -> tuple:

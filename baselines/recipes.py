@@ -31,7 +31,9 @@ class Recipe:
         keep_probability: probability that an element of an activation is quantized during reconstruction; the others
             take the FP value (1: always quantized).
         iters: optimiser steps a unit and stage.
-        rounding_lr, scale_lr: Adam's learning rates; that of the scales falls to zero along a cosine.
+        rounding_lr, scale_lr: Adam's learning rates; that of the scales falls to zero along a cosine. That of the
+            roundings is for ``iters`` steps, see :meth:`rounding_lr_for`.
+        max_rounding_lr: what shorter runs may raise it to.
         penalty_weight: of the rounding penalty, against the reconstruction error.
         warm_up: share of the steps without rounding penalty.
         beta: first and last exponent of the rounding penalty.
@@ -42,10 +44,20 @@ class Recipe:
     keep_probability: float = 1.0
     iters: int = 20_000
     rounding_lr: float = 1e-3
+    max_rounding_lr: float = 2e-2
     scale_lr: float = 4e-5
     penalty_weight: float = 0.01
     warm_up: float = 0.2
     beta: tuple[float, float] = field(default=(20.0, 2.0))
+
+    def rounding_lr_for(self, iters: int) -> float:
+        """The roundings' learning rate in a run of ``iters`` steps.
+
+        Adam moves a parameter by about its learning rate a step. At the published rate, a run much shorter than the
+        published one ends before the roundings have got to 0 or 1, and hardening them undoes what was learned; so a
+        shorter run gets a rate that takes them as far.
+        """
+        return min(self.rounding_lr * max(1.0, self.iters / iters), max(self.rounding_lr, self.max_rounding_lr))
 
 
 RTN = Recipe(stages=())

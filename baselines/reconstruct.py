@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,8 @@ def reconstruct(
         FloatingPointError: the loss of a unit became NaN or infinite; says which unit and which step.
     """
     if recipe.stages and settings.iters > 0:
+        layers_in_units = {name for unit in units for name in unit.layers}
+        _harden(network, quantized_layers(network).keys() - layers_in_units)
         device = generator.device
         fp_stream, stream = (Stream(m, inputs, settings.capture_batch_size, device) for m in (folded, network))
         with tqdm(total=len(units), unit="unit", disable=not settings.progress, leave=False) as bar:
@@ -69,8 +71,13 @@ def reconstruct(
                 bar.set_description(unit.name)
                 _advance(folded, network, unit, fp_stream, stream, recipe, settings, generator, bar)
                 bar.update()
-    for layer in quantized_layers(network).values():
-        layer.harden()  # to nearest; weights that are on the grid already stay where they are
+    _harden(network, quantized_layers(network))
+
+
+def _harden(network: nn.Module, names: Iterable[str]) -> None:
+    """Round the weights of these layers to nearest; those that are on the grid already stay where they are."""
+    for name in names:
+        network.get_submodule(name).harden()
 
 
 def _advance(folded, network, unit, fp_stream, stream, recipe, settings, generator, bar) -> None:
@@ -84,6 +91,8 @@ def _advance(folded, network, unit, fp_stream, stream, recipe, settings, generat
             target = activation(target.clone())
     data = _Data(fp_input, q_input, target)
     for stage in recipe.stages:
+        if not stage.rounding:
+            _harden(network, unit.layers)
         _UnitRun(network, unit, activation, recipe, stage, settings, generator).run(data, bar)
     stream.leave(module, q_input)
 
@@ -108,7 +117,7 @@ class _UnitRun:
         rounding = scales = None
         if stage.rounding and self._layers:
             rounding = Rounding([m.weight for m in self._layers], [m.weight_quantizer for m in self._layers])
-            rounding_optimizer = torch.optim.Adam([rounding.logit], lr=recipe.rounding_lr)
+            rounding_optimizer = torch.optim.Adam([rounding.logit], lr=recipe.rounding_lr_for(iters))
         if stage.activation_scales and stage.quantize_activations and self._quantizers:
             scales = [quantizer.scale for quantizer in self._quantizers]
             scale_optimizer = torch.optim.Adam(scales, lr=recipe.scale_lr)

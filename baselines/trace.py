@@ -1,24 +1,48 @@
-"""One forward pass, watched: which module was called when, and which tensor went from which module into which.
+"""One forward pass, watched: which module was called when, and which value went from which module into which.
 
-Tensors are recognised by identity, so no symbolic tracing is needed and any control flow will do.
+Values are recognised by the identity of their tensor and its version, which changes with every in-place operation. So
+no symbolic tracing is needed, and any control flow will do.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+class Value(NamedTuple):
+    """A tensor as it was at one moment."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Value:
+        return cls(tensor, tensor._version)
+
+    def same(self, other: Value | None) -> bool:
+        """Whether both are the same tensor with nothing written into it between."""
+        return other is not None and self.tensor is other.tensor and self.version == other.version
+
+
+@dataclass(frozen=True, eq=False)
 class Call:
-    """One call of one module. ``inputs`` and ``output`` hold the tensors themselves (compare with ``is``)."""
+    """One call of one module.
+
+    Attributes:
+        inputs: all tensors among the arguments; ``output`` is ``None`` unless it is one tensor.
+        simple: whether the call was ``module(tensor)``, with nothing else.
+        parents: names of the modules that were running.
+    """
 
     name: str
     module: nn.Module
-    inputs: tuple[Tensor, ...]
-    output: object
+    inputs: tuple[Value, ...]
+    output: Value | None
+    simple: bool
     parents: tuple[str, ...]
 
 
@@ -38,9 +62,9 @@ class Trace:
         """``names`` in the order in which the modules were first called; those never called are left out."""
         return sorted(set(names) & set(self.started), key=self.started.index)
 
-    def readers(self, tensor: Tensor, types: tuple[type[nn.Module], ...] = (nn.Module,)) -> list[Call]:
-        """Calls of modules of ``types`` that got ``tensor`` itself as an input."""
-        return [c for c in self.calls if isinstance(c.module, types) and any(t is tensor for t in c.inputs)]
+    def readers(self, value: Value) -> list[Call]:
+        """Calls of modules that got ``value`` as an input."""
+        return [call for call in self.calls if any(value.same(other) for other in call.inputs)]
 
 
 def tensors_in(*values: object) -> tuple[Tensor, ...]:
@@ -60,27 +84,26 @@ def tensors_in(*values: object) -> tuple[Tensor, ...]:
 def trace(model: nn.Module, x: Tensor) -> Trace:
     """Run ``model(x)`` and record every module call. The model's hooks are as before afterwards."""
     record = Trace()
-    stack: list[str] = []
+    running: list[tuple[str, tuple[Value, ...], bool]] = []
     handles = []
 
     def enter(name: str):
         def hook(module, args, kwargs):
             record.started.append(name)
-            stack.append(name)
+            simple = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
+            running.append((name, tuple(map(Value.of, tensors_in(args, kwargs))), simple))
 
         return hook
 
-    def leave(name: str):
-        def hook(module, args, kwargs, output):
-            stack.pop()
-            record.calls.append(Call(name, module, tensors_in(args, kwargs), output, tuple(stack)))
-
-        return hook
+    def leave(module, args, kwargs, output):
+        name, inputs, simple = running.pop()
+        value = Value.of(output) if isinstance(output, Tensor) else None
+        record.calls.append(Call(name, module, inputs, value, simple, tuple(parent for parent, _, _ in running)))
 
     try:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
         record.output = model(x)
     finally:
         for handle in handles:

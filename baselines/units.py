@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from baselines.layers import QuantLayer, is_quantizable
 from baselines.trace import Call, Trace
@@ -85,16 +85,22 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
 
 
 def _unit(name: str, layers: tuple[str, ...], modules: dict[str, nn.Module], record: Trace) -> Unit:
-    output = record.of(name)[0].output
-    readers = record.readers(output, ACTIVATIONS)
     last = modules[layers[-1]]
-    return Unit(name, layers, readers[0].name if readers else None, -1 if isinstance(last, nn.Linear) else 1)
+    return Unit(name, layers, _activation_behind(name, record), -1 if isinstance(last, nn.Linear) else 1)
+
+
+def _activation_behind(name: str, record: Trace) -> str | None:
+    """The activation that alone reads the output of ``name``; what just passes the output on does not count."""
+    output = record.of(name)[0].output
+    readers = [] if output is None else record.readers(output)
+    readers = [call for call in readers if not isinstance(call.module, (nn.Identity, nn.Sequential, nn.ModuleList))]
+    return readers[0].name if len(readers) == 1 and isinstance(readers[0].module, ACTIVATIONS) else None
 
 
 def _may_be_block(module: nn.Module, calls: list[Call]) -> bool:
     if _is_container(module) or type(module).__module__.startswith("torch.nn.") or len(calls) != 1:
         return False
-    one_to_one = len(calls[0].inputs) == 1 and isinstance(calls[0].output, Tensor)
+    one_to_one = calls[0].simple and calls[0].output is not None
     return one_to_one and sum(is_quantizable(m) for m in module.modules()) >= 2
 
 

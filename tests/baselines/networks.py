@@ -44,7 +44,7 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
             spread = 0.5 / max(1, parameter[0].numel()) ** 0.5 if parameter.dim() > 1 else 0.3
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 2 * spread)
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
                 module.weight.copy_(0.5 + torch.rand(module.weight.shape, generator=generator))
                 module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=generator) * 0.2)
                 module.running_var.copy_(0.2 + torch.rand(module.running_var.shape, generator=generator))

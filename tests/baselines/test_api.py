@@ -68,12 +68,60 @@ def test_everything_off_gives_the_fp_model():
     torch.testing.assert_close(network(images(4)), model(images(4)), rtol=1e-4, atol=1e-5)
 
 
-def test_half_precision_model_stays_in_half_precision():
-    model = randomized(SmallResNet()).to(torch.bfloat16)
-    network = quantize(model, images(32), method="qdrop", w_bits=8, a_bits=8, iters=2, batch_size=16)
-    out = network(images(4).to(torch.bfloat16))
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, model(images(4).to(torch.bfloat16)), rtol=0.2, atol=0.2)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_learn_like_float32_and_come_back_as_they_were(dtype):
+    options = {"method": "qdrop", "w_bits": 3, "a_bits": 3, "iters": 60, "batch_size": 16}
+    model = randomized(SmallResNet())
+    inputs = images(32).to(dtype)
+    other = quantize(model.to(dtype), inputs, **options)
+    rounded = quantize(model.to(dtype), inputs, **options | {"method": "rtn"})
+    scales = [(k, v) for k, v in other.state_dict().items() if k.endswith("input_quantizer.scale")]
+    assert {value.dtype for value in other.state_dict().values()} == {dtype}
+    if dtype != torch.bfloat16:  # which cannot tell scales apart that differ by so little
+        assert scales and all(value != rounded.state_dict()[key] for key, value in scales if "fc" not in key)
+    reference = quantize(model.float(), inputs.float(), **options)
+    tolerance = {torch.float16: 2e-2, torch.bfloat16: 2e-1, torch.float64: 1e-1}[dtype]
+    difference = (other(inputs).float() - reference(inputs.float())).abs().mean()
+    assert difference < tolerance * reference(inputs.float()).abs().mean()
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_callers_context_does_not_matter(context):
+    model = randomized(SmallResNet())
+    expected = quantize(model, images(32), iters=3, batch_size=16)
+    with context():
+        network = quantize(model, images(32), iters=3, batch_size=16)
+    assert torch.equal(network(images(3)), expected(images(3)))
+
+
+def test_hooks_of_the_fp_model_do_not_run_and_are_not_taken_over():
+    model, seen = randomized(SmallResNet()), []
+    model.layer1[0].register_forward_hook(lambda *args: seen.append(args))
+    network = quantize(model, images(16), iters=2, batch_size=16)
+    assert not seen
+    network(images(1))
+    assert not seen
+    model(images(1))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_of_other_dimensions_and_called_by_keyword(method):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv2, self.conv3 = nn.Conv2d(3, 4, 1), nn.Conv3d(4, 2, 1)
+            self.conv1, self.depthwise = nn.Conv1d(2, 4, 3), nn.Conv1d(4, 4, 3, groups=4)
+            self.fc, self.never = nn.Linear(4, 3), nn.Linear(2, 2)
+            self.register_buffer("anchors", torch.zeros(1, 1, 1, 1, 2))
+
+        def forward(self, x):
+            x = self.conv3(input=self.conv2(input=x).relu().unsqueeze(2)).flatten(2).relu()
+            return self.fc(self.depthwise(self.conv1(x).relu()).mean(2))
+
+    model = randomized(Odd())
+    network = quantize(model, images(20), method=method, w_bits=8, a_bits=8, iters=3, batch_size=16)
+    torch.testing.assert_close(network(images(4)), model(images(4)), rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize(

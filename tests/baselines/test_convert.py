@@ -40,18 +40,61 @@ def test_batch_norm_whose_input_is_read_elsewhere_is_not_folded():
     torch.testing.assert_close(folded(images(3)), model(images(3)))
 
 
-def test_folding_that_would_change_the_outputs_is_refused():
-    class Hidden(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+class ReadByFunction(nn.Module):
+    """The output of ``conv`` is also read by an addition, which is no module, so that no hook sees it."""
 
-        def forward(self, x):
-            x = self.conv(x)
-            return (self.bn(x) + x).mean((2, 3))  # the addition is no module, so nobody sees it read x
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
 
-    with pytest.raises(ValueError, match="folding batch norm changed the model's outputs"):
-        folded_copy(randomized(Hidden()), images(2))
+    def forward(self, x):
+        x = self.conv(self.bn0(self.stem(x)))
+        return (self.bn(x) + x).mean((2, 3))
+
+
+class PreActivation(nn.Module):
+    """The shortcut is added in place to what the next batch norm reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        out = self.conv(self.bn1(x).relu())
+        out += x
+        return self.fc(self.bn2(out).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("network", "norms_that_stay"),
+    [(ReadByFunction, ["bn"]), (PreActivation, ["bn1", "bn2"])],
+    ids=["function", "in-place"],
+)
+def test_batch_norm_that_cannot_be_folded_stays(network, norms_that_stay):
+    model = randomized(network())
+    folded = folded_copy(model, images(2))
+    assert [name for name, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)] == norms_that_stay
+    torch.testing.assert_close(folded(images(3)), model(images(3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "folds"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.BatchNorm1d(6, affine=False)), True),
+        (nn.Sequential(nn.Flatten(2), nn.Linear(64, 3), nn.BatchNorm1d(3), nn.Flatten()), False),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten()), False),
+    ],
+    ids=["no-gain-and-shift", "linear-on-three-axes", "no-statistics"],
+)
+def test_unusual_batch_norms(network, folds):
+    model = randomized(network)
+    folded = folded_copy(model, images(4))
+    assert any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules()) != folds
+    torch.testing.assert_close(folded(images(4)), model(images(4)), rtol=1e-4, atol=1e-5)
 
 
 def test_bits_of_first_last_and_inner_layers():
@@ -84,6 +127,39 @@ def test_layers_that_read_one_tensor_share_a_quantizer():
 
     _, network = converted(randomized(Heads()))
     assert network.q.input_quantizer is network.k.input_quantizer is not None
+
+
+def test_other_readers_of_a_blocks_input_are_quantized_too():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.one, self.two = nn.Conv2d(3, 4, 1), Block(), Block()
+            self.skip, self.fc = nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            return self.fc((self.one(x) + self.two(x) + self.skip(x)).mean((2, 3)))
+
+    _, network = converted(randomized(Branches()))
+    assert network.one.input_quantizer is network.two.input_quantizer is network.skip.input_quantizer is not None
+    assert network.one.a.input_quantizer is None
+
+
+def test_what_stays_in_floating_point_is_said(caplog):
+    class Own(nn.Conv2d):
+        pass
+
+    _, network = converted(randomized(nn.Sequential(nn.Conv2d(3, 4, 1), Own(4, 4, 1), nn.Flatten(), nn.Linear(256, 3))))
+    assert isinstance(network[1], Own)
+    assert "left in floating point" in caplog.text and "['1']" in caplog.text
 
 
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(OFF, 4), (4, OFF)])

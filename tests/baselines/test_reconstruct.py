@@ -50,14 +50,10 @@ def test_same_seed_same_network_other_seed_another(run):
 
 
 def test_keep_probability_one_equals_a_run_without_mixing(run, monkeypatch):
-    always = run(Recipe(stages=BOTH, keep_probability=1.0))
-
-    def refuse(*args):
-        raise AssertionError("a coin was flipped")
-
-    monkeypatch.setattr("baselines.quantizers.coin_flips", refuse)
-    monkeypatch.setattr("baselines.reconstruct.coin_flips", refuse)
-    assert same(run(Recipe(stages=BOTH, keep_probability=1.0)), always)
+    kept = run(Recipe(stages=BOTH, keep_probability=1.0))
+    for module in ("quantizers", "reconstruct"):
+        monkeypatch.setattr(f"baselines.{module}.coin_flips", lambda like, *args: torch.ones_like(like))
+    assert same(run(Recipe(stages=BOTH, keep_probability=0.5)), kept)
 
 
 @pytest.mark.parametrize(
@@ -131,3 +127,47 @@ def test_progress_is_reported_on_demand_only(run, capsys, caplog):
         run(QDROP, iters=3)
     assert "layer1.0 step 0" in caplog.text
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("iters", "expected"),
+    [(20_000, 1e-3), (40_000, 1e-3), (5_000, 4e-3), (10, 2e-2)],
+    ids=["published", "longer", "shorter", "capped"],
+)
+def test_shorter_runs_take_the_roundings_as_far(iters, expected):
+    assert QDROP.rounding_lr_for(iters) == pytest.approx(expected)
+
+
+def test_layers_outside_of_units_are_rounded_before_the_first_unit_sees_data(run, monkeypatch):
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice, self.fc = torch.nn.Conv2d(3, 3, 1), torch.nn.Linear(192, 5)
+
+        def forward(self, x):
+            return self.fc(self.twice(self.twice(x)).flatten(1))
+
+    seen, real = [], baselines.reconstruct._UnitRun.run
+
+    def watch(self, data, bar):
+        seen.append(data.input)
+        real(self, data, bar)
+
+    monkeypatch.setattr(baselines.reconstruct._UnitRun, "run", watch)
+    network = run(QDROP, iters=2, model=randomized(Twice()))
+    with torch.no_grad():
+        expected = network.twice(network.twice(images(40))).flatten(1)
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_weights_are_on_the_grid_when_only_scales_are_learned(run, monkeypatch):
+    seen, real = [], baselines.reconstruct._UnitRun.run
+
+    def watch(self, data, bar):
+        layers = [layer for layer in self._layers if layer.weight_quantizer.bits == 2]
+        seen.extend(layer.weight.unique().numel() <= 4 * len(layer.weight) for layer in layers)
+        real(self, data, bar)
+
+    monkeypatch.setattr(baselines.reconstruct._UnitRun, "run", watch)
+    run(Recipe(stages=(Stage(activation_scales=True),)), iters=2)
+    assert len(seen) == 5 and all(seen)

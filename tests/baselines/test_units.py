@@ -91,3 +91,55 @@ def test_a_module_called_twice_is_no_unit():
 
     model = Twice().eval()
     assert [u.name for u in find_units(model, trace(model, images(1)), [], "layer")] == ["fc"]
+
+
+@pytest.mark.parametrize("call", ["extra", "keyword", "list"])
+def test_block_called_with_more_than_a_tensor_is_no_block(call):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x, times=1):
+            x = x[0] if isinstance(x, list) else x
+            return self.b(self.a(x)) * times
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x):
+            calls = {
+                "extra": lambda: self.block(x, 3),
+                "keyword": lambda: self.block(x=x),
+                "list": lambda: self.block([x]),
+            }
+            return calls[call]().mean((2, 3))
+
+    model = Whole().eval()
+    record = trace(model, images(1))
+    assert find_blocks(model, record) == []
+    assert [u.name for u in find_units(model, record, [], "block")] == ["block.a", "block.b"]
+
+
+def test_activation_that_is_not_the_only_reader_is_not_part_of_the_unit():
+    class PreActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu, self.a, self.b = nn.ReLU(), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return x + self.b(self.a(self.relu(x)).relu())
+
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), PreActivation(), PreActivation()).eval()
+    record = trace(model, images(1))
+    units = find_units(model, record, find_blocks(model, record), "block")
+    assert [(u.name, u.activation) for u in units] == [("0", None), ("1", None), ("2", None)]
+
+
+def test_activation_behind_a_shortcut_is_not_that_of_the_layer_before_it():
+    model = randomized(SmallResNet())
+    units = find_units(model, trace(model, images(1)), [], "layer")
+    activations = {unit.name: unit.activation for unit in units}
+    assert activations["layer1.0.conv2"] is None
