@@ -49,7 +49,8 @@ def quantize(
         method: ``"rtn"`` (round to nearest) or ``"qdrop"``.
         w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The first
             layer's weights and the last layer's weights and input have 8.
-        iters: optimiser steps a unit and stage; by default the method's published number (20,000).
+        iters: optimiser steps a unit and stage; by default the method's published number (20,000). Fewer steps raise
+            the learning rate of the roundings in proportion, so that they still settle.
         batch_size: images a step.
         seed: of everything random; the same seed, machine and versions give the same model (on a GPU as far as its
             convolutions are deterministic, see ``torch.use_deterministic_algorithms``).

@@ -44,7 +44,7 @@ class Recipe:
     keep_probability: float = 1.0
     iters: int = 20_000
     rounding_lr: float = 1e-3
-    max_rounding_lr: float = 2e-2
+    max_rounding_lr: float = 0.1
     scale_lr: float = 4e-5
     penalty_weight: float = 0.01
     warm_up: float = 0.2

@@ -131,7 +131,7 @@ def test_progress_is_reported_on_demand_only(run, capsys, caplog):
 
 @pytest.mark.parametrize(
     ("iters", "expected"),
-    [(20_000, 1e-3), (40_000, 1e-3), (5_000, 4e-3), (10, 2e-2)],
+    [(20_000, 1e-3), (40_000, 1e-3), (5_000, 4e-3), (10, 0.1)],
     ids=["published", "longer", "shorter", "capped"],
 )
 def test_shorter_runs_take_the_roundings_as_far(iters, expected):
