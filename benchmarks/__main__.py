@@ -4,7 +4,6 @@ import argparse
 import logging
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -20,7 +19,7 @@ from benchmarks.evaluate import Measurement, Protocol, Setting, measure
 from benchmarks.files import digest_tensors
 from benchmarks.models import check_outputs, create_model, load_weights
 from benchmarks.options import parse
-from benchmarks.report import title, to_table, write_environment, write_report
+from benchmarks.report import to_markdown, write_environment, write_report
 from benchmarks.runs import Run
 from benchmarks.training import trained_model
 from cat_plugin import CATError
@@ -43,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Measure every method, bit setting and seed, then write and print the table."""
-    started = time.perf_counter()
     progress = not args.no_progress
     dataset = load_digits() if args.dataset == "digits" else load_cifar10(args.data, args.cache, progress=progress)
     model = _load_model(args, dataset).to(args.device)
@@ -61,12 +59,9 @@ def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
 
     measured = run.complete(grid, work, progress=progress)
     write_report(run.folder, measured)
-    rows = [measurement.row for measurement in measured]
-    if done < len(grid):
-        write_environment(run.folder, _environment(argv, args.seeds, time.perf_counter() - started) | settings)
-    print(
-        f"\n{title(rows)}\n\n{to_table(measured)}\n\nwritten to {run.folder}: results.csv, .json, .md, environment.json"
-    )
+    seconds = sum(measurement.seconds for measurement in measured)
+    write_environment(run.folder, _environment(argv, args.seeds, seconds) | settings)
+    print(f"\n{to_markdown(measured)}\n\nwritten to {run.folder}: results.csv, .json, .md, environment.json")
 
 
 def _load_model(args: argparse.Namespace, dataset: Dataset) -> nn.Module:
@@ -95,7 +90,7 @@ def _settings(
 
 
 def _environment(argv: Sequence[str], seeds: Sequence[int], seconds: float) -> dict[str, Any]:
-    """What is worth knowing about a run, besides its settings."""
+    """What is worth knowing about a run, besides its settings; ``seconds`` is what all its rows took to measure."""
     return {
         "command": shlex.join(["python", "-m", "benchmarks", *argv]),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,6 +1,7 @@
 """One row of the table: quantize, fit the corrections on other training images, score on the test images."""
 
-from dataclasses import dataclass, fields
+import time
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -79,11 +80,12 @@ class Measurement:
     """A row and the predicted classes that it was computed from.
 
     ``predictions`` holds int16 tensors ``(n_eval,)``: ``labels``, and one for each score of the row (``fp``, ``lq``,
-    ``plain_affine``, ``cat_paper``, ``cat``).
+    ``plain_affine``, ``cat_paper``, ``cat``). ``seconds`` is the time it took, 0 where that is unknown.
     """
 
     row: Row
     predictions: dict[str, Tensor]
+    seconds: float = 0.0
 
     def gain(self) -> Tensor:
         """``(n_eval,)`` float64: 1 where CAT put an image right, -1 where it put one wrong."""
@@ -106,6 +108,7 @@ def measure(
     Training images are split by the setting's seed; the labels of the images that quantization and corrections see
     are not used. Quantized networks are kept in ``cache`` and taken from it.
     """
+    started = time.perf_counter()
     calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
     device, seed = protocol.device, setting.seed
     quantized = quantized_model(
@@ -123,20 +126,31 @@ def measure(
     fit_q, fit_f = _paired_logits(quantized, fp_model, dataset.train_images[cat].to(device))
     test_q, test_f = _paired_logits(quantized, fp_model, dataset.test_images.to(device))
 
-    def corrected(config: CATConfig) -> Tensor:
-        return fit_cluster_affine(fit_q, fit_f, config)(test_q)
-
-    logits = {
-        "fp": test_f,
-        "lq": test_q,
-        "plain_affine": corrected(CATConfig.paper(num_clusters=1, alpha=1.0, seed=seed)),
-        "cat": corrected(CATConfig(seed=seed)),
-    }
-    if protocol.n_cat >= PAPER_CLUSTERS:
-        logits["cat_paper"] = corrected(CATConfig.paper(num_clusters=PAPER_CLUSTERS, seed=seed))
+    logits = {"fp": test_f, "lq": test_q}
+    for name, config in corrections(protocol.n_cat, seed).items():
+        logits[name] = fit_cluster_affine(fit_q, fit_f, config)(test_q)
     predictions = {name: values.argmax(1).to(torch.int16) for name, values in logits.items()}
     predictions["labels"] = dataset.test_labels.to(torch.int16)
-    return Measurement(_row(setting, protocol, dataset.name, model_name, predictions), predictions)
+    row = _row(setting, protocol, dataset.name, model_name, predictions)
+    return Measurement(row, predictions, time.perf_counter() - started)
+
+
+def corrections(n_cat: int, seed: int) -> dict[str, CATConfig]:
+    """The corrections that are fitted on ``n_cat`` images, the paper's only where they are enough for it."""
+    configs = {"plain_affine": CATConfig.paper(num_clusters=1, alpha=1.0, seed=seed), "cat": CATConfig(seed=seed)}
+    if n_cat >= PAPER_CLUSTERS:
+        configs["cat_paper"] = CATConfig.paper(num_clusters=PAPER_CLUSTERS, seed=seed)
+    return configs
+
+
+def default_is_papers(n_cat: int) -> bool:
+    """Whether CAT's default comes to the paper's setting on ``n_cat`` images, so that both fit the same."""
+    configs = corrections(n_cat, seed=0)
+    settled = {
+        name: replace(config, num_clusters=config.clusters_for(n_cat), min_cluster_size=None)
+        for name, config in configs.items()
+    }
+    return settled["cat"] == settled.get("cat_paper")
 
 
 def _row(

@@ -1,10 +1,12 @@
 """Files written whole or not at all, archives extracted only inside their folder, digests."""
 
 import hashlib
+import lzma
 import os
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -39,16 +41,17 @@ def extract_zip(archive: Path, folder: Path) -> None:
     """Extract a zip archive into ``folder``.
 
     Raises:
-        BenchmarkError: the file is not a readable zip archive, or one of its entries is a symbolic link or would
-            land outside ``folder``. Nothing has been extracted then.
+        BenchmarkError: one of the entries is a symbolic link or would land outside ``folder``, and nothing has been
+            extracted; or the file is not a readable zip archive, is damaged, or cannot be written out.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
             for entry in opened.infolist():
                 _refuse_escape(archive, entry)
             opened.extractall(folder)
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise BenchmarkError(f"{archive} cannot be read as a zip archive: {error}") from error
+    except (zipfile.BadZipFile, RuntimeError, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
+        # OSError: a full disk, or an entry that is a file and a folder. EOFError comes without a message.
+        raise BenchmarkError(f"{archive} cannot be read as a zip archive: {str(error) or 'it is cut off'}") from error
 
 
 def _refuse_escape(archive: Path, entry: zipfile.ZipInfo) -> None:

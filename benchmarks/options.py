@@ -128,7 +128,9 @@ def _whole_number(text: str, low: int, high: int | None = None) -> int:
 
 def _device(text: str) -> str:
     try:
-        torch.empty(0, device=text)
+        # Has something computed and given back: the meta device would take tensors and hold none.
+        ones = torch.ones(2, 2, device=text)
+        (ones @ ones).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None

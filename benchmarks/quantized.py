@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from baselines import quantize
+from benchmarks import BenchmarkError
 from benchmarks.environment import source_digest, versions
 from benchmarks.files import atomic_path, digest_tensors, digest_text
 
@@ -22,22 +23,33 @@ def quantized_model(
 
     A file is found again only while nothing that quantization depends on has changed: weights, images, options,
     device, library versions and the sources of ``baselines``. An unreadable file is made anew.
+
+    Raises:
+        BenchmarkError: ``quantize`` refuses its arguments, or a loss is not finite.
     """
     if cache is None:
-        return quantize(fp_model, images, progress=progress, **options)
+        return _quantize(fp_model, images, progress=progress, **options)
     path = cache / "quantized" / f"{_key(fp_model, images, options)}.safetensors"
     if path.is_file():
         try:
             # Rounding to nearest costs a pass over the images and makes a network of the same structure.
-            network = quantize(fp_model, images, **(options | {"method": "rtn"}))
+            network = _quantize(fp_model, images, **(options | {"method": "rtn"}))
             network.load_state_dict({name: tensor.to(images.device) for name, tensor in load_file(path).items()})
             return network
         except (OSError, SafetensorError, RuntimeError) as error:
             logger.warning("quantizing again, the cached network is unusable: %s", error)
-    network = quantize(fp_model, images, progress=progress, **options)
+    network = _quantize(fp_model, images, progress=progress, **options)
     with atomic_path(path) as temporary:
         save_file({name: tensor.clone() for name, tensor in network.state_dict().items()}, temporary)
     return network
+
+
+def _quantize(fp_model: nn.Module, images: Tensor, **options: Any) -> nn.Module:
+    try:
+        return quantize(fp_model, images, **options)
+    except (ValueError, FloatingPointError) as error:
+        what = f"{options['method']} W{options['w_bits']}A{options['a_bits']}"
+        raise BenchmarkError(f"the network cannot be quantized by {what}: {error}") from error
 
 
 def _key(fp_model: nn.Module, images: Tensor, options: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.evaluate import COLUMNS, Measurement, Row
+from benchmarks.evaluate import COLUMNS, PAPER_CLUSTERS, Measurement, Row, default_is_papers
 from benchmarks.files import write_text
 from cat_plugin.metrics import bootstrap_interval
 
@@ -25,12 +25,18 @@ def write_report(folder: Path, measured: Sequence[Measurement]) -> None:
     rows = [measurement.row for measurement in measured]
     write_text(folder / "results.csv", to_csv(rows))
     write_text(folder / "results.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    write_text(folder / "results.md", f"{title(rows)}\n\n{to_table(measured)}\n")
+    write_text(folder / "results.md", to_markdown(measured) + "\n")
 
 
 def write_environment(folder: Path, environment: dict[str, Any]) -> None:
-    """Write ``environment.json``."""
-    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    """Write ``environment.json``; where there is one, it stays that of the first call but for ``seconds``."""
+    path = folder / "environment.json"
+    try:
+        first = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        first = {}
+    kept = {**environment, **first, "seconds": environment["seconds"]}
+    write_text(path, json.dumps(kept, indent=2) + "\n")
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -40,6 +46,18 @@ def to_csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue()
+
+
+def to_markdown(measured: Sequence[Measurement]) -> str:
+    """Title and table, and a line on two columns that have to agree where they have to."""
+    rows = [measurement.row for measurement in measured]
+    parts = [title(rows), to_table(measured)]
+    if default_is_papers(rows[0].n_cat):
+        parts.append(
+            f"With {rows[0].n_cat:,} images the default of CAT is the paper's setting ({PAPER_CLUSTERS} clusters), "
+            "so both columns agree."
+        )
+    return "\n\n".join(parts)
 
 
 def title(rows: Sequence[Row]) -> str:

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
 ROWS_FOLDER = "rows"
+SECONDS = "seconds"  # stands beside the fields of a stored row
 
 
 class Run:
@@ -55,9 +56,10 @@ class Run:
         found = {}
         for path in sorted((self.folder / ROWS_FOLDER).glob("*.json")):
             try:
-                row = Row(**json.loads(path.read_text("utf-8")))
-                found[path.stem] = Measurement(row, load_file(path.with_suffix(".safetensors")))
-            except (ValueError, TypeError, OSError, SafetensorError) as error:
+                values = json.loads(path.read_text("utf-8"))
+                seconds = values.pop(SECONDS, 0.0)
+                found[path.stem] = Measurement(Row(**values), load_file(path.with_suffix(".safetensors")), seconds)
+            except (ValueError, TypeError, AttributeError, OSError, SafetensorError) as error:
                 logger.warning("measuring again, the stored row %s is unreadable: %s", path.stem, error)
         return found
 
@@ -79,7 +81,8 @@ class Run:
         folder = self.folder / ROWS_FOLDER
         with atomic_path(folder / f"{name}.safetensors") as temporary:
             save_file(measurement.predictions, temporary)
-        write_text(folder / f"{name}.json", json.dumps(asdict(measurement.row), indent=2) + "\n")
+        values = {**asdict(measurement.row), SECONDS: measurement.seconds}
+        write_text(folder / f"{name}.json", json.dumps(values, indent=2) + "\n")
 
     def _claim(self, settings: dict[str, Any], fresh: bool) -> None:
         """Refuse a folder of something else; empty it if ``fresh``."""

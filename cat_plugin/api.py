@@ -48,9 +48,10 @@ def apply_cat(
         The attached wrapper; its `report` says what was fitted and what it gains.
 
     Raises:
-        CATError: see `collect_outputs`, `fit_cluster_affine` and `compare_accuracy`. Nothing stays attached.
+        CATError: `config` is no CATConfig; and see `collect_outputs`, `fit_cluster_affine` and `compare_accuracy`.
+            Nothing stays attached.
     """
-    config = config or CATConfig()
+    config = CATConfig.resolve(config)
     start = time.perf_counter()
     pairs = collect_outputs(quantized_model, fp_model, calib_loader, batch_size=batch_size, progress=progress)
     collected = time.perf_counter()

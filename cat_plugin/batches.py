@@ -10,6 +10,8 @@ from cat_plugin.errors import CATError
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
+# What a model can compute in; weights of 8 bits are only stored.
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Loader = Iterable[Any] | Tensor
 Batch = tuple[Tensor, Tensor | None]
@@ -19,8 +21,9 @@ def iterate_inputs(loader: Loader, batch_size: int = 64) -> Iterator[Batch]:
     """Yields `(inputs, targets)` for every batch, the last partial one included.
 
     `loader` is an iterable of batches (a DataLoader, a list), each of them a tensor, `(input,)`,
-    `(input, target)` or a dict; or one stacked tensor of images, cut into batches of `batch_size`.
-    `targets` is None unless a batch has one integer label an image.
+    `(input, target)`, of which further elements are ignored, or a dict; or one stacked tensor of
+    images, cut into batches of `batch_size`. `targets` is None unless a batch has one integer label
+    an image.
 
     Raises:
         CATError: the loader holds no image, or a batch has no single input that can be told.
@@ -55,11 +58,11 @@ def model_device(model: nn.Module) -> torch.device | None:
 
 
 def place(inputs: Tensor, model: nn.Module) -> Tensor:
-    """`inputs` on the model's device, floating-point inputs in half precision if the model is."""
+    """`inputs` on the model's device, floating-point inputs in the dtype of its first floating-point parameter."""
     inputs = inputs.to(model_device(model) or inputs.device)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    half = dtype in (torch.float16, torch.bfloat16)
-    return inputs.to(dtype) if half and inputs.is_floating_point() else inputs
+    if not inputs.is_floating_point():
+        return inputs
+    return inputs.to(next((p.dtype for p in model.parameters() if p.dtype in COMPUTE_DTYPES), inputs.dtype))
 
 
 def _batches(loader: Loader, batch_size: int) -> Iterable[Any]:
@@ -85,10 +88,12 @@ def _split(batch: Any) -> tuple[Tensor, Any]:
         return _split_mapping(batch)
     if not isinstance(batch, list | tuple):
         raise CATError(f"a batch is a {type(batch).__name__}; expected a tensor, (input, target) or a dict")
-    if len(batch) not in (1, 2) or not isinstance(batch[0], Tensor):
+    if not batch or not isinstance(batch[0], Tensor):
         found = ", ".join(type(item).__name__ for item in batch)
-        raise CATError(f"a batch is a {type(batch).__name__} of ({found}); expected (input, target) or (input,)")
-    return batch[0], batch[1] if len(batch) == 2 else None
+        raise CATError(
+            f"a batch is a {type(batch).__name__} of ({found}); expected (input, target) or (input,), input a tensor"
+        )
+    return batch[0], batch[1] if len(batch) > 1 else None
 
 
 def _split_mapping(batch: Mapping[str, Any]) -> tuple[Tensor, Any]:

@@ -13,7 +13,7 @@ from cat_plugin.batches import Batch, Loader, iterate_inputs, num_batches, place
 from cat_plugin.errors import CATError
 from cat_plugin.hook import refuse_attached
 from cat_plugin.outputs import extract
-from cat_plugin.preserve import inference, storage_leaves
+from cat_plugin.preserve import inference, named_tensors, storage_leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def run_logits(model: nn.Module, inputs: Tensor, name: str) -> Tensor:
 
 
 def check_models(quantized_model: nn.Module, fp_model: nn.Module) -> None:
-    """Raises a `CATError` unless the two are different modules that share no parameter."""
+    """Raises a `CATError` unless the two are different modules that share no memory."""
     for name, model in (("quantized_model", quantized_model), ("fp_model", fp_model)):
         if not isinstance(model, nn.Module):
             raise CATError(f"{name} is a {type(model).__name__}; expected a torch.nn.Module")
@@ -86,11 +86,11 @@ def check_models(quantized_model: nn.Module, fp_model: nn.Module) -> None:
             "quantized_model and fp_model are the same object; if quantization works in place, "
             "quantize a copy.deepcopy of the full-precision model"
         )
-    owners = _parameter_storages(fp_model)
-    shared = [name for key, name in _parameter_storages(quantized_model).items() if key in owners]
+    fp_storages = {storage for storages in _storages(fp_model).values() for storage in storages}
+    shared = [name for name, storages in _storages(quantized_model).items() if storages & fp_storages]
     if shared:
         raise CATError(
-            f"quantized_model shares {len(shared)} of its parameters with fp_model, such as {shared[0]!r}: "
+            f"quantized_model shares {len(shared)} of its parameters and buffers with fp_model, such as {shared[0]!r}: "
             "quantization may have changed the full-precision model in place; quantize a copy.deepcopy of it"
         )
 
@@ -141,10 +141,20 @@ def _captured(model: nn.Module) -> Iterator[_Capture]:
         handle.remove()
 
 
-def _parameter_storages(model: nn.Module) -> dict[tuple[torch.device, int], str]:
-    """Names of the parameters by the memory they live in; parameters without memory are left out."""
-    leaves = ((name, leaf) for name, parameter in model.named_parameters() for leaf in storage_leaves(parameter))
-    return {(leaf.device, leaf.data_ptr()): name for name, leaf in leaves if leaf.data_ptr() != 0}
+def _storages(model: nn.Module) -> dict[str, set[tuple[torch.device, int]]]:
+    """The allocations that each parameter and buffer lives in; equal ones mean views of the same memory.
+
+    Left out are tensors without memory, and buffers of one number, which may be a constant of the library.
+    """
+    return {
+        name: {
+            (leaf.device, leaf.untyped_storage().data_ptr())
+            for leaf in storage_leaves(tensor)
+            if leaf.data_ptr() != 0  # asked first, since some subclasses have no storage to ask
+        }
+        for name, tensor in named_tensors(model)
+        if isinstance(tensor, nn.Parameter) or tensor.numel() > 1
+    }
 
 
 def _to_cpu(logits: Tensor) -> Tensor:

@@ -51,6 +51,18 @@ class CATConfig:
         object.__setattr__(self, name, int(value))
 
     @classmethod
+    def resolve(cls, config: "CATConfig | None") -> "CATConfig":
+        """`config` itself, or the default one for None; anything else is a `CATError`."""
+        if config is None:
+            return cls()
+        if not isinstance(config, cls):
+            raise CATError(
+                f"config={config!r} is a {type(config).__name__}; expected a CATConfig or None, such as "
+                "CATConfig(alpha=0.4), or CATConfig.from_dict(...) of a dict"
+            )
+        return config
+
+    @classmethod
     def paper(cls, num_clusters: int = 64, pca_dim: int = 50, alpha: float = 0.4, seed: int = 0) -> "CATConfig":
         """The published recipe: exactly `num_clusters` clusters, however few images they hold."""
         return cls(num_clusters=num_clusters, pca_dim=pca_dim, alpha=alpha, min_cluster_size=None, seed=seed)

@@ -45,10 +45,11 @@ def fit_cluster_affine(q: Tensor, f: Tensor, config: CATConfig | None = None) ->
         The correction, on the device of `q`, in float64 if `q` is and in float32 otherwise.
 
     Raises:
-        CATError: `q` and `f` are not finite floating-point (N, C) with N >= 1, or hold fewer images than clusters.
+        CATError: `q` and `f` are not finite floating-point (N, C) with N >= 1, or hold fewer images than clusters;
+            or `config` is no CATConfig.
     """
     _check_logits(q, f)
-    config = config or CATConfig()
+    config = CATConfig.resolve(config)
     return _fit(q, f, config.clusters_for(len(q)), config)
 
 
@@ -59,7 +60,7 @@ def held_out_scores(q: Tensor, f: Tensor, config: CATConfig | None = None) -> He
     on all images has, or as a fold's training part has images. None for a single image.
     """
     _check_logits(q, f)
-    config = config or CATConfig()
+    config = CATConfig.resolve(config)
     n_images = len(q)
     if n_images < 2:
         return None

@@ -24,8 +24,11 @@ def inference(models: Mapping[str, nn.Module]) -> Iterator[None]:
     through unchanged.
 
     Raises:
-        CATError: the body succeeded but a forward pass changed parameters or buffers.
+        CATError: the body succeeded but a forward pass changed parameters or buffers; or, before the
+            body, that a model has tensors without data, on the meta device.
     """
+    for name, model in models.items():
+        _refuse_meta(model, name)
     states = {name: _ModelState(model) for name, model in models.items()}
     random_state = _RandomState(models.values())
     try:
@@ -51,8 +54,13 @@ def inference(models: Mapping[str, nn.Module]) -> Iterator[None]:
 
 def state_digests(model: nn.Module) -> dict[str, str]:
     """SHA-256 of dtype, shape and bytes of every parameter and buffer, non-persistent ones included, by name."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: _digest(tensor) for name, tensor in named}
+    return {name: _digest(tensor) for name, tensor in named_tensors(model)}
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of all parameters and buffers."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def storage_leaves(tensor: Tensor) -> Iterator[Tensor]:
@@ -63,6 +71,15 @@ def storage_leaves(tensor: Tensor) -> Iterator[Tensor]:
             yield from storage_leaves(getattr(tensor, name))
     else:
         yield tensor.detach()
+
+
+def _refuse_meta(model: nn.Module, name: str) -> None:
+    found = [key for key, tensor in named_tensors(model) if any(leaf.is_meta for leaf in storage_leaves(tensor))]
+    if found:
+        raise CATError(
+            f"{name} has {len(found)} parameters or buffers on the meta device, such as {found[0]!r}, which hold no "
+            "data; materialise the model (to_empty) and load its weights first"
+        )
 
 
 def _digest(tensor: Tensor) -> str:

@@ -1,5 +1,7 @@
 """Measurements that cost nothing."""
 
+from collections.abc import Sequence
+
 import torch
 
 from benchmarks.evaluate import Measurement, Row, Setting
@@ -23,6 +25,11 @@ def make_measurement(setting: Setting | None = None, won: int = 20, lost: int = 
     cat = torch.zeros(500, dtype=torch.int16)
     cat[won : won + lost] = 1
     return Measurement(make_row(setting, **values), {"labels": torch.zeros_like(lq), "lq": lq, "cat": cat})
+
+
+def all_same(found: Sequence[Measurement], expected: Sequence[Measurement]) -> bool:
+    """Whether there are as many, and each is `same` as its counterpart."""
+    return len(found) == len(expected) and all(map(same, found, expected))
 
 
 def same(one: Measurement, other: Measurement) -> bool:

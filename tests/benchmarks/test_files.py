@@ -46,6 +46,40 @@ def test_what_is_no_zip_is_refused(tmp_path):
         extract_zip(tmp_path / "no.zip", tmp_path / "out")
 
 
+def damage_stream(path):
+    """The entry keeps its place and length, but cannot be inflated."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr("first.txt", b"first" * 1000)
+        (entry,) = opened.infolist()
+    content = bytearray(path.read_bytes())
+    start = entry.header_offset + 30 + len(entry.filename)
+    content[start : start + entry.compress_size] = b"\xff" * entry.compress_size
+    path.write_bytes(content)
+
+
+def cut_off_data(path):
+    """The directory at the end promises more than there is."""
+    content = make_zip(path).read_bytes()
+    sizes = content.index(b"PK\x01\x02") + 20
+    path.write_bytes(content[:sizes] + (10**6).to_bytes(4, "little") * 2 + content[sizes + 8 :])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_stream, "Error -3 while decompressing"),
+        (cut_off_data, "it is cut off"),
+        (lambda path: make_zip(path, "train/first.txt/second.txt"), "Not a directory"),
+        (lambda path: make_zip(path, "test/second.txt", "test"), "Is a directory"),
+    ],
+    ids=["stream", "cut off", "file, then folder", "folder, then file"],
+)
+def test_damaged_zip_is_refused(tmp_path, damage, reason):
+    damage(tmp_path / "bad.zip")
+    with pytest.raises(BenchmarkError, match=rf"bad\.zip cannot be read as a zip archive: .*{reason}"):
+        extract_zip(tmp_path / "bad.zip", tmp_path / "out")
+
+
 def test_interrupted_write_leaves_the_old_file_alone(tmp_path):
     target = tmp_path / "file.txt"
     write_text(target, "old")

@@ -2,11 +2,13 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import benchmarks.__main__ as command_line
+from benchmarks import quantized
 from benchmarks.models import create_model
 from tests.benchmarks.rows import make_measurement
 
@@ -81,6 +83,48 @@ def test_environment_is_that_of_the_run_that_measured(free, tmp_path):
     assert (results(tmp_path) / "environment.json").read_text() == text
 
 
+def test_run_killed_before_its_environment_was_written_gets_one(free, tmp_path, monkeypatch):
+    seconds = iter([1.0, 2.0, 4.0])
+
+    def work(setting, *args, **kwargs):
+        return replace(make_measurement(setting), seconds=next(seconds))
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    def environment():
+        return json.loads((results(tmp_path) / "environment.json").read_text())
+
+    options = [*free, "--seeds", "4", "5"]
+    monkeypatch.setattr(command_line, "measure", work)
+    with monkeypatch.context() as patch:
+        patch.setattr(command_line, "write_report", killed)
+        assert command_line.main(options) == 130
+    assert not (results(tmp_path) / "environment.json").exists()
+    assert command_line.main(options) == 0
+    first = environment()
+    assert (first["seconds"], first["seeds"]) == (3.0, [4, 5])
+    next((results(tmp_path) / "rows").glob("*seed4.json")).unlink()
+    assert command_line.main([*options, "--no-progress"]) == 0
+    assert environment() == {**first, "seconds": 6.0}
+
+
+def test_network_that_cannot_be_quantized_ends_with_one_line_and_code_2(tiny, monkeypatch, capsys):
+    def diverge(*args, **options):
+        raise FloatingPointError("the reconstruction loss of fc is nan at step 1")
+
+    monkeypatch.setattr(quantized, "quantize", diverge)
+    assert command_line.main(tiny) == 2
+    message = "the network cannot be quantized by rtn W4A4: the reconstruction loss of fc is nan at step 1"
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_table_says_where_two_columns_have_to_agree(free, tmp_path, capsys):
+    assert command_line.main(free) == 0  # rows of the fake measurement have 1,024 images
+    assert "so both columns agree." in capsys.readouterr().out
+    assert "so both columns agree." in (results(tmp_path) / "results.md").read_text()
+
+
 def test_every_setting_of_the_grid_is_a_row(free, tmp_path):
     options = ["--methods", "rtn", "qdrop", "rtn", "--bits", "2/2", "4/2", "--seeds", "0", "1"]
     assert command_line.main([*free, *options]) == 0
@@ -135,6 +179,7 @@ def test_data_is_not_for_digits(tmp_path, capsys):
         (["--seeds", "4294967296"], "should be a whole number from 0 to 4294967295"),
         (["--methods", "magic"], "invalid choice: 'magic'"),
         (["--device", "nothing"], "'nothing' cannot be used here"),
+        (["--device", "meta"], "'meta' cannot be used here"),
     ],
 )
 def test_wrong_options_end_with_code_2(options, message, capsys):

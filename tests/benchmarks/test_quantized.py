@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from benchmarks import quantized
+from benchmarks import BenchmarkError, quantized
 from benchmarks.models import create_model
 from benchmarks.quantized import quantized_model
 
@@ -59,3 +59,26 @@ def test_truncated_file_is_replaced(model, images, made, tmp_path, caplog):
     quantized_model(model, images, tmp_path, **OPTIONS)
     assert "the cached network is unusable" in caplog.text
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("kind", [ValueError, FloatingPointError])
+def test_what_quantize_refuses_is_an_error_of_the_user(model, images, tmp_path, monkeypatch, kind, cached):
+    def refuse(*args, **options):
+        raise kind("the loss of layer1 is nan at step 3")
+
+    monkeypatch.setattr(quantized, "quantize", refuse)
+    with pytest.raises(BenchmarkError, match="cannot be quantized by qdrop W2A2: the loss of layer1 is nan") as error:
+        quantized_model(model, images, tmp_path if cached else None, **OPTIONS)
+    assert isinstance(error.value.__cause__, kind)
+    assert not (tmp_path / "quantized").exists()
+
+
+def test_other_errors_go_through(model, images, tmp_path, monkeypatch):
+    def confuse(*args):
+        raise ValueError("a mistake of the programmer")
+
+    monkeypatch.setattr(quantized, "_key", confuse)
+    with pytest.raises(ValueError, match="a mistake") as error:
+        quantized_model(model, images, tmp_path, **OPTIONS)
+    assert not isinstance(error.value, BenchmarkError)

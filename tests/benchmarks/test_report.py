@@ -3,13 +3,15 @@ import io
 import json
 
 from benchmarks.evaluate import Setting
-from benchmarks.report import title, to_csv, to_table, write_report
+from benchmarks.report import title, to_csv, to_markdown, to_table, write_environment, write_report
 from tests.benchmarks.rows import make_measurement, make_row
 
 COLUMNS = (
     "dataset,model,method,w_bits,a_bits,seed,iters,n_calib,n_cat,n_eval,"
     "fp_top1,lq_top1,plain_affine_top1,cat_paper_top1,cat_top1,cat_delta"
 )
+
+NOTE = "With 1,024 images the default of CAT is the paper's setting (64 clusters), so both columns agree."
 
 
 def test_csv_has_exactly_the_columns_and_leaves_unknown_values_empty():
@@ -59,4 +61,21 @@ def test_all_files_hold_the_same(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json", "results.md"]
     assert (tmp_path / "results.csv").read_text() == to_csv(rows)
     assert json.loads((tmp_path / "results.json").read_text()) == [vars(row) for row in rows]
-    assert (tmp_path / "results.md").read_text() == f"{title(rows)}\n\n{to_table(measured)}\n"
+    assert (tmp_path / "results.md").read_text() == to_markdown(measured) + "\n"
+
+
+def test_markdown_says_where_two_columns_have_to_agree():
+    for n_cat, notes in ((40, []), (1023, []), (1024, [NOTE]), (5000, [NOTE.replace("1,024", "5,000")])):
+        measured = [make_measurement(n_cat=n_cat)]
+        expected = [title([measured[0].row]), to_table(measured), *notes]
+        assert to_markdown(measured) == "\n\n".join(expected)
+
+
+def test_environment_stays_that_of_the_first_call_but_for_the_seconds(tmp_path):
+    path = tmp_path / "environment.json"
+    write_environment(tmp_path, {"command": "first", "finished": "then", "seconds": 3.0})
+    write_environment(tmp_path, {"command": "second", "finished": "now", "seconds": 5.0})
+    assert json.loads(path.read_text()) == {"command": "first", "finished": "then", "seconds": 5.0}
+    path.write_text('{"comm')
+    write_environment(tmp_path, {"command": "third", "finished": "now", "seconds": 5.0})
+    assert json.loads(path.read_text())["command"] == "third"

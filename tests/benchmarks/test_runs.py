@@ -1,9 +1,12 @@
+import json
+from dataclasses import replace
+
 import pytest
 
 from benchmarks import BenchmarkError
 from benchmarks.evaluate import Setting
 from benchmarks.runs import Run
-from tests.benchmarks.rows import make_measurement, same
+from tests.benchmarks.rows import all_same, make_measurement
 
 SETTINGS = {"dataset": "digits", "model": "resnet8", "versions": {"torch": "2.4"}}
 GRID = [Setting("rtn", 2, 2, seed) for seed in range(4)]
@@ -11,6 +14,9 @@ GRID = [Setting("rtn", 2, 2, seed) for seed in range(4)]
 
 def measure(setting):
     return make_measurement(setting, won=10 + setting.seed, lq_top1=90.0 + setting.seed)
+
+
+EXPECTED = [measure(setting) for setting in GRID]
 
 
 def failing_at(seed):
@@ -26,6 +32,12 @@ def never(setting):
     raise AssertionError(f"{setting.name} was measured again")
 
 
+def test_comparison_of_measurements_sees_what_is_missing():
+    assert all_same(EXPECTED, [measure(setting) for setting in GRID])
+    assert not all_same(EXPECTED[:-1], EXPECTED) and not all_same(EXPECTED, EXPECTED[:-1])
+    assert not all_same(EXPECTED[::-1], EXPECTED)
+
+
 def test_stopped_run_goes_on_where_it_stopped(tmp_path):
     run = Run.open(tmp_path, SETTINGS)
     with pytest.raises(KeyboardInterrupt):
@@ -35,8 +47,8 @@ def test_stopped_run_goes_on_where_it_stopped(tmp_path):
     measured = []
     found = again.complete(GRID, lambda setting: (measured.append(setting), measure(setting))[1])
     assert measured == GRID[2:] and len(found) == len(GRID)
-    assert all(map(same, found, map(measure, GRID)))
-    assert all(map(same, found, Run.open(tmp_path, SETTINGS).complete(GRID, never)))
+    assert all_same(found, EXPECTED)
+    assert all_same(Run.open(tmp_path, SETTINGS).complete(GRID, never), EXPECTED)
 
 
 def test_unreadable_row_is_measured_again(tmp_path, caplog):
@@ -47,8 +59,26 @@ def test_unreadable_row_is_measured_again(tmp_path, caplog):
     (run.folder / "rows" / f"{GRID[3].name}.safetensors").write_bytes(b"\x08")
     (run.folder / "rows" / f"{GRID[0].name}.safetensors").unlink()
     assert not run.finished()
-    assert all(map(same, run.complete(GRID, measure), map(measure, GRID)))
+    assert all_same(run.complete(GRID, measure), EXPECTED)
     assert "the stored row rtn-w2a2-seed1 is unreadable" in caplog.text
+
+
+def test_seconds_are_stored_beside_the_row(tmp_path):
+    run = Run.open(tmp_path, SETTINGS)
+    run.complete(GRID[:2], lambda setting: replace(measure(setting), seconds=1.5 + setting.seed))
+    path = run.folder / "rows" / f"{GRID[1].name}.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "seconds"}))
+    found = run.complete(GRID[:2], never)
+    assert [measurement.seconds for measurement in found] == [1.5, 0.0]
+    assert all_same(found, EXPECTED[:2])
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3"])
+def test_row_of_another_type_is_measured_again(tmp_path, content):
+    run = Run.open(tmp_path, SETTINGS)
+    run.complete(GRID, measure)
+    (run.folder / "rows" / f"{GRID[2].name}.json").write_text(content)
+    assert len(run.finished()) == 3
 
 
 def test_fresh_forgets(tmp_path):

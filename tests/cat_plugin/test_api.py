@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -77,6 +78,34 @@ def test_failing_evaluation_leaves_nothing_attached(pair):
     with pytest.raises(CATError, match="accuracy needs class labels"):
         apply_cat(*pair, images(), eval_loader=images())
     assert state_of(*pair) == before
+
+
+@pytest.mark.parametrize("meta", ["quantized_model", "fp_model"])
+def test_model_on_the_meta_device_is_refused(pair, meta):
+    models = dict(zip(("quantized_model", "fp_model"), pair, strict=True))
+    models[meta] = models[meta].to("meta")
+    with pytest.raises(
+        CATError, match=f"{meta} has 9 parameters or buffers on the meta device, such as 'first.weight'"
+    ):
+        apply_cat(**models, calib_loader=images())
+
+
+@pytest.mark.parametrize("config", [{"alpha": 1}, {}, "paper", CATConfig, 0.4], ids=repr)
+def test_config_of_another_type(pair, config):
+    def never():
+        pytest.fail("the loader was asked")
+        yield
+
+    q, f = torch.randn(20, 3), torch.randn(20, 3)
+    calls = [
+        lambda: apply_cat(*pair, never(), config=config),
+        lambda: fit_cluster_affine(q, f, config),
+        lambda: held_out_scores(q, f, config),
+    ]
+    message = re.escape(f"config={config!r} is a {type(config).__name__}; expected a CATConfig or None")
+    for call in calls:
+        with pytest.raises(CATError, match=message):
+            call()
 
 
 def test_second_attachment_is_refused_until_removed(pair):

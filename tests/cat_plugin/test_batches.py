@@ -32,6 +32,7 @@ LOADERS = {
     "DataLoader of dicts": (DataLoader(DictDataset(), 4), True),
     "dicts with an unknown key": ([{"picture": X, "target": Y}], True),
     "mappings that are no dict": ([UserDict(image=X, other=X, y=Y)], True),
+    "triples with an index": ([(X[:4], Y[:4], Y[:4] + 100), [X[4:], Y[4:], Y[4:] + 100, "a.png"]], True),
     "labels as column": ([(X, Y.unsqueeze(1))], True),
     "labels as list": ([(X, Y.tolist())], True),
     "labels that are no classes": ([(X, torch.rand(10))], False),
@@ -71,7 +72,7 @@ def test_batch_size_cuts_the_stacked_tensor_only():
         (torch.tensor(1.0), "the loader is a tensor without dimensions"),
         ([torch.tensor(1.0)], "a batch is a tensor without dimensions"),
         ([X.numpy()], "a batch is a ndarray; expected a tensor"),
-        ([(X, X, Y)], r"a batch is a tuple of \(Tensor, Tensor, Tensor\)"),
+        ([()], r"a batch is a tuple of \(\); expected \(input, target\) or \(input,\), input a tensor"),
         ([(X.numpy(), Y)], r"a batch is a tuple of \(ndarray, Tensor\)"),
         ([{"a": X, "b": X, "label": Y}], r"dict with keys \['a', 'b', 'label'\], in which the one input"),
         ([{"x": X, "image": X}], r"dict with keys \['x', 'image'\]"),
@@ -90,11 +91,27 @@ def test_invalid_batch_size(batch_size):
 
 
 def test_inputs_go_where_the_model_is():
-    half = nn.Linear(2, 3).to(torch.bfloat16)
-    assert place(X, half).dtype == torch.bfloat16
-    assert place(Y, half).dtype == torch.int64
     assert place(X, nn.Linear(2, 3)) is X
     meta = nn.BatchNorm1d(2, affine=False, device="meta")
     assert place(X, meta).device.type == "meta"
     assert model_device(nn.ReLU()) is None
     assert place(X, nn.ReLU()) is X
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("given", DTYPES, ids=str)
+@pytest.mark.parametrize("wanted", DTYPES, ids=str)
+def test_inputs_get_the_dtype_that_the_model_computes_in(wanted, given):
+    model = nn.Linear(2, 3).to(wanted)
+    assert place(X.to(given), model).dtype == wanted
+    assert place(Y, model).dtype == torch.int64
+
+
+def test_weights_of_8_bits_say_nothing_about_inputs():
+    model = nn.Linear(2, 3)
+    model.weight = nn.Parameter(model.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    assert place(X.double(), model).dtype == torch.float32
+    model.bias = None
+    assert place(X.double(), model).dtype == torch.float64

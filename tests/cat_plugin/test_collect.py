@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import itertools
 
@@ -7,7 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cat_plugin import CATConfig, CATError, CATWrapper, ClusterAffine, apply_cat
-from cat_plugin.collect import collect_outputs
+from cat_plugin.collect import check_models, collect_outputs
+from cat_plugin.hook import find_hooks
 from tests.cat_plugin.helpers import SmallNet, images, model_pair, state_of
 
 
@@ -42,6 +44,16 @@ def test_half_model_gets_half_inputs():
     pairs = collect_outputs(copy.deepcopy(fp).to(torch.bfloat16), fp, images())
     assert pairs.q.dtype == pairs.f.dtype == torch.float32
     torch.testing.assert_close(pairs.q, pairs.f, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_models_and_inputs_of_different_dtypes(dtype):
+    fp = SmallNet()
+    quantized, x = copy.deepcopy(fp).to(dtype), images()
+    expected = collect_outputs(quantized, fp, x)
+    for given in (torch.float16, torch.float64):
+        pairs = collect_outputs(quantized, fp, x.to(given))
+        torch.testing.assert_close((pairs.q, pairs.f), (expected.q, expected.f), atol=0.01, rtol=0.01)
 
 
 def test_progress_bar_goes_to_stderr(capsys):
@@ -99,6 +111,25 @@ def test_state_is_restored_after_a_failure(culprit, at):
     assert state_of(quantized, fp) == before
 
 
+@pytest.mark.parametrize("at", [0, 2, 5], ids=lambda at: f"batch {at}")
+@pytest.mark.parametrize("culprit", ["loader", "plain pass", "corrected pass", "fp_model"])
+def test_state_is_restored_after_a_failure_of_the_evaluation(culprit, at):
+    quantized, fp = (_mixed(model) for model in model_pair())
+    calibration = 6  # batches, one pass each through both models
+    before_evaluation = 1 + calibration  # _mixed makes a pass, too
+    if culprit == "fp_model":
+        fp = _mixed(FailsAt(before_evaluation + at))
+    if culprit.endswith("pass"):  # the quantized model runs twice a batch, without the correction and with it
+        quantized = _mixed(FailsAt(before_evaluation + 2 * at + (culprit == "corrected pass")))
+    batches = list(zip(images().split(16), (torch.arange(96) % 10).split(16), strict=True))
+    loader = batches if culprit != "loader" else ((x, torch.arange(16) % 10) for x in _failing_loader(at))
+    before = state_of(quantized, fp)
+    with pytest.raises(Broken):
+        apply_cat(quantized, fp, images(), eval_loader=loader, batch_size=16)
+    assert state_of(quantized, fp) == before
+    assert not find_hooks(quantized)
+
+
 def test_state_is_restored_after_success():
     quantized, fp = (_mixed(model) for model in model_pair())
     loader = DataLoader(TensorDataset(images(), torch.arange(96) % 10), 16, shuffle=True)
@@ -133,6 +164,21 @@ def _shared_pair():
     return quantized, fp
 
 
+def _views_pair():
+    """Overlapping views of one allocation that start at different places."""
+    quantized, fp = model_pair()
+    flat = torch.randn(101)
+    fp.first.weight.data = flat[:96].view(16, 6)
+    quantized.first.weight.data = flat[5:].view(16, 6)
+    return quantized, fp
+
+
+def _shared_buffer_pair():
+    quantized, fp = model_pair()
+    quantized.norm.running_mean = fp.norm.running_mean
+    return quantized, fp
+
+
 def _attached_pair():
     quantized, fp = model_pair()
     CATWrapper(quantized, ClusterAffine.identity(10))
@@ -160,7 +206,17 @@ ERRORS = {
     ),
     "NaN in FP": (lambda: (SmallNet(), Poisoned()), images(), "fp_model gave 8 NaN or infinite logits"),
     "same object": (_same, images(), "quantized_model and fp_model are the same object"),
-    "shared storage": (_shared_pair, images(), "shares 2 of its parameters with fp_model, such as 'first.weight'"),
+    "shared storage": (
+        _shared_pair,
+        images(),
+        "shares 2 of its parameters and buffers with fp_model, such as 'first.weight'",
+    ),
+    "views of one buffer": (
+        _views_pair,
+        images(),
+        "shares 1 of its parameters and buffers with fp_model, such as 'first.weight'",
+    ),
+    "shared buffer": (_shared_buffer_pair, images(), "shares 1 of its .* such as 'norm.running_mean'"),
     "no module": (lambda: (SmallNet(), torch.relu), images(), "fp_model is a builtin_function_or_method; expected a"),
     "no module, quantized": (lambda: (None, SmallNet()), images(), "quantized_model is a NoneType; expected a"),
     "attached": (_attached_pair, images(), r"CAT is already attached to this SmallNet; call remove\(\)"),
@@ -182,6 +238,45 @@ def test_errors_leave_no_trace(case):
     with pytest.raises(CATError, match=message):
         apply_cat(quantized, fp, loader, config=CATConfig.paper())
     assert state_of(*models) == before
+
+
+def test_constants_of_one_number_and_tensors_without_memory_may_be_shared():
+    quantized, fp = model_pair()
+    for name, constant in (("eps", torch.tensor(1e-5)), ("one", torch.ones(1)), ("none", torch.empty(0))):
+        for model in (quantized, fp):
+            model.register_buffer(name, constant)
+    check_models(quantized, fp)
+
+
+class Opaque(torch.Tensor):
+    """A wrapper without memory of its own, as the weights of quantization tools are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(function)
+
+
+class Wrapped(Opaque):
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+
+@pytest.mark.parametrize(("kind", "found"), [(Opaque, False), (Wrapped, True)])
+def test_sharing_inside_of_tensor_subclasses(kind, found):
+    quantized, fp = model_pair()
+    quantized.register_buffer("packed", kind(fp.first.weight.detach().flatten()[1:]))
+    with pytest.raises(CATError, match="such as 'packed'") if found else contextlib.nullcontext():
+        check_models(quantized, fp)
+    quantized.packed = kind(torch.ones(95))
+    check_models(quantized, fp)
 
 
 def test_bypassed_hook_is_found_on_the_first_batch():

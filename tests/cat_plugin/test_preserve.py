@@ -110,6 +110,17 @@ def test_error_of_restoring_does_not_hide_the_first(monkeypatch):
         raise KeyError("from the body")
 
 
+@pytest.mark.parametrize("part", ["weight", "running_var"])
+def test_model_without_data_is_refused_before_anything_is_run(part):
+    fp, model = SmallNet(), SmallNet()
+    tensor = torch.ones(16, device="meta")
+    setattr(model.norm, part, nn.Parameter(tensor) if part == "weight" else tensor)
+    message = rf"lq has 1 parameters or buffers on the meta device, such as 'norm\.{part}', which hold no data"
+    with pytest.raises(CATError, match=message), inference({"fp": fp, "lq": model}):
+        pytest.fail("the body was run")
+    assert model.training
+
+
 def test_digest_sees_name_dtype_shape_and_bytes():
     def digest(tensor, name="a"):
         module = nn.Module()
