@@ -46,11 +46,11 @@ def quantize(
     Args:
         fp_model: the full-precision network, any classification network made of convolutions and linear layers.
         calib_loader: calibration inputs: a stacked tensor ``(N, ...)`` or an iterable of batches (labels unused).
-        method: ``"rtn"`` (round to nearest) or ``"qdrop"``.
+        method: ``"rtn"`` (round to nearest), ``"adaround"``, ``"brecq"`` or ``"qdrop"``.
         w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The first
             layer's weights and the last layer's weights and input have 8.
-        iters: optimiser steps a unit and stage; by default the method's published number (20,000). Fewer steps raise
-            the learning rate of the roundings in proportion, so that they still settle.
+        iters: optimiser steps a unit and stage; by default the method's published number (5,000 to 20,000). Fewer
+            steps raise the learning rate of the roundings in proportion, so that they still settle.
         batch_size: images a step.
         seed: of everything random; the same seed, machine and versions give the same model (on a GPU as far as its
             convolutions are deterministic, see ``torch.use_deterministic_algorithms``).
@@ -70,8 +70,7 @@ def quantize(
     if method not in RECIPES:
         raise ValueError(f"method={method!r} should be one of {', '.join(METHODS)}")
     recipe, spec = RECIPES[method], QuantSpec(w_bits=w_bits, a_bits=a_bits, range_method=range_method)
-    iters = recipe.iters if iters is None else iters
-    if iters < 0 or batch_size < 1:
+    if (iters is not None and iters < 0) or batch_size < 1:
         raise ValueError(f"iters={iters} should be at least 0 and batch_size={batch_size} at least 1")
     device, dtype = _placement(fp_model)
     with _random_state_kept():
@@ -84,8 +83,9 @@ def quantize(
         )
         network = _run(fp_model, _placed(inputs, device, dtype), recipe, spec, settings, seed)
     logger.info(
-        "%s W%dA%d: %d images, %d steps a unit, %.1f s",
-        *(method, w_bits, a_bits, len(inputs), iters, time.perf_counter() - started),
+        "%s W%dA%d: %d images, %s steps a unit, %.1f s",
+        *(method, w_bits, a_bits, len(inputs), "published" if iters is None else iters),
+        time.perf_counter() - started,
     )
     return network.to(dtype) if dtype in HALF else network
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from baselines.units import Unit
+
 logger = logging.getLogger(__name__)
 
 _IMAGE_KEYS = ("pixel_values", "images", "image", "inputs", "input", "x")
@@ -67,45 +69,99 @@ class Stream:
 
     :meth:`arrive` gives the input of the next unit, :meth:`leave` computes that unit's output, once. Between two units
     the network's own forward pass is replayed with the last unit's output in its place, so that whatever it computes
-    there (pooling, flattening, adding tokens) happens as always, while no unit runs a second time. Units further back
-    return NaN in a replay; if that reaches the next unit, the network has a connection past a unit, and the units are
-    run again for this step.
+    there (pooling, flattening, adding tokens) happens as always, while no unit runs a second time. Layers that are
+    units inside of a block are walked the same way in the block's own forward pass.
     """
 
     def __init__(self, network: nn.Module, inputs: Tensor, batch_size: int, device: torch.device) -> None:
         self._network = network
+        self._outer = _Level(network, inputs, batch_size, device)
+        self._block: str | None = None
+        self._inner: _Level | None = None
+
+    @torch.no_grad()
+    def arrive(self, unit: Unit) -> Tensor:
+        """The input ``(N, ...)`` of ``unit``, the next one in calling order, before its own quantization."""
+        if unit.block != self._block:
+            self._change_block(unit.block)
+        return (self._inner or self._outer).arrive(self._network.get_submodule(unit.name))
+
+    @torch.no_grad()
+    def leave(self, unit: Unit, arrived: Tensor) -> Tensor:
+        """The output ``(N, ...)`` of ``unit`` for the input that :meth:`arrive` gave."""
+        return (self._inner or self._outer).leave(self._network.get_submodule(unit.name), arrived)
+
+    def _change_block(self, block: str | None) -> None:
+        if self._inner is not None:
+            self._outer.passed(self._network.get_submodule(self._block), self._inner.finish())
+        self._block, self._inner = block, None
+        if block is not None:
+            module = self._network.get_submodule(block)
+            self._inner = self._outer.within(module, self._outer.arrive(module))
+
+
+class _Level:
+    """A network, or a block, whose units are passed one after the other.
+
+    With ``keep_all``, a replay has the outputs of all units passed so far, as a shortcut in a block needs them.
+    Otherwise it has that of the last one, and units further back return NaN: if that reaches the next unit, the
+    network has a connection past a unit, and the units are run again for this step.
+    """
+
+    def __init__(
+        self, network: nn.Module, inputs: Tensor, batch_size: int, device: torch.device, keep_all: bool = False
+    ) -> None:
+        self._network = network
         self._inputs = inputs
         self._batch_size = batch_size
         self._device = device
-        self._passed: list[tuple[nn.Module, torch.Size]] = []
-        self._output: Tensor | None = None
+        self._keep_all = keep_all
+        self._passed: list[tuple[nn.Module, torch.Size, Tensor | None]] = []
 
-    @torch.no_grad()
+    def within(self, block: nn.Module, inputs: Tensor) -> _Level:
+        """The level of the units inside of ``block``."""
+        return _Level(block, inputs, self._batch_size, self._device, keep_all=True)
+
     def arrive(self, unit: nn.Module) -> Tensor:
-        """The input ``(N, ...)`` of ``unit``, the next one in calling order, before its own quantization."""
         arrived = self._collect(unit, self._replayed)
         if arrived.is_floating_point() and torch.isnan(arrived).any() and len(self._passed) > 1:
             logger.debug("a connection passes a unit before %s: running all units up to it", type(unit).__name__)
             arrived = self._collect(unit, lambda start: contextlib.nullcontext())
-        self._output = None
+        if not self._keep_all and self._passed:
+            module, shape, _ = self._passed[-1]
+            self._passed[-1] = module, shape, None
         return arrived
 
-    @torch.no_grad()
     def leave(self, unit: nn.Module, arrived: Tensor) -> Tensor:
-        """The output ``(N, ...)`` of ``unit`` for the input that :meth:`arrive` gave."""
-        batches = [unit(batch.to(self._device).clone()) for batch in arrived.split(self._batch_size)]
-        self._output = torch.cat(batches)
-        self._passed.append((unit, self._output.shape[1:]))
-        return self._output
+        output = torch.cat([unit(batch.to(self._device).clone()) for batch in arrived.split(self._batch_size)])
+        self.passed(unit, output)
+        return output
+
+    def passed(self, unit: nn.Module, output: Tensor) -> None:
+        """Go on behind ``unit``, whose output is known."""
+        self._passed.append((unit, output.shape[1:], output))
+
+    def finish(self) -> Tensor:
+        """The output ``(N, ...)`` of the whole level, all of whose units have been passed."""
+        return torch.cat([self._run(start) for start in self._starts()])
+
+    def _run(self, start: int) -> Tensor:
+        with self._replayed(start):
+            return self._network(self._batch(start))
+
+    def _starts(self) -> range:
+        return range(0, len(self._inputs), self._batch_size)
+
+    def _batch(self, start: int) -> Tensor:
+        return self._inputs[start : start + self._batch_size].to(self._device).clone()
 
     def _collect(self, unit: nn.Module, replay: Callable[[int], contextlib.AbstractContextManager]) -> Tensor:
         collected: list[Tensor] = []
         with _forward_replaced(unit, _raise_arrived), _without_entry_quantizer(unit):
-            for start in range(0, len(self._inputs), self._batch_size):
+            for start in self._starts():
                 with replay(start):
-                    batch = self._inputs[start : start + self._batch_size].to(self._device)
                     try:
-                        self._network(batch)
+                        self._network(self._batch(start))
                     except _Arrived as stop:
                         collected.append(stop.args[0])
         if not collected:
@@ -114,13 +170,13 @@ class Stream:
 
     @contextlib.contextmanager
     def _replayed(self, start: int) -> Iterator[None]:
+        size = min(self._batch_size, len(self._inputs) - start)
         with contextlib.ExitStack() as stack:
-            size = min(self._batch_size, len(self._inputs) - start)
-            for position, (unit, shape) in enumerate(self._passed):
-                if position == len(self._passed) - 1:
-                    value = self._output[start : start + size].clone()
+            for unit, shape, output in self._passed:
+                if output is None:
+                    value = torch.full((size, *shape), torch.nan, device=self._device)
                 else:
-                    value = self._output.new_full((size, *shape), torch.nan)
+                    value = output[start : start + size].clone()
                 stack.enter_context(_forward_replaced(unit, _returning(value)))
                 stack.enter_context(_without_entry_quantizer(unit))
             yield
@@ -149,8 +205,8 @@ def _without_entry_quantizer(module: nn.Module) -> Iterator[None]:
     if quantizer is None:
         yield
         return
-    quantizer.bypass = True
+    bypass, quantizer.bypass = quantizer.bypass, True
     try:
         yield
     finally:
-        quantizer.bypass = False
+        quantizer.bypass = bypass

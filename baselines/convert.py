@@ -198,5 +198,9 @@ def set_activation_ranges(
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    """Put ``module`` in the place of the one called ``name``, wherever else that one is registered, too."""
+    old = model.get_submodule(name)
+    for parent in model.modules():
+        for child, value in parent._modules.items():
+            if value is old:
+                parent._modules[child] = module

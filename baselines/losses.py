@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def reconstruction_error(output: Tensor, target: Tensor, channel_axis: int) -> Tensor:
-    """Squared error, summed over channels and averaged over the rest (BRECQ, arXiv 2102.05426, authors' code)."""
-    return (output - target).square().sum(channel_axis).mean()
+def reconstruction_error(output: Tensor, target: Tensor, channel_axis: int, norm: float = 2.0) -> Tensor:
+    """``|error| ** norm``, summed over channels and averaged over the rest (BRECQ, arXiv 2102.05426, authors' code)."""
+    error = output - target
+    powers = error.square() if norm == 2 else error.abs().pow(norm)
+    return powers.sum(channel_axis).mean()
 
 
 def rounding_penalty(fraction: Tensor, beta: float) -> Tensor:

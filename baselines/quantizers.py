@@ -90,13 +90,14 @@ class ActivationQuantizer(nn.Module):
 
     @contextlib.contextmanager
     def training_with(self, keep: float, bypass: bool, generator: torch.Generator) -> Iterator[None]:
-        """Set the quantizer up for reconstruction; back to plain quantization afterwards, whatever happens."""
+        """Set the quantizer up for reconstruction; everything is as before afterwards, whatever happens."""
+        before = self.keep, self.bypass, self.generator
         self.keep, self.bypass, self.generator = keep, bypass, generator
         self._lowest = -self.zero_point.item()  # read once: on a GPU every reading waits for all work before it
         try:
             yield
         finally:
-            self.keep, self.bypass, self.generator = 1.0, False, None
+            self.keep, self.bypass, self.generator = before
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"

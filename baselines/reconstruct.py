@@ -24,9 +24,10 @@ _CHECK_EVERY = 50
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What a run may choose beside the recipe: steps a unit and stage, images a step, images a capturing pass."""
+    """What a run may choose beside the recipe: steps a unit and stage (None: as published), images a step, images a
+    capturing pass."""
 
-    iters: int
+    iters: int | None
     batch_size: int
     capture_batch_size: int
     progress: bool
@@ -61,16 +62,15 @@ def reconstruct(
     Raises:
         FloatingPointError: the loss of a unit became NaN or infinite; says which unit and which step.
     """
-    if recipe.stages and settings.iters > 0:
-        layers_in_units = {name for unit in units for name in unit.layers}
-        _harden(network, quantized_layers(network).keys() - layers_in_units)
-        device = generator.device
-        fp_stream, stream = (Stream(m, inputs, settings.capture_batch_size, device) for m in (folded, network))
-        with tqdm(total=len(units), unit="unit", disable=not settings.progress, leave=False) as bar:
-            for unit in units:
-                bar.set_description(unit.name)
-                _advance(folded, network, unit, fp_stream, stream, recipe, settings, generator, bar)
-                bar.update()
+    layers_in_units = {name for unit in units for name in unit.layers}
+    _harden(network, quantized_layers(network).keys() - layers_in_units)
+    for stage in recipe.stages:
+        if not stage.rounding:
+            _harden(network, layers_in_units)
+        iters = stage.iters if settings.iters is None else settings.iters
+        if iters > 0:
+            with _activations_bypassed(network, not stage.quantize_activations):
+                _walk(folded, network, units, inputs, _Plan(recipe, stage, iters, settings, generator))
     _harden(network, quantized_layers(network))
 
 
@@ -80,47 +80,70 @@ def _harden(network: nn.Module, names: Iterable[str]) -> None:
         network.get_submodule(name).harden()
 
 
-def _advance(folded, network, unit, fp_stream, stream, recipe, settings, generator, bar) -> None:
-    """Bring both streams to ``unit``, reconstruct it and let them pass."""
-    fp_module, module = folded.get_submodule(unit.name), network.get_submodule(unit.name)
-    fp_input, q_input = fp_stream.arrive(fp_module), stream.arrive(module)
-    target = fp_stream.leave(fp_module, fp_input)
-    activation = folded.get_submodule(unit.activation) if unit.activation else None
-    if activation is not None:
-        with torch.no_grad():
-            target = activation(target.clone())
-    data = _Data(fp_input, q_input, target)
-    for stage in recipe.stages:
-        if not stage.rounding:
+@contextlib.contextmanager
+def _activations_bypassed(network: nn.Module, bypass: bool) -> Iterator[None]:
+    quantizers = [module for module in network.modules() if isinstance(module, ActivationQuantizer)]
+    for quantizer in quantizers:
+        quantizer.bypass = bypass
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.bypass = False
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all units of one stage have in common."""
+
+    recipe: Recipe
+    stage: Stage
+    iters: int
+    settings: RunSettings
+    generator: torch.Generator
+
+
+def _walk(folded: nn.Module, network: nn.Module, units: list[Unit], inputs: Tensor, plan: _Plan) -> None:
+    """One stage: both streams come to each unit, it is reconstructed, and they pass on."""
+    size, device = plan.settings.capture_batch_size, plan.generator.device
+    fp_stream, stream = (Stream(model, inputs, size, device) for model in (folded, network))
+    with tqdm(total=len(units), unit="unit", disable=not plan.settings.progress, leave=False) as bar:
+        for unit in units:
+            bar.set_description(unit.name)
+            fp_input, q_input = fp_stream.arrive(unit), stream.arrive(unit)
+            target = fp_stream.leave(unit, fp_input)
+            activation = folded.get_submodule(unit.activation) if unit.activation else None
+            if activation is not None:
+                with torch.no_grad():
+                    target = activation(target.clone())
+            _UnitRun(network, unit, activation, plan).run(_Data(fp_input, q_input, target), bar)
             _harden(network, unit.layers)
-        _UnitRun(network, unit, activation, recipe, stage, settings, generator).run(data, bar)
-    stream.leave(module, q_input)
+            stream.leave(unit, q_input)
+            bar.update()
 
 
 class _UnitRun:
     """One stage on one unit."""
 
-    def __init__(self, network, unit, activation, recipe, stage, settings, generator) -> None:
-        self._unit: Unit = unit
-        self._module: nn.Module = network.get_submodule(unit.name)
-        self._activation: nn.Module | None = activation
-        self._recipe: Recipe = recipe
-        self._stage: Stage = stage
-        self._settings: RunSettings = settings
-        self._generator: torch.Generator = generator
+    def __init__(self, network: nn.Module, unit: Unit, activation: nn.Module | None, plan: _Plan) -> None:
+        self._unit = unit
+        self._module = network.get_submodule(unit.name)
+        self._activation = activation
+        self._recipe, self._stage, self._iters = plan.recipe, plan.stage, plan.iters
+        self._batch_size, self._generator = plan.settings.batch_size, plan.generator
         self._layers = [m for m in (network.get_submodule(n) for n in unit.layers) if m.weight_quantizer is not None]
         self._entry: ActivationQuantizer | None = getattr(self._module, "input_quantizer", None)
         self._quantizers = [m for m in self._module.modules() if isinstance(m, ActivationQuantizer)]
 
     def run(self, data: _Data, bar: tqdm) -> None:
-        stage, recipe, iters = self._stage, self._recipe, self._settings.iters
+        stage, recipe, iters = self._stage, self._recipe, self._iters
         rounding = scales = None
         if stage.rounding and self._layers:
             rounding = Rounding([m.weight for m in self._layers], [m.weight_quantizer for m in self._layers])
-            rounding_optimizer = torch.optim.Adam([rounding.logit], lr=recipe.rounding_lr_for(iters))
+            rounding_optimizer = torch.optim.Adam([rounding.logit], lr=stage.rounding_lr_for(iters))
         if stage.activation_scales and stage.quantize_activations and self._quantizers:
             scales = [quantizer.scale for quantizer in self._quantizers]
-            scale_optimizer = torch.optim.Adam(scales, lr=recipe.scale_lr)
+            scale_optimizer = torch.optim.Adam(scales, lr=stage.scale_lr)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(scale_optimizer, T_max=iters)
         if rounding is None and scales is None:
             return
@@ -154,7 +177,7 @@ class _UnitRun:
         output = self._module(x)
         if self._activation is not None:
             output = self._activation(output)
-        return reconstruction_error(output, data.target[chosen], self._unit.channel_axis)
+        return reconstruction_error(output, data.target[chosen], self._unit.channel_axis, self._stage.error_norm)
 
     def _mixed_input(self, x: Tensor, fp_input: Tensor, chosen: Tensor) -> Tensor:
         """The unit's input: quantized, or with QDrop's share of FP elements; the entry quantizer then passes."""
@@ -166,12 +189,12 @@ class _UnitRun:
         return x
 
     def _batches(self, count: int) -> Iterator[Tensor]:
-        size = min(self._settings.batch_size, count)
-        for _ in range(self._settings.iters):
+        size = min(self._batch_size, count)
+        for _ in range(self._iters):
             yield torch.randperm(count, generator=self._generator, device=self._generator.device)[:size]
 
     def _check(self, error: Tensor, step: int, bar: tqdm) -> None:
-        if step % _CHECK_EVERY and step != self._settings.iters - 1:
+        if step % _CHECK_EVERY and step != self._iters - 1:
             return
         value = error.item()
         if not value < float("inf"):

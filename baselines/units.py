@@ -37,12 +37,14 @@ class Unit:
         activation: name of the activation that the output goes straight into, if any. The output is compared behind
             it: what the activation removes need not be reconstructed.
         channel_axis: axis of the output over which the squared error is summed.
+        block: name of the block that a layer unit lies in, if any.
     """
 
     name: str
     layers: tuple[str, ...]
     activation: str | None
     channel_axis: int
+    block: str | None = None
 
 
 def find_blocks(model: nn.Module, record: Trace) -> list[str]:
@@ -68,7 +70,7 @@ def find_blocks(model: nn.Module, record: Trace) -> list[str]:
 def find_units(model: nn.Module, record: Trace, blocks: Iterable[str], kind: str) -> list[Unit]:
     """The units of ``model`` in calling order. ``kind`` is ``"block"`` (layers outside of blocks are units of their
     own) or ``"layer"``. Layers that are called more than once, or never, belong to no unit."""
-    blocks = list(blocks) if kind == "block" else []
+    known, blocks = list(blocks), list(blocks) if kind == "block" else []
     layers = [name for name, module in model.named_modules() if is_quantizable(module) and record.of(name)]
     layers = record.order(layers)
     once = [name for name in layers if len(record.of(name)) == 1]
@@ -76,7 +78,8 @@ def find_units(model: nn.Module, record: Trace, blocks: Iterable[str], kind: str
     in_blocks = {name for names in members.values() for name in names}
     members |= {name: (name,) for name in once if name not in in_blocks}
     modules = dict(model.named_modules())
-    return [_unit(name, members[name], modules, record) for name in record.order(list(members))]
+    homes = {name: block for block in known for name in members if name.startswith(f"{block}.")}
+    return [_unit(name, members[name], modules, record, homes.get(name)) for name in record.order(list(members))]
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
@@ -84,9 +87,9 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 
-def _unit(name: str, layers: tuple[str, ...], modules: dict[str, nn.Module], record: Trace) -> Unit:
-    last = modules[layers[-1]]
-    return Unit(name, layers, _activation_behind(name, record), -1 if isinstance(last, nn.Linear) else 1)
+def _unit(name: str, layers: tuple[str, ...], modules: dict[str, nn.Module], record: Trace, block: str | None) -> Unit:
+    axis = -1 if isinstance(modules[layers[-1]], nn.Linear) else 1
+    return Unit(name, layers, _activation_behind(name, record), axis, block)
 
 
 def _activation_behind(name: str, record: Trace) -> str | None:

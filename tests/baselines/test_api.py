@@ -127,7 +127,7 @@ def test_layers_of_other_dimensions_and_called_by_keyword(method):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "magic"}, "method='magic' should be one of rtn, qdrop"),
+        ({"method": "magic"}, "method='magic' should be one of rtn, adaround, brecq, qdrop"),
         ({"w_bits": 1}, "w_bits=1 should be an integer from 2 to 8, or 32"),
         ({"a_bits": 9}, "a_bits=9"),
         ({"a_bits": 4.0}, r"a_bits=4\.0"),

@@ -26,9 +26,8 @@ def walk(model, inputs, batch_size=4, kind="block"):
 
     handles = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in counts]
     for unit in units:
-        module = model.get_submodule(unit.name)
-        arrived = stream.arrive(module)
-        seen[unit.name] = arrived, stream.leave(module, arrived)
+        arrived = stream.arrive(unit)
+        seen[unit.name] = arrived, stream.leave(unit, arrived)
     for handle in handles:
         handle.remove()
     return seen, counts
@@ -50,21 +49,23 @@ def by_hooks(model, inputs, names):
     return seen
 
 
+@pytest.mark.parametrize("kind", ["block", "layer"])
 @pytest.mark.parametrize("network", [SmallResNet, LongSkip], ids=["chain", "long-skip"])
 @pytest.mark.parametrize("count", [8, 7, 3])
-def test_stream_equals_a_full_pass_with_hooks(network, count):
+def test_stream_equals_a_full_pass_with_hooks(network, count, kind):
     model = folded_copy(randomized(network()), images(2))
-    seen, _ = walk(model, images(count))
+    seen, _ = walk(model, images(count), kind=kind)
     expected = by_hooks(model, images(count), list(seen))
     for name, pair in seen.items():
         for mine, theirs in zip(pair, expected[name], strict=True):
             torch.testing.assert_close(mine, theirs, msg=name)
 
 
-def test_every_unit_of_a_chain_runs_once_a_batch():
+@pytest.mark.parametrize(("kind", "units"), [("block", 4), ("layer", 7)])
+def test_every_unit_of_a_chain_of_blocks_runs_once_a_batch(kind, units):
     model = folded_copy(randomized(SmallResNet()), images(2))
-    _, counts = walk(model, images(10), batch_size=4)
-    assert counts == dict.fromkeys(counts, 3)
+    _, counts = walk(model, images(10), batch_size=4, kind=kind)
+    assert list(counts.values()) == [3] * units
 
 
 def test_modules_are_as_before_after_a_walk():

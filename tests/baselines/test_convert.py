@@ -153,6 +153,20 @@ def test_other_readers_of_a_blocks_input_are_quantized_too():
     assert network.one.a.input_quantizer is None
 
 
+def test_layer_registered_under_two_names_is_replaced_under_both():
+    class Alias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.fc = nn.Conv2d(3, 4, 1), nn.Linear(4, 3)
+            self.inner = self.mirror = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.fc(self.mirror(self.stem(x).relu()).mean((2, 3)))
+
+    _, network = converted(randomized(Alias()))
+    assert network.inner is network.mirror and network.mirror.weight_quantizer is not None
+
+
 def test_what_stays_in_floating_point_is_said(caplog):
     class Own(nn.Conv2d):
         pass

@@ -1,6 +1,7 @@
 import ast
 import inspect
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_keep_probability_one_equals_a_run_without_mixing(run, monkeypatch):
 )
 def test_a_stage_changes_what_it_learns_and_nothing_else(run, stage, weights_move, scales_move):
     plain = run(Recipe()).state_dict()
-    learned = run(Recipe(stages=(stage,), rounding_lr=0.1, scale_lr=1e-2), iters=60).state_dict()
+    learned = run(Recipe(stages=(replace(stage, rounding_lr=0.1, scale_lr=1e-2),)), iters=60).state_dict()
     moved = {key for key in plain if not torch.equal(plain[key], learned[key])}
     assert any(key.endswith("weight") for key in moved) == weights_move
     assert any(key.endswith("input_quantizer.scale") for key in moved) == scales_move
@@ -87,9 +88,9 @@ def test_loss_that_is_not_finite_names_unit_and_step(run, monkeypatch):
     real = losses.reconstruction_error
     calls = []
 
-    def broken(output, target, axis):
+    def broken(output, target, axis, norm):
         calls.append(axis)
-        return real(output, target, axis) * (float("nan") if len(calls) > 35 else 1)
+        return real(output, target, axis, norm) * (float("nan") if len(calls) > 35 else 1)
 
     monkeypatch.setattr("baselines.reconstruct.reconstruction_error", broken)
     with pytest.raises(FloatingPointError, match=r"loss of layer1\.0 is nan at step 29"):
@@ -116,6 +117,33 @@ def test_rounding_penalty_is_the_closed_form():
     assert losses.rounding_penalty(fraction, 2.0).item() == pytest.approx(0 + 0.75 + 1 + 0)
 
 
+def test_reconstruction_error_takes_other_norms():
+    output = torch.tensor([[1.0, -2.0]])
+    error = losses.reconstruction_error(output, torch.zeros(1, 2), 1, 2.4)
+    assert error.item() == pytest.approx(1 + 2**2.4)
+
+
+def test_stages_walk_the_whole_network_one_after_the_other(run, monkeypatch):
+    """BRECQ: while roundings are learned no activation is quantized, and scales are learned behind hard weights."""
+    seen, real = [], baselines.reconstruct._UnitRun.run
+
+    def watch(self, data, bar):
+        quantizers = [m for m in self._module.modules() if hasattr(m, "bypass")]
+        hard = all(layer.weight.unique().numel() <= 4 * len(layer.weight) for layer in self._layers[:1])
+        seen.append((self._unit.name, self._stage.rounding, all(q.bypass for q in quantizers), hard))
+        real(self, data, bar)
+
+    monkeypatch.setattr(baselines.reconstruct._UnitRun, "run", watch)
+    network = run(RECIPES["brecq"], iters=3)
+    assert [(name, rounding) for name, rounding, _, _ in seen] == [
+        *((name, True) for name in ("conv1", "layer1.0", "layer1.1", "fc")),
+        *((name, False) for name in ("conv1", "layer1.0", "layer1.1", "fc")),
+    ]
+    assert all(bypassed == rounding for name, rounding, bypassed, _ in seen if name != "conv1")
+    assert [hard for name, _, _, hard in seen if name.startswith("layer1")] == [False, False, True, True]
+    assert not any(m.bypass for m in network.modules() if hasattr(m, "bypass"))
+
+
 @pytest.mark.parametrize("axis", [1, -1])
 def test_reconstruction_error_sums_channels_and_averages_the_rest(axis):
     output, target = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
@@ -135,7 +163,7 @@ def test_progress_is_reported_on_demand_only(run, capsys, caplog):
     ids=["published", "longer", "shorter", "capped"],
 )
 def test_shorter_runs_take_the_roundings_as_far(iters, expected):
-    assert QDROP.rounding_lr_for(iters) == pytest.approx(expected)
+    assert QDROP.stages[0].rounding_lr_for(iters) == pytest.approx(expected)
 
 
 def test_layers_outside_of_units_are_rounded_before_the_first_unit_sees_data(run, monkeypatch):
