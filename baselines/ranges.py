@@ -1,11 +1,15 @@
 """Scales and zero points from data: min-max, or the range with the smallest p-norm rounding error.
 
-All candidates of all channels are scored together, in two passes: a coarse grid over how far the lower and the
-upper end are pulled in, then a fine grid around each channel's best. Large activation tensors are first reduced to
-a histogram, so the search costs the same whatever their size.
+Candidates are those of the QDrop authors' observer: a hundred widths, and for each of them every zero point. All
+channels are scored together, in two passes: every fourth width and, from 5 bits on, some of the zero points; then all
+that lie around each channel's best. Large activation tensors are first reduced to a histogram, so the search costs the
+same whatever their size.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,7 +17,11 @@ from torch import Tensor
 NORM = 2.4
 """Exponent of the error, as in the QDrop authors' observer (large errors count more than in the MSE)."""
 
-_COARSE, _FINE = 12, 7
+_WIDTHS = 100
+"""Candidates are multiples of this fraction of the distance from the lowest to the highest value (as the authors')."""
+
+_STRIDE = 4
+_COARSE_ZERO_POINTS = 16
 _HISTOGRAM_BINS = 2048
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -54,35 +62,39 @@ def _search(rows: Tensor, counts: Tensor, ends: tuple[Tensor, Tensor], bits: int
     low, high = ends
     if method == "minmax":
         return _affine(low, high, levels)
-    rows = rows.float()
-    one_sided = bool((low == 0).all() or (high == 0).all())
-    coarse = torch.linspace(1 / _COARSE, 1, _COARSE * 4 if one_sided else _COARSE, device=rows.device)
-    keep_low, keep_high = _best(rows, counts, low, high, *_grid(coarse, coarse, one_sided), levels)
-    step = torch.linspace(-1, 1, _FINE, device=rows.device) * (coarse[1] - coarse[0])
-    offsets = _grid(step, step, one_sided)
-    shrink = [(keep + offset).clamp(1e-3, 1) for keep, offset in zip((keep_low, keep_high), offsets, strict=True)]
-    keep_low, keep_high = _best(rows, counts, low, high, *shrink, levels)
-    return _affine(low * keep_low, high * keep_high, levels)
+    rows, unit = rows.float(), (high - low) / (_WIDTHS * levels)
+    empty = unit <= torch.finfo(unit.dtype).tiny
+    unit = torch.where(empty, torch.ones_like(unit), unit)
+    lowest = levels if bool((high == 0).all() and (low < 0).any()) else 0
+    highest = 0 if bool((low == 0).all()) else levels
+    zero_points = torch.linspace(lowest, highest, min(highest - lowest + 1, _COARSE_ZERO_POINTS)).round().tolist()
+    candidates = _pairs(range(_STRIDE, _WIDTHS + 1, _STRIDE), zero_points, rows)
+    width, zero_point = _best(rows, counts, unit, *candidates, levels)
+    gap = int(max((b - a for a, b in itertools.pairwise(zero_points)), default=0))
+    nearby = _pairs(range(1 - _STRIDE, _STRIDE), range(-gap, gap + 1), rows)
+    candidates = (width + nearby[0]).clamp(1, _WIDTHS), (zero_point + nearby[1]).clamp(lowest, highest)
+    width, zero_point = _best(rows, counts, unit, *candidates, levels)
+    return torch.where(empty, torch.ones_like(unit), width * unit), zero_point
 
 
-def _grid(a: Tensor, b: Tensor, one_sided: bool) -> tuple[Tensor, Tensor]:
-    """Candidates as two ``(n, 1)`` columns: all pairs, or the diagonal where one end is zero anyway."""
-    first, second = (a, b) if one_sided else torch.cartesian_prod(a, b).unbind(1)
-    return first.unsqueeze(1), second.unsqueeze(1)
+def _pairs(widths: Iterable[float], zero_points: Iterable[float], like: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs as two columns ``(candidates, 1)``."""
+    pairs = torch.tensor(list(itertools.product(widths, zero_points)), dtype=like.dtype, device=like.device)
+    return pairs[:, :1], pairs[:, 1:]
 
 
 def _best(
-    rows: Tensor, counts: Tensor, low: Tensor, high: Tensor, keep_low: Tensor, keep_high: Tensor, levels: int
+    rows: Tensor, counts: Tensor, unit: Tensor, width: Tensor, zero_point: Tensor, levels: int
 ) -> tuple[Tensor, Tensor]:
-    """The fractions ``(channels,)`` of ``low`` and ``high`` with the least error, among ``(candidates, channels)``."""
-    scale, zero_point = _affine(low * keep_low, high * keep_high, levels)
+    """Width, in units, and zero point ``(channels,)`` with the least error, among ``(candidates, channels or 1)``."""
+    width, zero_point = (each.expand(-1, len(rows)) for each in (width, zero_point))
     chunk = max(1, _CHUNK_ELEMENTS // rows.numel())
     errors = [
-        _error(rows, counts, s.unsqueeze(2), z.unsqueeze(2), levels)
-        for s, z in zip(scale.split(chunk), zero_point.split(chunk), strict=True)
+        _error(rows, counts, (w * unit).unsqueeze(2), z.unsqueeze(2), levels)
+        for w, z in zip(width.split(chunk), zero_point.split(chunk), strict=True)
     ]
     best = torch.cat(errors).argmin(0, keepdim=True)
-    return tuple(keep.expand_as(scale).gather(0, best).squeeze(0) for keep in (keep_low, keep_high))
+    return width.gather(0, best).squeeze(0), zero_point.gather(0, best).squeeze(0)
 
 
 def _error(rows: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:

@@ -15,6 +15,11 @@ def error_of(x, scale, zero_point, bits):
     return total
 
 
+def grid_error(x, scale, zero_point, levels):
+    integers = torch.clamp((x / scale).round() + zero_point, 0, levels)
+    return ((integers - zero_point) * scale - x).abs().pow(NORM).sum().item()
+
+
 def test_minmax_range_is_the_closed_form():
     weight = torch.tensor([[-1.0, 0.5, 2.0], [0.3, 0.6, 0.9]])
     scale, zero_point = weight_range(weight, 2, "minmax")
@@ -41,6 +46,19 @@ def test_search_comes_close_to_an_exhaustive_one():
         best = min(best, error_of(row, scale, min(max(round(-low * a / scale), 0), 3), 2))
     scale, zero_point = weight_range(row.unsqueeze(0), 2)
     assert error_of(row, scale.item(), zero_point.item(), 2) <= 1.05 * best
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_search_finds_the_best_of_the_authors_candidates(bits):
+    """A hundred widths times every zero point, one after the other, as the QDrop authors' observer tries them."""
+    weight = torch.randn(8, 50, generator=torch.Generator().manual_seed(bits)) ** 3
+    levels = 2**bits - 1
+    scale, zero_point = weight_range(weight, bits)
+    for row in range(8):
+        width = (weight[row].max() - weight[row].min()).item()
+        candidates = itertools.product([width * i / 100 / levels for i in range(1, 101)], range(levels + 1))
+        best = min(grid_error(weight[row], s, z, levels) for s, z in candidates)
+        assert grid_error(weight[row], scale[row], zero_point[row], levels) <= 1.01 * best
 
 
 @pytest.mark.parametrize(("sign", "zero_point"), [(1, 0), (-1, 3)])
