@@ -2,5 +2,6 @@
 
 from baselines.api import METHODS, quantize
 from baselines.specs import QuantSpec
+from baselines.summary import QuantizationSummary, summarize
 
-__all__ = ["METHODS", "QuantSpec", "quantize"]
+__all__ = ["METHODS", "QuantSpec", "QuantizationSummary", "quantize", "summarize"]

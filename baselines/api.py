@@ -6,7 +6,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from baselines.convert import HALF, folded_copy, quantized_copy, set_activation_
 from baselines.recipes import RECIPES, Recipe
 from baselines.reconstruct import RunSettings, reconstruct
 from baselines.specs import QuantSpec
+from baselines.summary import summarize
 from baselines.trace import trace
-from baselines.units import find_blocks, find_units
+from baselines.units import find_blocks, find_units, named_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,14 @@ def quantize(
     batch_size: int = 32,
     seed: int = 0,
     range_method: str = "mse",
+    blocks: Sequence[str] | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Quantize a trained network after training, from unlabelled images; ``fp_model`` is not touched.
 
     Args:
-        fp_model: the full-precision network, any classification network made of convolutions and linear layers.
+        fp_model: the full-precision network, any classification network made of convolutions, linear layers and
+            attention.
         calib_loader: calibration inputs: a stacked tensor ``(N, ...)`` or an iterable of batches (labels unused).
         method: ``"rtn"`` (round to nearest), ``"adaround"``, ``"brecq"`` or ``"qdrop"``.
         w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The first
@@ -55,15 +58,20 @@ def quantize(
         seed: of everything random; the same seed, machine and versions give the same model (on a GPU as far as its
             convolutions are deterministic, see ``torch.use_deterministic_algorithms``).
         range_method: ``"mse"`` or ``"minmax"``.
+        blocks: names of the modules that are reconstructed as one, as in ``fp_model.named_modules()``; layers outside
+            of them are units of their own. By default, residual and transformer blocks and the like are found.
         progress: show a progress bar.
 
     Returns:
         A new network of the same class, device and type, in eval mode, without gradients and without the forward
-        hooks of ``fp_model``. Its ``state_dict`` holds the hardened weights, scales and zero points.
+        hooks of ``fp_model``. Its ``state_dict`` holds the hardened weights, scales and zero points. What of it is
+        quantized, and what stays in floating point, says :func:`baselines.summarize`.
 
     Raises:
-        ValueError: an unknown method or bit width, no calibration inputs, fewer of them than one batch, or nothing
-            to quantize.
+        ValueError: an unknown method or bit width, no calibration inputs, fewer of them than one batch, nothing to
+            quantize, blocks that cannot be used, control flow that depends on data and hides a layer, or values
+            that are not finite.
+        TypeError: ``blocks`` that are not names.
         FloatingPointError: a loss that is not finite during reconstruction (which unit, which step).
     """
     started = time.perf_counter()
@@ -81,7 +89,8 @@ def quantize(
         settings = RunSettings(
             iters=iters, batch_size=batch_size, capture_batch_size=max(batch_size, 64), progress=progress
         )
-        network = _run(fp_model, _placed(inputs, device, dtype), recipe, spec, settings, seed)
+        network = _run(fp_model, _placed(inputs, device, dtype), recipe, spec, settings, seed, blocks)
+    logger.info("quantized %s", summarize(network).headline)
     logger.info(
         "%s W%dA%d: %d images, %s steps a unit, %.1f s",
         *(method, w_bits, a_bits, len(inputs), "published" if iters is None else iters),
@@ -91,14 +100,20 @@ def quantize(
 
 
 def _run(
-    fp_model: nn.Module, inputs: Tensor, recipe: Recipe, spec: QuantSpec, settings: RunSettings, seed: int
+    fp_model: nn.Module,
+    inputs: Tensor,
+    recipe: Recipe,
+    spec: QuantSpec,
+    settings: RunSettings,
+    seed: int,
+    blocks: Sequence[str] | None,
 ) -> nn.Module:
     generator = torch.Generator(inputs.device).manual_seed(seed)
     example = inputs[:_EXAMPLES]
     folded = folded_copy(fp_model, example)
     _set_layout(folded, torch.channels_last)  # convolutions run faster so
     record = trace(folded, example)
-    blocks = find_blocks(folded, record)
+    blocks = find_blocks(folded, record) if blocks is None else named_blocks(folded, record, blocks)
     network = quantized_copy(folded, record, blocks, spec)
     units = find_units(folded, record, blocks, recipe.unit)
     sample, batch_size = inputs[:_RANGE_IMAGES], settings.batch_size

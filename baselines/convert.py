@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from baselines.attention import MultiheadAttention, Product
 from baselines.layers import QUANTIZABLE, is_quantizable, looks_quantizable, quantize_on_entry
 from baselines.quantizers import ActivationQuantizer, WeightQuantizer
+from baselines.routing import WEIGHTED, Routes, find_routes, route
 from baselines.specs import OFF, QuantSpec
+from baselines.summary import FloatingPoint, operations_in_floating_point
 from baselines.trace import Call, Trace, Value, tensors_in, trace
 from baselines.units import quantized_layers
 
@@ -23,11 +26,11 @@ HALF = (torch.float16, torch.bfloat16)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def folded_copy(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of ``model`` in eval mode, without gradients, forward hooks and in-place activations, batch norm folded.
+def plain_copy(model: nn.Module, example: Tensor) -> nn.Module:
+    """A copy of ``model`` in eval mode, without gradients, forward hooks and in-place activations, in which all that
+    can be quantized is a module: linear layers and products of two activations, inside of attention, too.
 
-    A batch norm is folded into the convolution or linear layer whose output it alone reads; others stay. Half
-    precision becomes float32: reconstruction moves scales by less than half precision can hold.
+    Half precision becomes float32: reconstruction moves scales by less than half precision can hold.
     """
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     for module in twin.modules():
@@ -37,13 +40,62 @@ def folded_copy(model: nn.Module, example: Tensor) -> nn.Module:
     for tensor in itertools.chain(twin.parameters(), twin.buffers()):
         if tensor.dtype in HALF:
             tensor.data = tensor.data.float()
+    opened = _with_open_attention(twin, example)
+    return _with_routes(opened, example)
+
+
+def _with_open_attention(model: nn.Module, example: Tensor) -> nn.Module:
+    """A copy of ``model`` with each ``nn.MultiheadAttention`` in parts."""
+    names = [name for name, module in model.named_modules() if type(module) is nn.MultiheadAttention and name]
+    if not names:
+        return model
+    record = trace(model, example)
+    twin = copy.deepcopy(model)
+    for name in names:
+        inputs = [[value.tensor for value in call.inputs[:3]] for call in record.of(name)]
+        packed = bool(inputs) and all(len(i) == 3 and i[0] is i[1] and i[0] is i[2] for i in inputs)
+        _replace(twin, name, MultiheadAttention(twin.get_submodule(name), packed))
+    if _same_outputs(model, twin, example):
+        return twin
+    logger.warning("attention stays whole, since its parts gave other outputs: %s", names)
+    return model
+
+
+def _with_routes(model: nn.Module, example: Tensor) -> nn.Module:
+    """A copy of ``model`` in which functions that can be quantized are led through modules."""
+    routes = find_routes(model, trace(model, example))
+    routed = _routed(model, routes)
+    if not routes or _same_outputs(model, routed, example):
+        return routed
+    for one in routes:
+        routed = _routed(model, [one])
+        if _same_outputs(model, routed, example):
+            model = routed
+        else:
+            logger.warning("the functions of %s stay as they are: led through modules, they gave other outputs", one)
+    return model
+
+
+def _routed(model: nn.Module, routes: list[Routes]) -> nn.Module:
+    twin = copy.deepcopy(model)
+    for one in routes:
+        route(twin, one)
+    return twin
+
+
+def folded_copy(model: nn.Module, example: Tensor) -> nn.Module:
+    """A plain copy of ``model`` (:func:`plain_copy`) with batch norm folded.
+
+    A batch norm is folded into the convolution or linear layer whose output it alone reads; others stay.
+    """
+    twin = plain_copy(model, example)
     record = trace(twin, example)
     pairs = [(call.name, _foldable_source(call, record)) for call in record.calls]
     pairs = [(norm, layer) for norm, layer in pairs if layer is not None]
     folded = _with_folded(twin, pairs)
     if _same_outputs(twin, folded, example):
         return folded
-    for pair in pairs:  # some layer's output is also read by a function, which the trace does not see: find it
+    for pair in pairs:  # some layer's output is also read by a function: find it
         folded = _with_folded(twin, [pair])
         if _same_outputs(twin, folded, example):
             twin = folded
@@ -112,9 +164,12 @@ def quantized_copy(folded: nn.Module, record: Trace, blocks: list[str], spec: Qu
     if not names:
         kinds = ", ".join(kind.__name__ for kind in QUANTIZABLE)
         raise ValueError(f"{type(folded).__name__} has no layer to quantize; what is quantized: {kinds}")
-    left = [name for name, module in modules.items() if looks_quantizable(module) and name not in names]
+    left = unquantized(folded, record)
     if left:
-        logger.warning("left in floating point, since not called or of a kind that is not quantized: %s", left)
+        logger.warning("left in floating point, since not called or of a kind that is not quantized: %s", list(left))
+    network.floating_point = FloatingPoint(
+        operations=operations_in_floating_point(folded, record), unquantized=tuple(left)
+    )
     for name in names:
         is_edge = name in (names[0], names[-1])
         bits = spec.weight_bits(is_edge)
@@ -136,13 +191,18 @@ def _place_input_quantizers(
     network_input = record.of(names[0])[0].inputs[0]
     made: list[tuple[Value, ActivationQuantizer]] = []
     for name in names:
-        value = record.of(name)[0].inputs[0]
-        if value.same(network_input):
+        values = [call.inputs[0] for call in record.of(name)]
+        if all(value.same(network_input) for value in values):
             continue
+        bits = spec.activation_bits(name == names[-1])
+        layers[name].input_bits = bits
+        if len(values) > 1:  # not all of its inputs enter the block, or go to the same readers
+            layers[name].input_quantizer = _quantizer_for(values[0], bits)
+            continue
+        value = values[0]
         quantizer = next((quantizer for other, quantizer in made if value.same(other)), None)
         if quantizer is None:
-            quantizer = ActivationQuantizer(spec.activation_bits(name == names[-1]))
-            quantizer = quantizer.to(layers[name].weight.device, layers[name].weight.dtype)
+            quantizer = _quantizer_for(value, bits)
             made.append((value, quantizer))
         entered = [block for block, entry in entries if value.same(entry) and name.startswith(f"{block}.")]
         if not entered:
@@ -151,6 +211,31 @@ def _place_input_quantizers(
             block = network.get_submodule(entered[0])
             block.input_quantizer = quantizer
             block.register_forward_pre_hook(quantize_on_entry)
+    for name, module in network.named_modules():
+        if isinstance(module, Product) and record.of(name):
+            left, right = record.of(name)[0].inputs[:2]
+            module.left_quantizer = _quantizer_for(left, spec.a_bits)
+            module.right_quantizer = _quantizer_for(right, spec.a_bits)
+
+
+def _quantizer_for(value: Value, bits: int) -> ActivationQuantizer:
+    return ActivationQuantizer(bits).to(value.tensor.device, value.tensor.dtype)
+
+
+def unquantized(folded: nn.Module, record: Trace) -> tuple[str, ...]:
+    """What a user would expect to be quantized and is not: names of modules, and of functions with their module."""
+    modules = dict(folded.named_modules())
+    called = set(record.started)
+    names = [
+        name
+        for name, module in modules.items()
+        if looks_quantizable(module) and not (is_quantizable(module) and name in called)
+    ]
+    for operation in record.operations:
+        module = modules[operation.owner]
+        if operation.function in WEIGHTED and not isinstance(module, Product) and not looks_quantizable(module):
+            names.append(f"{operation.function.__name__} in {operation.owner or type(folded).__name__}")
+    return tuple(dict.fromkeys(names))
 
 
 @torch.no_grad()
@@ -167,34 +252,57 @@ def set_activation_ranges(
     """Choose the range of every activation quantizer of ``network`` from one pass of the FP twin over ``inputs``.
 
     Of every quantized tensor, ``budget`` random elements and the extremes are kept.
+
+    Raises:
+        ValueError: an activation that is not finite, or none at all (says of which module).
     """
-    owners: dict[str, ActivationQuantizer] = {}
-    for name, module in network.named_modules():
-        quantizer = getattr(module, "input_quantizer", None)
-        if isinstance(quantizer, ActivationQuantizer) and not any(quantizer is q for q in owners.values()):
-            owners[name] = quantizer
-    samples: dict[str, list[Tensor]] = {name: [] for name in owners}
+    places = _quantized_places(network)
+    samples: list[list[Tensor]] = [[] for _ in places]
     share = max(1, -(-budget * batch_size // len(inputs)))
 
-    def watch(name: str):
+    def watch(place: int, position: int):
         def hook(module, args, kwargs):
-            flat = tensors_in(args, kwargs)[0].flatten()
+            flat = tensors_in(args, kwargs)[position].flatten()
             if flat.numel() > share:
                 chosen = torch.randint(flat.numel(), (share,), generator=generator, device=flat.device)
                 flat = torch.cat([flat[chosen], *(end.view(1) for end in flat.aminmax())])
-            samples[name].append(flat)
+            samples[place].append(flat)
 
         return hook
 
-    handles = [folded.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True) for name in owners]
+    handles = [
+        folded.get_submodule(name).register_forward_pre_hook(watch(place, position), with_kwargs=True)
+        for place, (name, position, _) in enumerate(places)
+    ]
     try:
         for batch in inputs.split(batch_size):
             folded(batch)
     finally:
         for handle in handles:
             handle.remove()
-    for name, quantizer in owners.items():
-        quantizer.set_range(torch.cat(samples[name]), spec.range_method)
+    for (name, _, quantizer), seen in zip(places, samples, strict=True):
+        if not seen:
+            raise ValueError(f"{name} was not reached; control flow that depends on data hides it")
+        sample = torch.cat(seen)
+        if not torch.isfinite(sample).all():
+            raise ValueError(
+                f"the input of {name} holds NaN or infinite values in the full-precision network; check its weights "
+                "and the scale of the calibration inputs"
+            )
+        quantizer.set_range(sample, spec.range_method)
+
+
+def _quantized_places(network: nn.Module) -> list[tuple[str, int, ActivationQuantizer]]:
+    """Where activations are quantized: module, which of its inputs, and the quantizer; shared ones once."""
+    places: list[tuple[str, int, ActivationQuantizer]] = []
+    for name, module in network.named_modules():
+        attributes = ("left_quantizer", "right_quantizer") if isinstance(module, Product) else ("input_quantizer",)
+        for position, attribute in enumerate(attributes):
+            quantizer = getattr(module, attribute, None)
+            known = any(quantizer is other for _, _, other in places)
+            if isinstance(quantizer, ActivationQuantizer) and not known:
+                places.append((name, position, quantizer))
+    return places
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

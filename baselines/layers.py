@@ -16,11 +16,13 @@ class QuantLayer(nn.Module):
         weight_quantizer: the grid of the weights, or ``None`` where they stay in floating point.
         input_quantizer: quantizes the layer's input, or ``None`` where the input stays in floating point or was
             quantized on entry to the block. Layers that read the same tensor share one quantizer.
+        input_bits: bits of the input wherever it is quantized, or ``None`` where it stays in floating point.
         soft_weight: what reconstruction puts in the place of ``weight`` for one pass.
     """
 
     weight_quantizer: WeightQuantizer | None
     input_quantizer: ActivationQuantizer | None
+    input_bits: int | None
     soft_weight: Tensor | None
 
     @classmethod
@@ -28,7 +30,7 @@ class QuantLayer(nn.Module):
         """Turn ``layer`` (not kept) into its quantized twin, which takes over its parameters, hooks and flags."""
         twin = cls.__new__(cls)
         twin.__dict__.update(layer.__dict__)
-        twin.weight_quantizer = twin.input_quantizer = twin.soft_weight = None
+        twin.weight_quantizer = twin.input_quantizer = twin.input_bits = twin.soft_weight = None
         return twin
 
     def body(self, x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""One forward pass, watched: which module was called when, and which value went from which module into which.
+"""One forward pass, watched: which module was called when, which value went from which module into which, and which
+torch functions a module called by itself.
 
 Values are recognised by the identity of their tensor and its version, which changes with every in-place operation. So
 no symbolic tracing is needed, and any control flow will do.
@@ -6,11 +7,14 @@ no symbolic tracing is needed, and any control flow will do.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 class Value(NamedTuple):
@@ -34,7 +38,7 @@ class Call:
 
     Attributes:
         inputs: all tensors among the arguments; ``output`` is ``None`` unless it is one tensor.
-        simple: whether the call was ``module(tensor)``, with nothing else.
+        simple: whether the call was ``module(tensor)``, with nothing else but defaults spelled out.
         parents: names of the modules that were running.
     """
 
@@ -46,12 +50,36 @@ class Call:
     parents: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One call of a torch function (or operator, or method of a tensor) that gave a floating-point tensor.
+
+    Attributes:
+        owner: name of the innermost module that was running.
+        call: index of that module's call in :attr:`Trace.started`.
+        outputs: the tensors among its results.
+    """
+
+    owner: str
+    call: int
+    function: Callable[..., object]
+    args: tuple
+    kwargs: dict[str, object]
+    outputs: tuple[Tensor, ...]
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """All tensors among the arguments."""
+        return tensors_in(self.args, self.kwargs)
+
+
 @dataclass
 class Trace:
     """All calls of one forward pass; a module comes after the modules that it called."""
 
     calls: list[Call] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
+    operations: list[Operation] = field(default_factory=list)
     output: object = None
 
     def of(self, name: str) -> list[Call]:
@@ -82,30 +110,73 @@ def tensors_in(*values: object) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def trace(model: nn.Module, x: Tensor) -> Trace:
-    """Run ``model(x)`` and record every module call. The model's hooks are as before afterwards."""
+    """Run ``model(x)`` and record every module call and every torch function. The model's hooks are as before
+    afterwards."""
     record = Trace()
-    running: list[tuple[str, tuple[Value, ...], bool]] = []
+    running: list[_Running] = []
     handles = []
 
     def enter(name: str):
         def hook(module, args, kwargs):
+            values = tuple(map(Value.of, tensors_in(args, kwargs)))
+            running.append(_Running(name, len(record.started), values, _is_simple(module, args, kwargs)))
             record.started.append(name)
-            simple = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
-            running.append((name, tuple(map(Value.of, tensors_in(args, kwargs))), simple))
 
         return hook
 
     def leave(module, args, kwargs, output):
-        name, inputs, simple = running.pop()
+        this = running.pop()
         value = Value.of(output) if isinstance(output, Tensor) else None
-        record.calls.append(Call(name, module, inputs, value, simple, tuple(parent for parent, _, _ in running)))
+        parents = tuple(parent.name for parent in running)
+        record.calls.append(Call(this.name, module, this.inputs, value, this.simple, parents))
 
     try:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
-        record.output = model(x)
+        with _Watch(record, running):
+            record.output = model(x)
     finally:
         for handle in handles:
             handle.remove()
     return record
+
+
+class _Running(NamedTuple):
+    """A module whose forward pass has begun."""
+
+    name: str
+    call: int
+    inputs: tuple[Value, ...]
+    simple: bool
+
+
+class _Watch(TorchFunctionMode):
+    """Writes down every torch function that gives a floating-point tensor."""
+
+    def __init__(self, record: Trace, running: list[_Running]) -> None:
+        super().__init__()
+        self._record, self._running = record, running
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        outputs = tuple(tensor for tensor in tensors_in(result) if tensor.is_floating_point())
+        if outputs and self._running:
+            this = self._running[-1]
+            self._record.operations.append(Operation(this.name, this.call, function, args, kwargs, outputs))
+        return result
+
+
+def _is_simple(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> bool:
+    """Whether ``module(args[0])`` is the same call, since everything else has its default value."""
+    if not args or not isinstance(args[0], Tensor) or len(tensors_in(args, kwargs)) != 1:
+        return False
+    if len(args) == 1 and not kwargs:
+        return True
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        defaults = inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):
+        return False
+    return all(value is args[0] or value is defaults[name].default for name, value in bound.items())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from baselines.layers import QuantLayer, is_quantizable
-from baselines.trace import Call, Trace
+from baselines.trace import Call, Operation, Trace
 
 ACTIVATIONS = (
     nn.ReLU,
@@ -25,6 +27,8 @@ ACTIVATIONS = (
     nn.Tanh,
     nn.Mish,
 )
+
+_ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
 
 
 @dataclass(frozen=True)
@@ -52,19 +56,75 @@ def find_blocks(model: nn.Module, record: Trace) -> list[str]:
 
     A block is a user-defined module with at least two layers to quantize, called once, from one tensor to one
     tensor. Elements of a ``Sequential`` or ``ModuleList`` are preferred; one that itself holds two or more such
-    elements is a stage, not a block. Outside of these, the innermost candidate is the block.
+    elements is a stage, not a block. Outside of these, the innermost candidate that adds two activations (a residual
+    block, with whatever blocks are on its branches) or else the innermost candidate is the block.
     """
     modules = dict(model.named_modules())
     candidates = [name for name in modules if name and _may_be_block(modules[name], record.of(name))]
     stacked = [name for name in candidates if _is_container(modules[name.rpartition(".")[0]])]
     blocks = [name for name in stacked if len(_inside(name, stacked)) < 2]
     blocks = [name for name in blocks if not any(name in _inside(other, blocks) for other in blocks)]
-    for name in candidates:
-        nested = _inside(name, candidates)
-        covered = any(name == block or name in _inside(block, candidates) for block in blocks)
-        if not nested and not covered:
-            blocks.append(name)
+    adding = {operation.owner for operation in record.operations if _adds_activations(operation)}
+    residual = [name for name in candidates if name in adding]
+    for preferred in (residual, candidates):
+        for name in preferred:
+            around = any(name == block or name in _inside(block, candidates) for block in blocks)
+            if not around and not _inside(name, preferred) and not _inside(name, blocks):
+                blocks.append(name)
     return record.order(blocks)
+
+
+def named_blocks(model: nn.Module, record: Trace, names: Sequence[str]) -> list[str]:
+    """``names``, chosen by the user instead of :func:`find_blocks`, in calling order.
+
+    Raises:
+        TypeError: not a list of strings.
+        ValueError: a name that ``model`` does not have, one inside of another, no layer to quantize in one, or one
+            that is not called once, from one tensor to one tensor.
+    """
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"blocks={names!r} should be a list of module names, such as ['layer1.0', 'layer1.1']")
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules or not name:
+            near = difflib.get_close_matches(name, [known for known in modules if known], n=3)
+            raise ValueError(
+                f"blocks names {name!r}, but {type(model).__name__} has no such module; "
+                f"{'close to it: ' + ', '.join(near) if near else 'give names as in model.named_modules()'}"
+            )
+        inner = [other for other in names if other.startswith(f"{name}.")]
+        if inner or list(names).count(name) > 1:
+            raise ValueError(
+                f"blocks names {name!r} and {(inner or [name])[0]!r}, which overlap; a layer can be in one block only"
+            )
+        if not any(is_quantizable(modules[n]) and record.of(n) for n in _inside(name, list(modules))):
+            raise ValueError(
+                f"blocks names {name!r} ({type(modules[name]).__name__}), which holds no layer to quantize; "
+                "leave it out: a layer that is in no block is a unit of its own"
+            )
+        calls = record.of(name)
+        if len(calls) != 1 or not calls[0].simple or calls[0].output is None:
+            raise ValueError(
+                f"blocks names {name!r} ({type(modules[name]).__name__}), which is {_called_how(calls)}; a block is "
+                "called once, from one tensor to one tensor: name a module inside of it or around it"
+            )
+    return record.order(list(names))
+
+
+def _called_how(calls: list[Call]) -> str:
+    if len(calls) != 1:
+        return f"called {len(calls)} times"
+    if not calls[0].simple:
+        return f"called with {len(calls[0].inputs)} tensors or further arguments"
+    return "giving something else than one tensor"
+
+
+def _adds_activations(operation: Operation) -> bool:
+    """Whether two activations are added, not an activation and something that all images share."""
+    if operation.function not in _ADDITIONS or len(operation.inputs) != 2:
+        return False
+    first, second = operation.inputs
+    return first.shape == second.shape and not any(isinstance(tensor, nn.Parameter) for tensor in operation.inputs)
 
 
 def find_units(model: nn.Module, record: Trace, blocks: Iterable[str], kind: str) -> list[Unit]:
@@ -88,7 +148,11 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
 
 
 def _unit(name: str, layers: tuple[str, ...], modules: dict[str, nn.Module], record: Trace, block: str | None) -> Unit:
-    axis = -1 if isinstance(modules[layers[-1]], nn.Linear) else 1
+    axis, last = 1, modules[layers[-1]]
+    output = record.of(name)[0].output
+    if isinstance(last, nn.Linear) and output is not None:  # whose channels may have been moved behind the batch
+        moved = output.tensor.shape[-1] != last.out_features and output.tensor.shape[1] == last.out_features
+        axis = 1 if moved else -1
     return Unit(name, layers, _activation_behind(name, record), axis, block)
 
 
@@ -101,10 +165,13 @@ def _activation_behind(name: str, record: Trace) -> str | None:
 
 
 def _may_be_block(module: nn.Module, calls: list[Call]) -> bool:
-    if _is_container(module) or type(module).__module__.startswith("torch.nn.") or len(calls) != 1:
+    if len(calls) != 1 or not calls[0].simple or calls[0].output is None:
         return False
-    one_to_one = calls[0].simple and calls[0].output is not None
-    return one_to_one and sum(is_quantizable(m) for m in module.modules()) >= 2
+    if type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.TransformerEncoderLayer):
+        return False
+    # a class of the user's that is a Sequential may be an MLP block, or just a stage of blocks
+    parts = module.children() if _is_container(module) else module.modules()
+    return sum(is_quantizable(part) for part in parts) >= 2
 
 
 def _is_container(module: nn.Module) -> bool:
