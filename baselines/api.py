@@ -18,8 +18,8 @@ from baselines.recipes import RECIPES, Recipe
 from baselines.reconstruct import RunSettings, reconstruct
 from baselines.specs import QuantSpec
 from baselines.summary import summarize
-from baselines.trace import trace
-from baselines.units import find_blocks, find_units, named_blocks
+from baselines.trace import called_as_recorded, trace
+from baselines.units import find_blocks, find_units, named_blocks, quantizable_layers
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,8 @@ def _run(
     network = quantized_copy(folded, record, blocks, spec)
     units = find_units(folded, record, blocks, recipe.unit)
     sample, batch_size = inputs[:_RANGE_IMAGES], settings.batch_size
-    set_activation_ranges(folded, network, sample, spec, batch_size=batch_size, generator=generator)
+    with called_as_recorded(folded, record, quantizable_layers(folded)):
+        set_activation_ranges(folded, network, sample, spec, batch_size=batch_size, generator=generator)
     reconstruct(folded, network, units, inputs, recipe, settings, generator)
     _set_layout(network, torch.contiguous_format)
     return network.eval().requires_grad_(False)

@@ -84,7 +84,7 @@ class Stream:
         """The input ``(N, ...)`` of ``unit``, the next one in calling order, before its own quantization."""
         if unit.block != self._block:
             self._change_block(unit.block)
-        return (self._inner or self._outer).arrive(self._network.get_submodule(unit.name))
+        return (self._inner or self._outer).arrive(self._network.get_submodule(unit.name), unit.name)
 
     @torch.no_grad()
     def leave(self, unit: Unit, arrived: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class Stream:
         self._block, self._inner = block, None
         if block is not None:
             module = self._network.get_submodule(block)
-            self._inner = self._outer.within(module, self._outer.arrive(module))
+            self._inner = self._outer.within(module, self._outer.arrive(module, block))
 
 
 class _Level:
@@ -122,11 +122,11 @@ class _Level:
         """The level of the units inside of ``block``."""
         return _Level(block, inputs, self._batch_size, self._device, keep_all=True)
 
-    def arrive(self, unit: nn.Module) -> Tensor:
-        arrived = self._collect(unit, self._replayed)
+    def arrive(self, unit: nn.Module, name: str) -> Tensor:
+        arrived = self._collect(unit, name, self._replayed)
         if arrived.is_floating_point() and torch.isnan(arrived).any() and len(self._passed) > 1:
             logger.debug("a connection passes a unit before %s: running all units up to it", type(unit).__name__)
-            arrived = self._collect(unit, lambda start: contextlib.nullcontext())
+            arrived = self._collect(unit, name, lambda start: contextlib.nullcontext())
         if not self._keep_all and self._passed:
             module, shape, _ = self._passed[-1]
             self._passed[-1] = module, shape, None
@@ -155,7 +155,9 @@ class _Level:
     def _batch(self, start: int) -> Tensor:
         return self._inputs[start : start + self._batch_size].to(self._device).clone()
 
-    def _collect(self, unit: nn.Module, replay: Callable[[int], contextlib.AbstractContextManager]) -> Tensor:
+    def _collect(
+        self, unit: nn.Module, name: str, replay: Callable[[int], contextlib.AbstractContextManager]
+    ) -> Tensor:
         collected: list[Tensor] = []
         with _forward_replaced(unit, _raise_arrived), _without_entry_quantizer(unit):
             for start in self._starts():
@@ -164,8 +166,12 @@ class _Level:
                         self._network(self._batch(start))
                     except _Arrived as stop:
                         collected.append(stop.args[0])
-        if not collected:
-            raise ValueError(f"{type(unit).__name__} was not reached; control flow that depends on data hides it")
+        if len(collected) != len(self._starts()):
+            raise ValueError(
+                f"{name} ({type(unit).__name__}) was reached by {len(collected)} of {len(self._starts())} calibration "
+                "batches: control flow that depends on data hides it; let every image take the same path, or quantize "
+                "the paths as networks of their own"
+            )
         return torch.cat(collected)
 
     @contextlib.contextmanager

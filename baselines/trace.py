@@ -7,8 +7,10 @@ no symbolic tracing is needed, and any control flow will do.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -140,6 +142,42 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         for handle in handles:
             handle.remove()
     return record
+
+
+@contextlib.contextmanager
+def called_as_recorded(model: nn.Module, record: Trace, names: Iterable[str]) -> Iterator[None]:
+    """Within, passes of ``model`` must call the modules ``names`` as often as the recorded one did.
+
+    Those that were called more than once may be called more or less often, but not stay away.
+
+    Raises:
+        ValueError: one is not; then control flow depends on data, and what was found about the network need not hold.
+    """
+    names = list(names)
+    expected = Counter(record.started)
+    seen: Counter[str] = Counter()
+
+    def count(name: str):
+        return lambda module, args: seen.update([name])
+
+    def compare(module, args, output):
+        for name in names:
+            differs = seen[name] != expected[name] and (expected[name] <= 1 or seen[name] == 0)
+            if differs:
+                raise ValueError(
+                    f"{name} runs {seen[name]} times for some calibration images, but {expected[name]} times for the "
+                    f"first ones: control flow of {type(model).__name__} depends on data and hides layers; let every "
+                    "image take the same path, or quantize the paths as networks of their own"
+                )
+        seen.clear()
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in names]
+    handles.append(model.register_forward_hook(compare))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Running(NamedTuple):

@@ -131,8 +131,7 @@ def find_units(model: nn.Module, record: Trace, blocks: Iterable[str], kind: str
     """The units of ``model`` in calling order. ``kind`` is ``"block"`` (layers outside of blocks are units of their
     own) or ``"layer"``. Layers that are called more than once, or never, belong to no unit."""
     known, blocks = list(blocks), list(blocks) if kind == "block" else []
-    layers = [name for name, module in model.named_modules() if is_quantizable(module) and record.of(name)]
-    layers = record.order(layers)
+    layers = record.order(quantizable_layers(model))
     once = [name for name in layers if len(record.of(name)) == 1]
     members = {block: tuple(name for name in layers if name.startswith(f"{block}.")) for block in blocks}
     in_blocks = {name for names in members.values() for name in names}
@@ -140,6 +139,11 @@ def find_units(model: nn.Module, record: Trace, blocks: Iterable[str], kind: str
     modules = dict(model.named_modules())
     homes = {name: block for block in known for name in members if name.startswith(f"{block}.")}
     return [_unit(name, members[name], modules, record, homes.get(name)) for name in record.order(list(members))]
+
+
+def quantizable_layers(model: nn.Module) -> list[str]:
+    """Names of the layers of a plain network that quantization replaces."""
+    return [name for name, module in model.named_modules() if is_quantizable(module)]
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
