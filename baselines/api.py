@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baselines.capture import gather_inputs
+from baselines.capture import Cached, CachePlan, gather_inputs
 from baselines.convert import HALF, folded_copy, quantized_copy, set_activation_ranges
 from baselines.recipes import RECIPES, Recipe
-from baselines.reconstruct import RunSettings, reconstruct
+from baselines.reconstruct import Job, RunSettings, reconstruct
 from baselines.specs import QuantSpec
 from baselines.summary import summarize
 from baselines.trace import called_as_recorded, trace
@@ -86,10 +86,12 @@ def quantize(
     if recipe.stages and len(inputs) < batch_size:
         raise ValueError(f"{len(inputs)} calibration inputs are fewer than one batch of {batch_size}")
     with torch.inference_mode(False), torch.enable_grad():  # the caller may be inside of no_grad
-        settings = RunSettings(
-            iters=iters, batch_size=batch_size, capture_batch_size=max(batch_size, 64), progress=progress
-        )
-        network = _run(fp_model, _placed(inputs, device, dtype), recipe, spec, settings, seed, blocks)
+        settings = RunSettings(iters=iters, batch_size=batch_size, capture_batch_size=max(batch_size, 64))
+        plan = CachePlan(device, None, device)
+        job = prepare(fp_model, Cached(_placed(inputs, device, dtype), plan), recipe, spec, settings, seed, blocks)
+        reconstruct(job, progress=progress)
+        _set_layout(job.network, torch.contiguous_format)
+        network = job.network.eval().requires_grad_(False)
     logger.info("quantized %s", summarize(network).headline)
     logger.info(
         "%s W%dA%d: %d images, %s steps a unit, %.1f s",
@@ -99,29 +101,29 @@ def quantize(
     return network.to(dtype) if dtype in HALF else network
 
 
-def _run(
+def prepare(
     fp_model: nn.Module,
-    inputs: Tensor,
+    inputs: Cached,
     recipe: Recipe,
     spec: QuantSpec,
     settings: RunSettings,
     seed: int,
-    blocks: Sequence[str] | None,
-) -> nn.Module:
-    generator = torch.Generator(inputs.device).manual_seed(seed)
-    example = inputs[:_EXAMPLES]
+    blocks: Sequence[str] | None = None,
+) -> Job:
+    """Everything up to reconstruction: the FP twin, the quantized network with its ranges, and the units."""
+    generator = torch.Generator(inputs.plan.compute_device).manual_seed(seed)
+    example, sample = inputs.batch(0, _EXAMPLES), inputs.batch(0, _RANGE_IMAGES)
     folded = folded_copy(fp_model, example)
     _set_layout(folded, torch.channels_last)  # convolutions run faster so
     record = trace(folded, example)
     blocks = find_blocks(folded, record) if blocks is None else named_blocks(folded, record, blocks)
+    started = time.perf_counter()
     network = quantized_copy(folded, record, blocks, spec)
-    units = find_units(folded, record, blocks, recipe.unit)
-    sample, batch_size = inputs[:_RANGE_IMAGES], settings.batch_size
     with called_as_recorded(folded, record, quantizable_layers(folded)):
-        set_activation_ranges(folded, network, sample, spec, batch_size=batch_size, generator=generator)
-    reconstruct(folded, network, units, inputs, recipe, settings, generator)
-    _set_layout(network, torch.contiguous_format)
-    return network.eval().requires_grad_(False)
+        set_activation_ranges(folded, network, sample, spec, batch_size=settings.batch_size, generator=generator)
+    range_seconds = time.perf_counter() - started
+    units = find_units(folded, record, blocks, recipe.unit)
+    return Job(folded, network, units, inputs, recipe, settings, generator, range_seconds)
 
 
 def _placed(inputs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,86 @@ def _input_of(batch: object) -> Tensor:
     return batch
 
 
+@dataclass(frozen=True)
+class CachePlan:
+    """Where calibration data are kept between the passes.
+
+    Attributes:
+        device: of what is kept.
+        dtype: of floating-point values that are kept; ``None`` keeps them as they were computed.
+        compute_device: of the networks, and of the batches that they get.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None
+    compute_device: torch.device
+
+
+class Cached:
+    """Calibration data ``(N, ...)``, kept as the plan says and read in batches, as they were computed.
+
+    Attributes:
+        tensor: all of it, as it is kept.
+    """
+
+    def __init__(self, tensor: Tensor, plan: CachePlan, dtype: torch.dtype | None = None) -> None:
+        self.tensor, self.plan = tensor, plan
+        self._dtype = dtype or tensor.dtype
+        # Axes in the order of memory, where the values of an image are neighbours: it is copied as one piece.
+        order = sorted(range(1, tensor.dim()), key=tensor.stride, reverse=True)
+        by_memory = tensor.permute(0, *order)
+        self._rows, self._row_shape = by_memory.reshape(len(tensor), -1), by_memory.shape[1:]
+        self._axes = [0, *(1 + order.index(axis) for axis in range(1, tensor.dim()))]
+
+    @classmethod
+    def collect(cls, parts: Iterable[Tensor], count: int, plan: CachePlan) -> Cached | None:
+        """Keep the consecutive ``parts`` of data of ``count`` images, without a second copy of the
+        whole; None where there is no part.
+
+        Raises:
+            OverflowError: the plan's type cannot hold a value.
+        """
+        kept: Cached | None = None
+        filled = 0
+        for part in parts:
+            if kept is None:
+                dtype = plan.dtype if plan.dtype is not None and part.is_floating_point() else part.dtype
+                kept = cls(_empty_like(part, count, dtype, plan.device), plan, part.dtype)
+            kept.tensor[filled : filled + len(part)] = part
+            filled += len(part)
+        if plan.dtype == torch.float16 and kept is not None and kept.tensor.isinf().any():
+            raise OverflowError(f"activations beyond {torch.finfo(plan.dtype).max:.0f} do not fit a cache of float16")
+        return kept
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def rows(self, chosen: Tensor) -> Tensor:
+        """The images with these indices, in their order; a copy."""
+        rows = self._rows.index_select(0, chosen.to(self.plan.device)).view(-1, *self._row_shape).permute(self._axes)
+        return rows.to(self.plan.compute_device, self._dtype)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All images, ``size`` at a time; copies."""
+        return (self.batch(start, size) for start in range(0, len(self), size))
+
+    def batch(self, start: int, size: int) -> Tensor:
+        """At most ``size`` images from ``start``; a copy."""
+        return self.tensor[start : start + size].to(self.plan.compute_device, self._dtype, copy=True)
+
+    @torch.no_grad()
+    def mapped(self, module: nn.Module, batch_size: int) -> Cached:
+        """What ``module`` makes of the data."""
+        return Cached.collect(map(module, self.batches(batch_size)), len(self), self.plan)
+
+
+def _empty_like(part: Tensor, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for ``count`` images like those of ``part``, with the axes in the same order in memory."""
+    order = sorted(range(1, part.dim()), key=part.stride, reverse=True)
+    room = torch.empty(count, *(part.shape[axis] for axis in order), dtype=dtype, device=device)
+    return room.permute(0, *(1 + order.index(axis) for axis in range(1, part.dim())))
+
+
 class _Arrived(Exception):
     """Carries a unit's input out of the forward pass that reached it."""
 
@@ -73,21 +154,21 @@ class Stream:
     units inside of a block are walked the same way in the block's own forward pass.
     """
 
-    def __init__(self, network: nn.Module, inputs: Tensor, batch_size: int, device: torch.device) -> None:
+    def __init__(self, network: nn.Module, inputs: Cached, batch_size: int) -> None:
         self._network = network
-        self._outer = _Level(network, inputs, batch_size, device)
+        self._outer = _Level(network, inputs, batch_size)
         self._block: str | None = None
         self._inner: _Level | None = None
 
     @torch.no_grad()
-    def arrive(self, unit: Unit) -> Tensor:
+    def arrive(self, unit: Unit) -> Cached:
         """The input ``(N, ...)`` of ``unit``, the next one in calling order, before its own quantization."""
         if unit.block != self._block:
             self._change_block(unit.block)
         return (self._inner or self._outer).arrive(self._network.get_submodule(unit.name), unit.name)
 
     @torch.no_grad()
-    def leave(self, unit: Unit, arrived: Tensor) -> Tensor:
+    def leave(self, unit: Unit, arrived: Cached) -> Cached:
         """The output ``(N, ...)`` of ``unit`` for the input that :meth:`arrive` gave."""
         return (self._inner or self._outer).leave(self._network.get_submodule(unit.name), arrived)
 
@@ -108,23 +189,20 @@ class _Level:
     network has a connection past a unit, and the units are run again for this step.
     """
 
-    def __init__(
-        self, network: nn.Module, inputs: Tensor, batch_size: int, device: torch.device, keep_all: bool = False
-    ) -> None:
+    def __init__(self, network: nn.Module, inputs: Cached, batch_size: int, keep_all: bool = False) -> None:
         self._network = network
         self._inputs = inputs
         self._batch_size = batch_size
-        self._device = device
         self._keep_all = keep_all
-        self._passed: list[tuple[nn.Module, torch.Size, Tensor | None]] = []
+        self._passed: list[tuple[nn.Module, torch.Size, Cached | None]] = []
 
-    def within(self, block: nn.Module, inputs: Tensor) -> _Level:
+    def within(self, block: nn.Module, inputs: Cached) -> _Level:
         """The level of the units inside of ``block``."""
-        return _Level(block, inputs, self._batch_size, self._device, keep_all=True)
+        return _Level(block, inputs, self._batch_size, keep_all=True)
 
-    def arrive(self, unit: nn.Module, name: str) -> Tensor:
+    def arrive(self, unit: nn.Module, name: str) -> Cached:
         arrived = self._collect(unit, name, self._replayed)
-        if arrived.is_floating_point() and torch.isnan(arrived).any() and len(self._passed) > 1:
+        if arrived.tensor.is_floating_point() and torch.isnan(arrived.tensor).any() and len(self._passed) > 1:
             logger.debug("a connection passes a unit before %s: running all units up to it", type(unit).__name__)
             arrived = self._collect(unit, name, lambda start: contextlib.nullcontext())
         if not self._keep_all and self._passed:
@@ -132,47 +210,53 @@ class _Level:
             self._passed[-1] = module, shape, None
         return arrived
 
-    def leave(self, unit: nn.Module, arrived: Tensor) -> Tensor:
-        output = torch.cat([unit(batch.to(self._device).clone()) for batch in arrived.split(self._batch_size)])
+    def leave(self, unit: nn.Module, arrived: Cached) -> Cached:
+        output = arrived.mapped(unit, self._batch_size)
         self.passed(unit, output)
         return output
 
-    def passed(self, unit: nn.Module, output: Tensor) -> None:
+    def passed(self, unit: nn.Module, output: Cached) -> None:
         """Go on behind ``unit``, whose output is known."""
-        self._passed.append((unit, output.shape[1:], output))
+        self._passed.append((unit, output.tensor.shape[1:], output))
 
-    def finish(self) -> Tensor:
+    def finish(self) -> Cached:
         """The output ``(N, ...)`` of the whole level, all of whose units have been passed."""
-        return torch.cat([self._run(start) for start in self._starts()])
+        return self._cached(self._run(start) for start in self._starts())
 
     def _run(self, start: int) -> Tensor:
         with self._replayed(start):
-            return self._network(self._batch(start))
+            return self._network(self._inputs.batch(start, self._batch_size))
 
     def _starts(self) -> range:
         return range(0, len(self._inputs), self._batch_size)
 
-    def _batch(self, start: int) -> Tensor:
-        return self._inputs[start : start + self._batch_size].to(self._device).clone()
+    def _cached(self, parts: Iterable[Tensor]) -> Cached:
+        return Cached.collect(parts, len(self._inputs), self._inputs.plan)
 
     def _collect(
         self, unit: nn.Module, name: str, replay: Callable[[int], contextlib.AbstractContextManager]
-    ) -> Tensor:
-        collected: list[Tensor] = []
+    ) -> Cached:
+        reached: list[int] = []
         with _forward_replaced(unit, _raise_arrived), _without_entry_quantizer(unit):
-            for start in self._starts():
-                with replay(start):
-                    try:
-                        self._network(self._batch(start))
-                    except _Arrived as stop:
-                        collected.append(stop.args[0])
-        if len(collected) != len(self._starts()):
+            collected = self._cached(self._inputs_of_unit(replay, reached))
+        if len(reached) != len(self._starts()):
             raise ValueError(
-                f"{name} ({type(unit).__name__}) was reached by {len(collected)} of {len(self._starts())} calibration "
+                f"{name} ({type(unit).__name__}) was reached by {len(reached)} of {len(self._starts())} calibration "
                 "batches: control flow that depends on data hides it; let every image take the same path, or quantize "
                 "the paths as networks of their own"
             )
-        return torch.cat(collected)
+        return collected
+
+    def _inputs_of_unit(
+        self, replay: Callable[[int], contextlib.AbstractContextManager], reached: list[int]
+    ) -> Iterator[Tensor]:
+        for start in self._starts():
+            with replay(start):
+                try:
+                    self._network(self._inputs.batch(start, self._batch_size))
+                except _Arrived as stop:
+                    reached.append(start)
+                    yield stop.args[0]
 
     @contextlib.contextmanager
     def _replayed(self, start: int) -> Iterator[None]:
@@ -180,9 +264,9 @@ class _Level:
         with contextlib.ExitStack() as stack:
             for unit, shape, output in self._passed:
                 if output is None:
-                    value = torch.full((size, *shape), torch.nan, device=self._device)
+                    value = torch.full((size, *shape), torch.nan, device=self._inputs.plan.compute_device)
                 else:
-                    value = output[start : start + size].clone()
+                    value = output.batch(start, size)
                 stack.enter_context(_forward_replaced(unit, _returning(value)))
                 stack.enter_context(_without_entry_quantizer(unit))
             yield

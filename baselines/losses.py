@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional
 
 
 def reconstruction_error(output: Tensor, target: Tensor, channel_axis: int, norm: float = 2.0) -> Tensor:
     """``|error| ** norm``, summed over channels and averaged over the rest (BRECQ, arXiv 2102.05426, authors' code)."""
-    error = output - target
-    powers = error.square() if norm == 2 else error.abs().pow(norm)
-    return powers.sum(channel_axis).mean()
+    if norm == 2:
+        total = functional.mse_loss(output, target, reduction="sum")
+    else:
+        total = (output - target).abs().pow(norm).sum()
+    return total * (output.shape[channel_axis] / output.numel())
 
 
-def rounding_penalty(fraction: Tensor, beta: float) -> Tensor:
-    """``sum(1 - |2 h - 1| ** beta)``: pulls each soft rounding ``h`` to 0 or 1 (AdaRound, arXiv 2004.10568, eq. 24)."""
-    return fraction.numel() - (2 * fraction - 1).abs().pow(beta).sum()
+def rounding_penalty_slope(fraction: Tensor, beta: float) -> Tensor:
+    """Derivative of ``1 - |2 h - 1| ** beta`` by the soft rounding ``h``, clamped to [0, 1] first.
+
+    The penalty itself pulls each rounding to 0 or 1 (AdaRound, arXiv 2004.10568, eq. 24); its value is not needed.
+    """
+    centred = (2 * fraction - 1).clamp_(-1, 1)
+    return centred.abs().pow_(beta - 1).copysign_(centred).mul_(-2 * beta)
 
 
 def annealed_beta(step: int, steps: int, warm_up: float, start: float, end: float) -> float | None:

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from baselines.losses import rounding_penalty_slope
 from baselines.ranges import activation_range, weight_range
 
 # Stretch of the sigmoid (AdaRound, arXiv 2004.10568, eq. 23), so that rounding reaches exactly 0 and 1.
 GAMMA, ZETA = -0.1, 1.1
+
+_LOW_BIT_OF_EACH_BYTE = 0x0101010101010101
 
 
 class WeightQuantizer(nn.Module):
@@ -106,65 +109,94 @@ class ActivationQuantizer(nn.Module):
 def coin_flips(like: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
     """Zeros and ones in the shape, type and memory format of ``like``, ones with ``probability``.
 
-    An element costs one random byte, so the probability is rounded to the nearest 1/256. Numbers and not booleans: on
-    the CPU, arithmetic with booleans and ``torch.where`` take 5 to 30 times as long.
+    An element costs one random bit where the probability is 1/2, else one random byte, so that other probabilities
+    are rounded to the nearest 1/256. Numbers and not booleans: on the CPU, arithmetic with booleans and
+    ``torch.where`` take 5 to 30 times as long.
     """
     count = like.numel()
-    words = torch.empty(-(-count // 8), dtype=torch.int64, device=like.device)
-    words.random_(-(2**63), None, generator=generator)
-    flips = words.view(torch.uint8)[:count].to(like.dtype).neg_().add_(round(probability * 256)).clamp_(0, 1)
+    if probability == 0.5:
+        words = _random_words(-(-count // 64), like.device, generator)
+        shifts = torch.arange(8, device=like.device).unsqueeze(1)
+        flips = (words >> shifts).bitwise_and_(_LOW_BIT_OF_EACH_BYTE).view(torch.uint8).view(-1)[:count].to(like.dtype)
+    else:
+        flips = _random_words(-(-count // 8), like.device, generator).view(torch.uint8)[:count].to(like.dtype)
+        flips = flips.neg_().add_(round(probability * 256)).clamp_(0, 1)
     if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
         batch, channels, height, width = like.shape
         return flips.view(batch, height, width, channels).permute(0, 3, 1, 2)
     return flips.view(like.shape)
 
 
+def _random_words(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """``(count,)`` int64, every bit random."""
+    return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+
+
 class _QuantizeOrKeep(torch.autograd.Function):
     """Fake quantization with the straight-through gradients of LSQ (arXiv 1902.08153, eq. 3 and 5) and QDrop's mask.
 
     Where the mask is 0, value and gradient come from ``otherwise``, a constant, or from ``x`` where that is None.
+
+    LSQ's gradient of the scale, ``round(x / scale) - x / scale`` inside of the range and its end outside, needs no
+    tensor of its own: ``out`` grows in proportion when ``x`` and ``scale`` do, and so do LSQ's gradients, hence
+    ``out = x * d out / d x + scale * d out / d scale`` (Euler), of which all but the last is known.
     """
 
     @staticmethod
     def forward(ctx, x, otherwise, scale, lowest, highest, mask):
         steps = x / scale
-        rounded = steps.round()
-        clipped = rounded.clamp(lowest, highest)
-        outside = rounded.sub_(clipped).abs_().clamp_(max=1)
-        out = clipped * scale
+        out = steps.round().clamp_(lowest, highest).mul_(scale)
         if mask is not None:
-            out = torch.lerp(x if otherwise is None else otherwise, out, mask)
-        ctx.constant_otherwise = otherwise is not None
-        ctx.save_for_backward(steps, clipped, outside, mask)
+            out = torch.lerp(x if otherwise is None else otherwise, out, mask, out=out)
+            if otherwise is None:
+                steps.mul_(mask)  # kept elements pass their gradient, as those inside of the range do
+        ctx.range = lowest - 0.5, highest + 0.5
+        ctx.save_for_backward(x, steps, scale, out, None if otherwise is None else mask)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        steps, clipped, outside, mask = ctx.saved_tensors
-        needs_x, _, needs_scale = ctx.needs_input_grad[:3]
+        x, steps, scale, out, mask = ctx.saved_tensors
         quantized = grad if mask is None else grad * mask
-        stopped = quantized * outside
-        grad_x = grad_scale = None
-        if needs_x:
-            grad_x = (quantized if ctx.constant_otherwise else grad) - stopped
-        if needs_scale:  # rounding error inside the range, the end of the range outside
-            grad_scale = quantized.mul(clipped - steps).addcmul_(stopped, steps).sum()
-        return grad_x, None, grad_scale, None, None, None
+        grad_x = torch.ops.aten.hardtanh_backward(quantized, steps, *ctx.range)  # zero outside of the range
+        grad_scale = None
+        if ctx.needs_input_grad[2]:
+            grad_scale = (inner_product(quantized, out) - inner_product(grad_x, x)) / scale
+        return grad_x if ctx.needs_input_grad[0] else None, None, grad_scale, None, None, None
+
+
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """``(a * b).sum()``, without the product in memory where both lie alike in memory."""
+    for view in (_row_of_contiguous, _row_of_channels_last):
+        rows = view(a), view(b)
+        if rows[0] is not None and rows[1] is not None:
+            return torch.dot(*rows)
+    return (a * b).sum()
+
+
+def _row_of_contiguous(x: Tensor) -> Tensor | None:
+    return x.view(-1) if x.is_contiguous() else None
+
+
+def _row_of_channels_last(x: Tensor) -> Tensor | None:
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).view(-1)
+    return None
 
 
 class Rounding:
     """The learned roundings of all layers of one unit, as one flat tensor (AdaRound, arXiv 2004.10568, eq. 21 to 24).
 
-    One tensor, so that the soft weights, their regulariser and the optimiser step cost a handful of operations
-    per iteration however many layers the unit has.
+    One tensor, so that the soft weights, the gradient and the optimiser step cost a handful of operations per
+    iteration however many layers the unit has. Their derivatives are written out: autograd sees the soft weights, as
+    leaves that :meth:`soften` writes and whose gradients :meth:`backward` takes to the logits.
     """
 
     def __init__(self, weights: list[Tensor], quantizers: list[WeightQuantizer]) -> None:
-        self._shapes = [weight.shape for weight in weights]
-        self._sizes = [weight.numel() for weight in weights]
+        self._layouts = [_Layout(weight) for weight in weights]
 
         def flat(values: list[Tensor]) -> Tensor:
-            return torch.cat([v.expand(s).reshape(-1) for v, s in zip(values, self._shapes, strict=True)])
+            return torch.cat([layout.flatten(value) for value, layout in zip(values, self._layouts, strict=True)])
 
         self._scale = flat([q.scale for q in quantizers])
         self._zero_point = flat([q.zero_point for q in quantizers])
@@ -172,17 +204,59 @@ class Rounding:
         self._floor = flat([q.floor(w.detach()) for w, q in zip(weights, quantizers, strict=True)])
         rest = flat([w.detach() for w in weights]) / self._scale - (self._floor - self._zero_point)
         self.logit = (-((ZETA - GAMMA) / (rest - GAMMA) - 1).log()).requires_grad_()
+        # What is clipped stays at its end of the grid, however it is rounded.
+        movable = (self._floor >= 0) & (self._floor < self._levels)
+        self._gain = self._scale * movable
+        self._lower = self._dequantize(self._floor)
+        self._flat = torch.empty_like(self._lower)
+        self.weights = [part.requires_grad_() for part in self._split(self._flat)]
+        self.soften()
 
-    def soft(self) -> tuple[list[Tensor], Tensor]:
-        """Weights with the current soft rounding (differentiable), and that rounding, flat, in [0, 1]."""
-        fraction = (self.logit.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
-        return self._weights(fraction), fraction
+    @torch.no_grad()
+    def soften(self) -> None:
+        """Write the current soft rounding into :attr:`weights`."""
+        self._sigmoid = self.logit.sigmoid()
+        self._stretched = self._sigmoid * (ZETA - GAMMA) + GAMMA
+        torch.addcmul(self._lower, self._gain, self._stretched.clamp(0, 1), out=self._flat)
 
+    @torch.no_grad()
+    def backward(self, penalty_weight: float, beta: float | None) -> None:
+        """Set the gradient of :attr:`logit` from those of :attr:`weights`, which are dropped, and from the rounding
+        penalty, if it has an exponent ``beta`` already."""
+        grad = torch.cat([layout.flatten(w.grad) for w, layout in zip(self.weights, self._layouts, strict=True)])
+        grad.mul_(self._gain)
+        if beta is not None:
+            grad.add_(rounding_penalty_slope(self._stretched, beta), alpha=penalty_weight)
+        grad = torch.ops.aten.hardtanh_backward(grad, self._stretched, 0, 1).mul_(ZETA - GAMMA)
+        self.logit.grad = torch.ops.aten.sigmoid_backward(grad, self._sigmoid)
+        for weight in self.weights:
+            weight.grad = None
+
+    @torch.no_grad()
     def hard(self) -> list[Tensor]:
         """Weights on the grid: every rounding decided."""
-        return self._weights((self.logit.detach() >= 0).to(self._floor.dtype))
+        return self._split(self._dequantize(self._floor + (self.logit >= 0).to(self._floor.dtype)))
 
-    def _weights(self, fraction: Tensor) -> list[Tensor]:
-        integers = torch.minimum((self._floor + fraction).clamp(min=0), self._levels)
-        flat = (integers - self._zero_point) * self._scale
-        return [part.view(shape) for part, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
+    def _dequantize(self, integers: Tensor) -> Tensor:
+        return (torch.minimum(integers.clamp(min=0), self._levels) - self._zero_point) * self._scale
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split([layout.size for layout in self._layouts])
+        return [layout.restore(part) for part, layout in zip(parts, self._layouts, strict=True)]
+
+
+class _Layout:
+    """How a weight lies in memory, so that a flat copy lies the same way and convolutions need not rearrange it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._shape, self.size = weight.shape, weight.numel()
+        self._order = sorted(range(weight.dim()), key=weight.stride, reverse=True)
+        self._inverse = sorted(range(weight.dim()), key=self._order.__getitem__)
+
+    def flatten(self, values: Tensor) -> Tensor:
+        """``values``, broadcast to the shape of the weight, as one row."""
+        return values.expand(self._shape).permute(self._order).reshape(-1)
+
+    def restore(self, row: Tensor) -> Tensor:
+        """The weight's view of a row."""
+        return row.view([self._shape[axis] for axis in self._order]).permute(self._inverse)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from baselines.capture import Stream
-from baselines.losses import annealed_beta, reconstruction_error, rounding_penalty
+from baselines.capture import Cached, Stream
+from baselines.losses import annealed_beta, reconstruction_error
 from baselines.quantizers import ActivationQuantizer, Rounding, coin_flips
 from baselines.recipes import Recipe, Stage
 from baselines.units import Unit, quantized_layers
@@ -30,48 +31,72 @@ class RunSettings:
     iters: int | None
     batch_size: int
     capture_batch_size: int
-    progress: bool
+
+    def iters_of(self, stage: Stage) -> int:
+        """Steps a unit in ``stage``."""
+        return stage.iters if self.iters is None else self.iters
 
 
 @dataclass(frozen=True)
-class _Data:
+class UnitData:
     """Calibration data of one unit: its inputs in both networks and the FP output behind the activation."""
 
-    fp_input: Tensor
-    input: Tensor
-    target: Tensor
+    fp_input: Cached
+    input: Cached
+    target: Cached
 
 
-def reconstruct(
-    folded: nn.Module,
-    network: nn.Module,
-    units: list[Unit],
-    inputs: Tensor,
-    recipe: Recipe,
-    settings: RunSettings,
-    generator: torch.Generator,
-) -> None:
-    """Reconstruct ``network`` unit by unit, in place, then harden all weights.
+@dataclass(frozen=True)
+class Job:
+    """A network to reconstruct.
 
-    Args:
+    Attributes:
         folded: the FP twin; same module names as ``network``.
         network: the quantized network, with ranges set.
         units: in calling order.
         inputs: calibration inputs ``(N, ...)``.
+        generator: of everything random; on the device of the networks.
+        range_seconds: what the search for ranges has taken.
+    """
+
+    folded: nn.Module
+    network: nn.Module
+    units: list[Unit]
+    inputs: Cached
+    recipe: Recipe
+    settings: RunSettings
+    generator: torch.Generator
+    range_seconds: float
+
+
+def reconstruct(job: Job, *, progress: bool = False) -> None:
+    """Reconstruct the quantized network of ``job`` unit by unit, in place, then harden all weights.
 
     Raises:
         FloatingPointError: the loss of a unit became NaN or infinite; says which unit and which step.
     """
-    layers_in_units = {name for unit in units for name in unit.layers}
-    _harden(network, quantized_layers(network).keys() - layers_in_units)
-    for stage in recipe.stages:
+    steps = len(job.units) * sum(job.settings.iters_of(stage) for stage in job.recipe.stages)
+    with tqdm(total=steps, unit="step", disable=not progress, leave=False) as bar:
+        for run in unit_runs(job):
+            bar.set_description(run.unit.name)
+            run.finish(bar)
+
+
+def unit_runs(job: Job) -> Iterator[UnitRun]:
+    """The work of :func:`reconstruct`, one unit of one stage at a time.
+
+    Whoever iterates has to take all steps of a run (:meth:`UnitRun.steps`, or :meth:`UnitRun.finish`) before asking
+    for the next one; the run's data are gone by then.
+    """
+    layers_in_units = {name for unit in job.units for name in unit.layers}
+    _harden(job.network, quantized_layers(job.network).keys() - layers_in_units)
+    for stage in job.recipe.stages:
         if not stage.rounding:
-            _harden(network, layers_in_units)
-        iters = stage.iters if settings.iters is None else settings.iters
-        if iters > 0:
-            with _activations_bypassed(network, not stage.quantize_activations):
-                _walk(folded, network, units, inputs, _Plan(recipe, stage, iters, settings, generator))
-    _harden(network, quantized_layers(network))
+            _harden(job.network, layers_in_units)
+        if job.settings.iters_of(stage) > 0:
+            with _activations_bypassed(job.network, not stage.quantize_activations):
+                yield from _walk(job, stage)
+    _harden(job.network, quantized_layers(job.network))
 
 
 def _harden(network: nn.Module, names: Iterable[str]) -> None:
@@ -92,100 +117,115 @@ def _activations_bypassed(network: nn.Module, bypass: bool) -> Iterator[None]:
             quantizer.bypass = False
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What all units of one stage have in common."""
-
-    recipe: Recipe
-    stage: Stage
-    iters: int
-    settings: RunSettings
-    generator: torch.Generator
-
-
-def _walk(folded: nn.Module, network: nn.Module, units: list[Unit], inputs: Tensor, plan: _Plan) -> None:
+def _walk(job: Job, stage: Stage) -> Iterator[UnitRun]:
     """One stage: both streams come to each unit, it is reconstructed, and they pass on."""
-    size, device = plan.settings.capture_batch_size, plan.generator.device
-    fp_stream, stream = (Stream(model, inputs, size, device) for model in (folded, network))
-    with tqdm(total=len(units), unit="unit", disable=not plan.settings.progress, leave=False) as bar:
-        for unit in units:
-            bar.set_description(unit.name)
-            fp_input, q_input = fp_stream.arrive(unit), stream.arrive(unit)
-            target = fp_stream.leave(unit, fp_input)
-            activation = folded.get_submodule(unit.activation) if unit.activation else None
-            if activation is not None:
-                with torch.no_grad():
-                    target = activation(target.clone())
-            _UnitRun(network, unit, activation, plan).run(_Data(fp_input, q_input, target), bar)
-            _harden(network, unit.layers)
-            stream.leave(unit, q_input)
-            bar.update()
+    size = job.settings.capture_batch_size
+    fp_stream, stream = (Stream(model, job.inputs, size) for model in (job.folded, job.network))
+    for unit in job.units:
+        fp_input, q_input = fp_stream.arrive(unit), stream.arrive(unit)
+        target = fp_stream.leave(unit, fp_input)
+        if unit.activation:
+            target = target.mapped(job.folded.get_submodule(unit.activation), size)
+        run = UnitRun(job, stage, unit, UnitData(fp_input, q_input, target))
+        del fp_input, target
+        yield run
+        run.data = None  # frees it although whoever iterates still holds the run
+        _harden(job.network, unit.layers)
+        stream.leave(unit, q_input)
+        del q_input
 
 
-class _UnitRun:
-    """One stage on one unit."""
+class UnitRun:
+    """One stage on one unit.
 
-    def __init__(self, network: nn.Module, unit: Unit, activation: nn.Module | None, plan: _Plan) -> None:
-        self._unit = unit
-        self._module = network.get_submodule(unit.name)
-        self._activation = activation
-        self._recipe, self._stage, self._iters = plan.recipe, plan.stage, plan.iters
-        self._batch_size, self._generator = plan.settings.batch_size, plan.generator
-        self._layers = [m for m in (network.get_submodule(n) for n in unit.layers) if m.weight_quantizer is not None]
-        self._entry: ActivationQuantizer | None = getattr(self._module, "input_quantizer", None)
-        self._quantizers = [m for m in self._module.modules() if isinstance(m, ActivationQuantizer)]
+    Attributes:
+        unit: which one.
+        module, fp_module: the unit in the quantized network and in the FP twin.
+        activation: what the outputs are compared behind, if anything.
+        data: its calibration data.
+    """
 
-    def run(self, data: _Data, bar: tqdm) -> None:
+    data: UnitData | None
+
+    def __init__(self, job: Job, stage: Stage, unit: Unit, data: UnitData) -> None:
+        self.unit, self.data = unit, data
+        self.module, self.fp_module = (model.get_submodule(unit.name) for model in (job.network, job.folded))
+        self.activation = job.folded.get_submodule(unit.activation) if unit.activation else None
+        self._recipe, self._stage, self._iters = job.recipe, stage, job.settings.iters_of(stage)
+        self._batch_size, self._generator = job.settings.batch_size, job.generator
+        layers = [job.network.get_submodule(name) for name in unit.layers]
+        self._layers = [layer for layer in layers if layer.weight_quantizer is not None]
+        self._entry: ActivationQuantizer | None = getattr(self.module, "input_quantizer", None)
+        self._quantizers = [m for m in self.module.modules() if isinstance(m, ActivationQuantizer)]
+
+    def finish(self, bar: tqdm) -> None:
+        """Take all steps, and show them in ``bar``."""
+        end = bar.n + self._iters
+        for step, error in enumerate(self.steps()):
+            if step % _CHECK_EVERY == 0 or step == self._iters - 1:
+                loss = error.item()
+                if not loss < float("inf"):
+                    raise FloatingPointError(f"the reconstruction loss of {self.unit.name} is {loss} at step {step}")
+                bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+                bar.update(end - self._iters + step - bar.n)
+                logger.debug("%s step %d: loss %.6g", self.unit.name, step, loss)
+        bar.update(end - bar.n)
+
+    def steps(self) -> Iterator[Tensor]:
+        """Take one optimiser step at a time, and yield the reconstruction error (0-dim) that it started from.
+
+        When all steps have been taken, the weights are on their grid. Where there is nothing to learn, there is no
+        step.
+        """
         stage, recipe, iters = self._stage, self._recipe, self._iters
-        rounding = scales = None
+        rounding, scales = None, []
         if stage.rounding and self._layers:
             rounding = Rounding([m.weight for m in self._layers], [m.weight_quantizer for m in self._layers])
-            rounding_optimizer = torch.optim.Adam([rounding.logit], lr=stage.rounding_lr_for(iters))
-        if stage.activation_scales and stage.quantize_activations and self._quantizers:
+        if stage.activation_scales and stage.quantize_activations:
             scales = [quantizer.scale for quantizer in self._quantizers]
-            scale_optimizer = torch.optim.Adam(scales, lr=stage.scale_lr)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(scale_optimizer, T_max=iters)
-        if rounding is None and scales is None:
+        groups = []
+        if rounding is not None:
+            groups.append({"params": [rounding.logit], "lr": stage.rounding_lr_for(iters)})
+        if scales:
+            groups.append({"params": scales, "lr": stage.scale_lr})
+        if not groups:
             return
-        with self._training(scales or []):
-            for step, chosen in enumerate(self._batches(len(data.target))):
-                loss = error = self._error(data, chosen, rounding)
-                beta = annealed_beta(step, iters, recipe.warm_up, *recipe.beta)
-                if rounding is not None and beta is not None:
-                    loss = error + recipe.penalty_weight * rounding_penalty(self._fraction, beta)
-                self._check(error, step, bar)
-                loss.backward()
+        optimizer = _adam(groups)
+        with self._training(rounding, scales):
+            for step, chosen in enumerate(self._batches(len(self.data.target))):
+                error = self._error(chosen)
+                error.backward()
                 if rounding is not None:
-                    rounding_optimizer.step()
-                    rounding_optimizer.zero_grad()
-                if scales is not None:
-                    scale_optimizer.step()
-                    scale_optimizer.zero_grad()
-                    schedule.step()
-                    for scale in scales:
-                        scale.data.clamp_(min=torch.finfo(scale.dtype).tiny)
+                    rounding.backward(recipe.penalty_weight, annealed_beta(step, iters, recipe.warm_up, *recipe.beta))
+                if scales:
+                    optimizer.param_groups[-1]["lr"] = stage.scale_lr * (1 + math.cos(math.pi * step / iters)) / 2
+                optimizer.step()
+                if rounding is not None:
+                    rounding.soften()
+                for scale in scales:
+                    scale.grad = None
+                    scale.data.clamp_(min=torch.finfo(scale.dtype).tiny)
+                yield error.detach()
         if rounding is not None:
             for layer, weight in zip(self._layers, rounding.hard(), strict=True):
                 layer.harden(weight)
 
-    def _error(self, data: _Data, chosen: Tensor, rounding: Rounding | None) -> Tensor:
-        if rounding is not None:
-            weights, self._fraction = rounding.soft()
-            for layer, weight in zip(self._layers, weights, strict=True):
-                layer.soft_weight = weight
-        x = self._mixed_input(data.input[chosen], data.fp_input, chosen)
-        output = self._module(x)
-        if self._activation is not None:
-            output = self._activation(output)
-        return reconstruction_error(output, data.target[chosen], self._unit.channel_axis, self._stage.error_norm)
+    def _error(self, chosen: Tensor) -> Tensor:
+        output = self.module(self._mixed_input(chosen))
+        if self.activation is not None:
+            output = self.activation(output)
+        target = self.data.target.rows(chosen)
+        return reconstruction_error(output, target, self.unit.channel_axis, self._stage.error_norm)
 
-    def _mixed_input(self, x: Tensor, fp_input: Tensor, chosen: Tensor) -> Tensor:
+    def _mixed_input(self, chosen: Tensor) -> Tensor:
         """The unit's input: quantized, or with QDrop's share of FP elements; the entry quantizer then passes."""
         keep = self._recipe.keep_probability
+        x = self.data.input.rows(chosen)
+        otherwise = self.data.fp_input.rows(chosen) if keep < 1 else None
         if self._entry is not None and self._stage.quantize_activations:
-            return self._entry.mix(x, fp_input[chosen] if keep < 1 else None)
-        if keep < 1:
-            return torch.lerp(fp_input[chosen], x, coin_flips(x, keep, self._generator))
+            return self._entry.mix(x, otherwise)
+        if otherwise is not None:
+            return torch.lerp(otherwise, x, coin_flips(x, keep, self._generator), out=x)
         return x
 
     def _batches(self, count: int) -> Iterator[Tensor]:
@@ -193,18 +233,9 @@ class _UnitRun:
         for _ in range(self._iters):
             yield torch.randperm(count, generator=self._generator, device=self._generator.device)[:size]
 
-    def _check(self, error: Tensor, step: int, bar: tqdm) -> None:
-        if step % _CHECK_EVERY and step != self._iters - 1:
-            return
-        value = error.item()
-        if not value < float("inf"):
-            raise FloatingPointError(f"the reconstruction loss of {self._unit.name} is {value} at step {step}")
-        bar.set_postfix(step=step, loss=f"{value:.4g}", refresh=False)
-        logger.debug("%s step %d: loss %.6g", self._unit.name, step, value)
-
     @contextlib.contextmanager
-    def _training(self, scales: list[nn.Parameter]) -> Iterator[None]:
-        """Set the unit's quantizers up for the stage; everything is as before afterwards, whatever happens."""
+    def _training(self, rounding: Rounding | None, scales: list[nn.Parameter]) -> Iterator[None]:
+        """Set the unit up for the stage; everything but what was learned is as before afterwards, whatever happens."""
         keep, generator = self._recipe.keep_probability, self._generator
         with contextlib.ExitStack() as stack:
             for quantizer in self._quantizers:
@@ -212,6 +243,9 @@ class _UnitRun:
                 stack.enter_context(quantizer.training_with(keep, bypass, generator))
             for scale in scales:
                 scale.requires_grad_(True)
+            if rounding is not None:
+                for layer, weight in zip(self._layers, rounding.weights, strict=True):
+                    layer.soft_weight = weight
             try:
                 yield
             finally:
@@ -220,3 +254,10 @@ class _UnitRun:
                     scale.grad = None
                 for layer in self._layers:
                     layer.soft_weight = None
+
+
+def _adam(groups: list[dict[str, object]]) -> torch.optim.Adam:
+    try:
+        return torch.optim.Adam(groups, fused=True)
+    except RuntimeError:  # a device that has no fused version
+        return torch.optim.Adam(groups)

@@ -80,7 +80,7 @@ def test_other_precisions_learn_like_float32_and_come_back_as_they_were(dtype):
     if dtype != torch.bfloat16:  # which cannot tell scales apart that differ by so little
         assert scales and all(value != rounded.state_dict()[key] for key, value in scales if "fc" not in key)
     reference = quantize(model.float(), inputs.float(), **options)
-    tolerance = {torch.float16: 2e-2, torch.bfloat16: 2e-1, torch.float64: 1e-1}[dtype]
+    tolerance = {torch.float16: 4e-2, torch.bfloat16: 2e-1, torch.float64: 1e-1}[dtype]
     difference = (other(inputs).float() - reference(inputs.float())).abs().mean()
     assert difference < tolerance * reference(inputs.float()).abs().mean()
 

@@ -1,12 +1,14 @@
 import pytest
 import torch
 
-from baselines.capture import Stream, gather_inputs
+from baselines.capture import Cached, CachePlan, Stream, gather_inputs
 from baselines.convert import folded_copy
 from baselines.trace import trace
 from baselines.units import find_blocks, find_units
 
 from .networks import LongSkip, SmallResNet, images, randomized
+
+CPU = torch.device("cpu")
 
 
 def walk(model, inputs, batch_size=4, kind="block"):
@@ -14,7 +16,7 @@ def walk(model, inputs, batch_size=4, kind="block"):
     record = trace(model, inputs[:1])
     units = find_units(model, record, find_blocks(model, record), kind)
     counts = dict.fromkeys((u.name for u in units), 0)
-    stream = Stream(model, inputs, batch_size, torch.device("cpu"))
+    stream = Stream(model, Cached(inputs, CachePlan(CPU, None, CPU)), batch_size)
     seen = {}
 
     def count(name):
@@ -27,7 +29,7 @@ def walk(model, inputs, batch_size=4, kind="block"):
     handles = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in counts]
     for unit in units:
         arrived = stream.arrive(unit)
-        seen[unit.name] = arrived, stream.leave(unit, arrived)
+        seen[unit.name] = arrived.tensor, stream.leave(unit, arrived).tensor
     for handle in handles:
         handle.remove()
     return seen, counts

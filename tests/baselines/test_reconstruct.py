@@ -112,9 +112,11 @@ def test_annealed_beta_follows_the_authors_schedule(step, beta):
     assert losses.annealed_beta(step, 100, 0.2, 20.0, 2.0) == beta
 
 
-def test_rounding_penalty_is_the_closed_form():
-    fraction = torch.tensor([0.0, 0.25, 0.5, 1.0])
-    assert losses.rounding_penalty(fraction, 2.0).item() == pytest.approx(0 + 0.75 + 1 + 0)
+@pytest.mark.parametrize("beta", [2.0, 5.5])
+def test_rounding_penalty_slope_is_the_derivative(beta):
+    fraction = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0], dtype=torch.float64, requires_grad=True)
+    (1 - (2 * fraction - 1).abs() ** beta).sum().backward()
+    torch.testing.assert_close(losses.rounding_penalty_slope(fraction.detach(), beta), fraction.grad)
 
 
 def test_reconstruction_error_takes_other_norms():
@@ -125,15 +127,15 @@ def test_reconstruction_error_takes_other_norms():
 
 def test_stages_walk_the_whole_network_one_after_the_other(run, monkeypatch):
     """BRECQ: while roundings are learned no activation is quantized, and scales are learned behind hard weights."""
-    seen, real = [], baselines.reconstruct._UnitRun.run
+    seen, real = [], baselines.reconstruct.UnitRun.finish
 
-    def watch(self, data, bar):
-        quantizers = [m for m in self._module.modules() if hasattr(m, "bypass")]
+    def watch(self, bar):
+        quantizers = [m for m in self.module.modules() if hasattr(m, "bypass")]
         hard = all(layer.weight.unique().numel() <= 4 * len(layer.weight) for layer in self._layers[:1])
-        seen.append((self._unit.name, self._stage.rounding, all(q.bypass for q in quantizers), hard))
-        real(self, data, bar)
+        seen.append((self.unit.name, self._stage.rounding, all(q.bypass for q in quantizers), hard))
+        real(self, bar)
 
-    monkeypatch.setattr(baselines.reconstruct._UnitRun, "run", watch)
+    monkeypatch.setattr(baselines.reconstruct.UnitRun, "finish", watch)
     network = run(RECIPES["brecq"], iters=3)
     assert [(name, rounding) for name, rounding, _, _ in seen] == [
         *((name, True) for name in ("conv1", "layer1.0", "layer1.1", "fc")),
@@ -175,13 +177,13 @@ def test_layers_outside_of_units_are_rounded_before_the_first_unit_sees_data(run
         def forward(self, x):
             return self.fc(self.twice(self.twice(x)).flatten(1))
 
-    seen, real = [], baselines.reconstruct._UnitRun.run
+    seen, real = [], baselines.reconstruct.UnitRun.finish
 
-    def watch(self, data, bar):
-        seen.append(data.input)
-        real(self, data, bar)
+    def watch(self, bar):
+        seen.append(self.data.input.tensor)
+        real(self, bar)
 
-    monkeypatch.setattr(baselines.reconstruct._UnitRun, "run", watch)
+    monkeypatch.setattr(baselines.reconstruct.UnitRun, "finish", watch)
     network = run(QDROP, iters=2, model=randomized(Twice()))
     with torch.no_grad():
         expected = network.twice(network.twice(images(40))).flatten(1)
@@ -189,13 +191,13 @@ def test_layers_outside_of_units_are_rounded_before_the_first_unit_sees_data(run
 
 
 def test_weights_are_on_the_grid_when_only_scales_are_learned(run, monkeypatch):
-    seen, real = [], baselines.reconstruct._UnitRun.run
+    seen, real = [], baselines.reconstruct.UnitRun.finish
 
-    def watch(self, data, bar):
+    def watch(self, bar):
         layers = [layer for layer in self._layers if layer.weight_quantizer.bits == 2]
         seen.extend(layer.weight.unique().numel() <= 4 * len(layer.weight) for layer in layers)
-        real(self, data, bar)
+        real(self, bar)
 
-    monkeypatch.setattr(baselines.reconstruct._UnitRun, "run", watch)
+    monkeypatch.setattr(baselines.reconstruct.UnitRun, "finish", watch)
     run(Recipe(stages=(Stage(activation_scales=True),)), iters=2)
     assert len(seen) == 5 and all(seen)
