@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from baselines.capture import Cached, CachePlan, gather_inputs
-from baselines.convert import HALF, folded_copy, quantized_copy, set_activation_ranges
+from baselines.convert import HALF, folded_copy, plain_copy, quantized_copy, set_activation_ranges
+from baselines.distribution import Corrector
 from baselines.recipes import RECIPES, Recipe
 from baselines.reconstruct import Job, RunSettings, reconstruct
 from baselines.specs import QuantSpec
@@ -49,7 +50,8 @@ def quantize(
         fp_model: the full-precision network, any classification network made of convolutions, linear layers and
             attention.
         calib_loader: calibration inputs: a stacked tensor ``(N, ...)`` or an iterable of batches (labels unused).
-        method: ``"rtn"`` (round to nearest), ``"adaround"``, ``"brecq"`` or ``"qdrop"``.
+        method: ``"rtn"`` (round to nearest), ``"adaround"``, ``"brecq"``, ``"qdrop"`` or
+            ``"pd_quant"``.
         w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The first
             layer's weights and the last layer's weights and input have 8.
         iters: optimiser steps a unit and stage; by default the method's published number (5,000 to 20,000). Fewer
@@ -123,7 +125,12 @@ def prepare(
         set_activation_ranges(folded, network, sample, spec, batch_size=settings.batch_size, generator=generator)
     range_seconds = time.perf_counter() - started
     units = find_units(folded, record, blocks, recipe.unit)
-    return Job(folded, network, units, inputs, recipe, settings, generator, range_seconds)
+    corrector = None
+    if recipe.correction is not None:
+        unfolded = plain_copy(fp_model, example)
+        _set_layout(unfolded, torch.channels_last)
+        corrector = Corrector(unfolded, example, recipe.correction)
+    return Job(folded, network, units, inputs, recipe, settings, generator, range_seconds, corrector)
 
 
 def _placed(inputs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -237,7 +237,7 @@ class _Level:
         self, unit: nn.Module, name: str, replay: Callable[[int], contextlib.AbstractContextManager]
     ) -> Cached:
         reached: list[int] = []
-        with _forward_replaced(unit, _raise_arrived), _without_entry_quantizer(unit):
+        with forward_replaced(unit, _raise_arrived), _without_entry_quantizer(unit):
             collected = self._cached(self._inputs_of_unit(replay, reached))
         if len(reached) != len(self._starts()):
             raise ValueError(
@@ -267,7 +267,7 @@ class _Level:
                     value = torch.full((size, *shape), torch.nan, device=self._inputs.plan.compute_device)
                 else:
                     value = output.batch(start, size)
-                stack.enter_context(_forward_replaced(unit, _returning(value)))
+                stack.enter_context(forward_replaced(unit, returning(value)))
                 stack.enter_context(_without_entry_quantizer(unit))
             yield
 
@@ -276,12 +276,12 @@ def _raise_arrived(*args: Tensor, **kwargs: Tensor) -> None:
     raise _Arrived(*args, *kwargs.values())  # one tensor: units are called with nothing else
 
 
-def _returning(value: Tensor) -> Callable[..., Tensor]:
+def returning(value: Tensor) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: value
 
 
 @contextlib.contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     module.forward = forward
     try:
         yield

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def plain_copy(model: nn.Module, example: Tensor) -> nn.Module:
@@ -106,7 +106,7 @@ def folded_copy(model: nn.Module, example: Tensor) -> nn.Module:
 
 def _foldable_source(norm: Call, record: Trace) -> str | None:
     """The name of the layer that ``norm`` can be folded into, if it is a batch norm and there is one."""
-    if not isinstance(norm.module, _BATCH_NORMS) or norm.module.running_mean is None:
+    if not isinstance(norm.module, BATCH_NORMS) or norm.module.running_mean is None:
         return None
     value = norm.inputs[0]
     makers = [call for call in record.calls if is_quantizable(call.module) and value.same(call.output)]

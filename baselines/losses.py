@@ -6,6 +6,13 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def prediction_difference(prediction: Tensor, fp_prediction: Tensor, temperature: float) -> Tensor:
+    """``KL(FP || quantized)`` of the predicted classes, logits ``(N, C, ...)`` divided by ``temperature``; summed over
+    everything but averaged over ``N`` (PD-Quant, arXiv 2212.07048, authors' code)."""
+    logs, fp_logs = ((each / temperature).log_softmax(1) for each in (prediction, fp_prediction))
+    return functional.kl_div(logs, fp_logs, reduction="batchmean", log_target=True)
+
+
 def reconstruction_error(output: Tensor, target: Tensor, channel_axis: int, norm: float = 2.0) -> Tensor:
     """``|error| ** norm``, summed over channels and averaged over the rest (BRECQ, arXiv 2102.05426, authors' code)."""
     if norm == 2:

@@ -86,9 +86,11 @@ class ActivationQuantizer(nn.Module):
             return (steps.clamp(0, self.levels) - self.zero_point) * self.scale
         return self.mix(x)
 
-    def mix(self, x: Tensor, otherwise: Tensor | None = None) -> Tensor:
-        """Quantized ``x`` where a coin of probability :attr:`keep` says so, else ``otherwise`` (or ``x`` itself)."""
-        mask = None if self.keep >= 1 else coin_flips(x, self.keep, self.generator)
+    def mix(self, x: Tensor, otherwise: Tensor | None = None, keep: float | None = None) -> Tensor:
+        """Quantized ``x`` where a coin of probability ``keep`` (default: :attr:`keep`) says so, else ``otherwise`` (or
+        ``x`` itself)."""
+        keep = self.keep if keep is None else keep
+        mask = None if keep >= 1 else coin_flips(x, keep, self.generator)
         return _QuantizeOrKeep.apply(x, otherwise, self.scale, self._lowest, self._lowest + self.levels, mask)
 
     @contextlib.contextmanager

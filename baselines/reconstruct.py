@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from baselines.capture import Cached, Stream
-from baselines.losses import annealed_beta, reconstruction_error
+from baselines.distribution import Corrector
+from baselines.losses import annealed_beta, prediction_difference, reconstruction_error
+from baselines.prediction import RestOfNetwork, predictions
 from baselines.quantizers import ActivationQuantizer, Rounding, coin_flips
 from baselines.recipes import Recipe, Stage
 from baselines.units import Unit, quantized_layers
@@ -39,11 +41,14 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class UnitData:
-    """Calibration data of one unit: its inputs in both networks and the FP output behind the activation."""
+    """Calibration data of one unit: its inputs in both networks and the FP output behind the activation; where
+    predictions are compared, those of the FP network ``(N, C, ...)`` and what makes them of the unit's outputs."""
 
     fp_input: Cached
     input: Cached
     target: Cached
+    prediction: Tensor | None = None
+    rest: RestOfNetwork | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Job:
         inputs: calibration inputs ``(N, ...)``.
         generator: of everything random; on the device of the networks.
         range_seconds: what the search for ranges has taken.
+        corrector: of the units' FP inputs, if the recipe corrects them.
     """
 
     folded: nn.Module
@@ -67,6 +73,7 @@ class Job:
     settings: RunSettings
     generator: torch.Generator
     range_seconds: float
+    corrector: Corrector | None = None
 
 
 def reconstruct(job: Job, *, progress: bool = False) -> None:
@@ -121,12 +128,21 @@ def _walk(job: Job, stage: Stage) -> Iterator[UnitRun]:
     """One stage: both streams come to each unit, it is reconstructed, and they pass on."""
     size = job.settings.capture_batch_size
     fp_stream, stream = (Stream(model, job.inputs, size) for model in (job.folded, job.network))
+    prediction = predictions(job.folded, job.inputs, size) if job.recipe.prediction else None
+    rest, passed = None, []
     for unit in job.units:
         fp_input, q_input = fp_stream.arrive(unit), stream.arrive(unit)
         target = fp_stream.leave(unit, fp_input)
+        if prediction is not None:
+            rest = RestOfNetwork(job.folded, job.inputs, unit.name, passed)
+            rest.check(target)
+        passed.append((unit.name, target.tensor.shape[1:]))
+        if job.corrector is not None:
+            fp_input = job.corrector.correct(unit.name, fp_input, size)
+            target = fp_input.mapped(job.folded.get_submodule(unit.name), size)
         if unit.activation:
             target = target.mapped(job.folded.get_submodule(unit.activation), size)
-        run = UnitRun(job, stage, unit, UnitData(fp_input, q_input, target))
+        run = UnitRun(job, stage, unit, UnitData(fp_input, q_input, target, prediction, rest))
         del fp_input, target
         yield run
         run.data = None  # frees it although whoever iterates still holds the run
@@ -211,22 +227,32 @@ class UnitRun:
                 layer.harden(weight)
 
     def _error(self, chosen: Tensor) -> Tensor:
-        output = self.module(self._mixed_input(chosen))
+        x, unmixed = self._inputs(chosen)
+        outputs = self.module(x if unmixed is None else torch.cat([x, unmixed]))
+        output = outputs[: len(x)]
         if self.activation is not None:
             output = self.activation(output)
         target = self.data.target.rows(chosen)
-        return reconstruction_error(output, target, self.unit.channel_axis, self._stage.error_norm)
+        error = reconstruction_error(output, target, self.unit.channel_axis, self._stage.error_norm)
+        if unmixed is None:
+            return error
+        few, prediction = chosen[: len(unmixed)], self._recipe.prediction
+        predicted = self.data.rest(outputs[len(x) :], few)
+        difference = prediction_difference(predicted, self.data.prediction[few], prediction.temperature)
+        return error + prediction.weight * difference
 
-    def _mixed_input(self, chosen: Tensor) -> Tensor:
-        """The unit's input: quantized, or with QDrop's share of FP elements; the entry quantizer then passes."""
-        keep = self._recipe.keep_probability
+    def _inputs(self, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The unit's inputs: quantized, or with QDrop's share of FP elements, and where the recipe compares
+        predictions those of some images without FP elements. The entry quantizer has done its work and passes."""
+        keep, prediction = self._recipe.keep_probability, self._recipe.prediction
         x = self.data.input.rows(chosen)
         otherwise = self.data.fp_input.rows(chosen) if keep < 1 else None
+        few = None if prediction is None else x[: max(1, round(prediction.share * len(x)))]
         if self._entry is not None and self._stage.quantize_activations:
-            return self._entry.mix(x, otherwise)
+            return self._entry.mix(x, otherwise), None if few is None else self._entry.mix(few, keep=1.0)
         if otherwise is not None:
-            return torch.lerp(otherwise, x, coin_flips(x, keep, self._generator), out=x)
-        return x
+            x = torch.lerp(otherwise, x, coin_flips(x, keep, self._generator))
+        return x, few
 
     def _batches(self, count: int) -> Iterator[Tensor]:
         size = min(self._batch_size, count)

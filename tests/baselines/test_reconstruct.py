@@ -8,7 +8,7 @@ import torch
 
 import baselines.reconstruct
 from baselines import losses
-from baselines.recipes import QDROP, RECIPES, Recipe, Stage
+from baselines.recipes import PD_QUANT, QDROP, RECIPES, Correction, Prediction, Recipe, Stage
 
 from .networks import SmallResNet, images, randomized
 
@@ -45,9 +45,10 @@ def test_reconstruction_beats_round_to_nearest_on_its_own_objective(run):
     assert error(run(QDROP, iters=150), inputs) < 0.8 * error(run(Recipe()), inputs)
 
 
-def test_same_seed_same_network_other_seed_another(run):
-    assert same(run(QDROP, seed=3), run(QDROP, seed=3))
-    assert not same(run(QDROP, seed=3), run(QDROP, seed=4))
+@pytest.mark.parametrize("recipe", [QDROP, PD_QUANT], ids=["qdrop", "pd_quant"])
+def test_same_seed_same_network_other_seed_another(run, recipe):
+    assert same(run(recipe, seed=3), run(recipe, seed=3))
+    assert not same(run(recipe, seed=3), run(recipe, seed=4))
 
 
 def test_keep_probability_one_equals_a_run_without_mixing(run, monkeypatch):
@@ -201,3 +202,51 @@ def test_weights_are_on_the_grid_when_only_scales_are_learned(run, monkeypatch):
     monkeypatch.setattr(baselines.reconstruct.UnitRun, "finish", watch)
     run(Recipe(stages=(Stage(activation_scales=True),)), iters=2)
     assert len(seen) == 5 and all(seen)
+
+
+def divergence(network, inputs):
+    with torch.no_grad():
+        return losses.prediction_difference(network(inputs), randomized(SmallResNet())(inputs), 1.0).item()
+
+
+def test_prediction_loss_brings_the_predictions_nearer(run):
+    inputs = images(40)
+    without = run(replace(QDROP, prediction=Prediction(weight=0.0, temperature=1.0)), iters=100)
+    weighted = run(replace(QDROP, prediction=Prediction(weight=1000.0, temperature=1.0)), iters=100)
+    assert divergence(weighted, inputs) < 0.8 * divergence(without, inputs)
+
+
+def test_predictions_come_from_unmixed_inputs_of_the_share_of_a_batch(run, monkeypatch):
+    seen, real = [], baselines.reconstruct.UnitRun._inputs
+
+    def watch(self, chosen):
+        x, unmixed = real(self, chosen)
+        quantized = self.data.input.rows(chosen)[: len(unmixed)]
+        if self._entry is not None:
+            with torch.no_grad():
+                quantized = (quantized / self._entry.scale).round().clamp(0, self._entry.levels) * self._entry.scale
+        seen.append((len(x), len(unmixed), torch.allclose(unmixed, quantized), torch.allclose(x[:4], quantized)))
+        return x, unmixed
+
+    monkeypatch.setattr(baselines.reconstruct.UnitRun, "_inputs", watch)
+    run(replace(QDROP, prediction=Prediction(weight=1.0, temperature=4.0, share=0.25)), iters=3)
+    assert {(size, few, unmixed) for size, few, unmixed, _ in seen} == {(16, 4, True)}
+    assert not all(as_unmixed for *_, as_unmixed in seen)
+
+
+def test_corrected_inputs_are_what_is_mixed_in_and_what_the_target_comes_from(run, monkeypatch):
+    seen, real = {}, baselines.reconstruct.UnitRun.steps
+
+    def watch(self):
+        seen[self.unit.name] = self.data
+        with torch.no_grad():
+            target = self.fp_module(self.data.fp_input.tensor)
+            target = target if self.activation is None else self.activation(target)
+        torch.testing.assert_close(self.data.target.tensor, target)
+        yield from real(self)
+
+    monkeypatch.setattr(baselines.reconstruct.UnitRun, "steps", watch)
+    run(replace(QDROP, correction=Correction(closeness=1.0, steps=5, lr=0.05)), iters=2)
+    assert not torch.equal(seen["conv1"].fp_input.tensor, seen["conv1"].input.tensor)
+    torch.testing.assert_close(seen["conv1"].input.tensor, images(40))
+    assert (seen["conv1"].fp_input.tensor - images(40)).abs().mean() > 0.01

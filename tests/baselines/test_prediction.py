@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from baselines.capture import Cached, CachePlan, Stream
+from baselines.convert import folded_copy
+from baselines.losses import prediction_difference
+from baselines.prediction import RestOfNetwork, prediction_of, predictions
+from baselines.trace import trace
+from baselines.units import find_blocks, find_units
+
+from .networks import LongSkip, SmallResNet, images, randomized
+
+CPU = torch.device("cpu")
+PLAN = CachePlan(CPU, None, CPU)
+
+
+def rests(model, inputs, kind="block"):
+    """For each unit: its name, its output, and the rest of the network behind it."""
+    network = folded_copy(model, inputs[:2])
+    record = trace(network, inputs[:2])
+    cached = Cached(inputs, PLAN)
+    stream, passed = Stream(network, cached, 4), []
+    for unit in find_units(network, record, find_blocks(network, record), kind):
+        output = stream.leave(unit, stream.arrive(unit))
+        rest = RestOfNetwork(network, cached, unit.name, list(passed))
+        rest.check(output)
+        passed.append((unit.name, output.tensor.shape[1:]))
+        yield unit.name, output.tensor, rest, network
+
+
+@pytest.mark.parametrize("model", [SmallResNet, LongSkip])
+@pytest.mark.parametrize("kind", ["block", "layer"])
+def test_behind_every_unit_the_rest_of_the_network_predicts_what_the_whole_does(model, kind):
+    model, inputs = randomized(model()), images(9)
+    chosen = torch.tensor([7, 0, 3])
+    with torch.no_grad():
+        expected = model(inputs)
+    names = []
+    for name, output, rest, network in rests(model, inputs, kind):
+        torch.testing.assert_close(rest(output[chosen], chosen), expected[chosen], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(predictions(network, Cached(inputs, PLAN), 4), expected, rtol=1e-4, atol=1e-5)
+        names.append(name)
+    assert len(names) > 3
+
+
+def test_units_before_do_not_run_and_nothing_stays_replaced():
+    inputs, ran = images(6), []
+
+    def count(module, args):
+        if isinstance(module, torch.nn.Conv2d) and "forward" not in vars(module):
+            ran.append(module)
+
+    convolutions = []
+    for _, output, rest, network in rests(randomized(SmallResNet()), inputs):
+        handles = [module.register_forward_pre_hook(count) for module in network.modules()]
+        ran.clear()
+        rest(output, torch.arange(6))
+        convolutions.append(len(ran))
+        for handle in handles:
+            handle.remove()
+        assert not any("forward" in vars(module) for module in network.modules())
+    assert convolutions == [5, 3, 0, 0]
+
+
+def test_gradient_through_the_rest_is_that_of_the_whole_network():
+    inputs = images(5)
+    for name, output, rest, network in rests(randomized(SmallResNet()), inputs):
+        mine = output.clone().requires_grad_()
+        prediction_of(rest(mine, torch.arange(5))).square().sum().backward()
+        reached = []
+        handle = network.get_submodule(name).register_forward_hook(
+            lambda module, args, value, reached=reached: reached.append(value.requires_grad_()) or value * 1
+        )
+        network(inputs).square().sum().backward()
+        handle.remove()
+        torch.testing.assert_close(mine.grad, reached[0].grad)
+
+
+def test_prediction_difference_is_the_divergence_written_out():
+    prediction, fp_prediction = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    expected = 0.0
+    for q, f in zip(prediction.tolist(), fp_prediction.tolist(), strict=True):
+        p, r = (torch.tensor([value / 4.0 for value in row]).softmax(0).tolist() for row in (f, q))
+        expected += sum(a * (torch.tensor(a).log() - torch.tensor(b).log()).item() for a, b in zip(p, r, strict=True))
+    assert prediction_difference(prediction, fp_prediction, 4.0).item() == pytest.approx(expected / 3, rel=1e-4)
+    assert prediction_difference(fp_prediction, fp_prediction, 4.0).item() == pytest.approx(0, abs=1e-12)
