@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ def quantize(
     batch_size: int = 32,
     seed: int = 0,
     range_method: str = "mse",
+    error_weighting: str | None = None,
     blocks: Sequence[str] | None = None,
     progress: bool = False,
 ) -> nn.Module:
@@ -60,6 +62,8 @@ def quantize(
         seed: of everything random; the same seed, machine and versions give the same model (on a GPU as far as its
             convolutions are deterministic, see ``torch.use_deterministic_algorithms``).
         range_method: ``"mse"`` or ``"minmax"``.
+        error_weighting: how the elements of a unit's error are weighted: ``"none"`` (all alike) or ``"fisher"`` (by the
+            squared gradients of the predictions, an option of BRECQ); by default as the method's authors do.
         blocks: names of the modules that are reconstructed as one, as in ``fp_model.named_modules()``; layers outside
             of them are units of their own. By default, residual and transformer blocks and the like are found.
         progress: show a progress bar.
@@ -79,7 +83,10 @@ def quantize(
     started = time.perf_counter()
     if method not in RECIPES:
         raise ValueError(f"method={method!r} should be one of {', '.join(METHODS)}")
-    recipe, spec = RECIPES[method], QuantSpec(w_bits=w_bits, a_bits=a_bits, range_method=range_method)
+    recipe = RECIPES[method]
+    if error_weighting is not None:
+        recipe = replace(recipe, error_weighting=error_weighting)
+    spec = QuantSpec(w_bits=w_bits, a_bits=a_bits, range_method=range_method)
     if (iters is not None and iters < 0) or batch_size < 1:
         raise ValueError(f"iters={iters} should be at least 0 and batch_size={batch_size} at least 1")
     device, dtype = _placement(fp_model)

@@ -13,9 +13,14 @@ def prediction_difference(prediction: Tensor, fp_prediction: Tensor, temperature
     return functional.kl_div(logs, fp_logs, reduction="batchmean", log_target=True)
 
 
-def reconstruction_error(output: Tensor, target: Tensor, channel_axis: int, norm: float = 2.0) -> Tensor:
-    """``|error| ** norm``, summed over channels and averaged over the rest (BRECQ, arXiv 2102.05426, authors' code)."""
-    if norm == 2:
+def reconstruction_error(
+    output: Tensor, target: Tensor, channel_axis: int, norm: float = 2.0, weights: Tensor | None = None
+) -> Tensor:
+    """``|error| ** norm``, summed over channels and averaged over the rest (BRECQ, arXiv 2102.05426, authors' code);
+    ``weights``, of the same shape, are those of the elements."""
+    if weights is not None:
+        total = (weights * (output - target).abs().pow(norm)).sum()
+    elif norm == 2:
         total = functional.mse_loss(output, target, reduction="sum")
     else:
         total = (output - target).abs().pow(norm).sum()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from baselines.capture import Cached, forward_replaced, returning
+from baselines.losses import prediction_difference
 from baselines.trace import tensors_in
+from baselines.units import Unit
 
 logger = logging.getLogger(__name__)
 
@@ -28,43 +32,95 @@ def prediction_of(output: object) -> Tensor:
 
 
 class RestOfNetwork:
-    """The part of a network behind one of its modules, as a function of that module's output.
+    """The part of a network behind one of its units, as a function of that unit's output.
 
-    The network's own forward pass runs with the module's output replaced, so that whatever it computes outside of
-    modules happens as always. Units that have been passed are not computed: they give NaN. Where that reaches the
-    prediction, the network has a connection past the module, and these units are computed after all.
+    The network's own forward pass runs with the unit's output replaced, behind its activation if it has one, so that
+    whatever it computes outside of modules happens as always. Units that have been passed are not computed: they give
+    NaN. Where that reaches the prediction, the network has a connection past the unit, and they are computed after all.
 
     Args:
         network: the network, without gradients.
         inputs: its inputs ``(N, ...)``.
-        module: name of the module whose output is replaced.
-        passed: modules called before, with the shape of their outputs less the first axis.
+        unit: whose output is replaced.
+        passed: names of the units before, with the shape of their outputs less the first axis.
     """
 
     def __init__(
         self,
         network: nn.Module,
         inputs: Cached,
-        module: str,
+        unit: Unit,
         passed: list[tuple[str, torch.Size]],
     ) -> None:
         self._network, self._inputs = network, inputs
-        self._module = network.get_submodule(module)
+        self._unit = network.get_submodule(unit.name)
+        self._activation = network.get_submodule(unit.activation) if unit.activation else None
         self._passed = [(network.get_submodule(name), shape) for name, shape in passed]
 
     def check(self, output: Cached) -> None:
-        """Find out, with the first of the module's outputs ``(N, ...)``, whether a connection passes the module."""
+        """Find out, with the first of the unit's outputs ``(N, ...)``, whether a connection passes the unit."""
         few = torch.arange(min(_EXAMPLES, len(output)))
         with torch.no_grad():
             if self._passed and torch.isnan(self(output.rows(few), few)).any():
-                logger.debug("a connection passes %s: the units before are computed", type(self._module).__name__)
+                logger.debug("a connection passes %s: the units before are computed", type(self._unit).__name__)
                 self._passed = []
 
     def __call__(self, output: Tensor, chosen: Tensor) -> Tensor:
-        """The prediction ``(n, ...)`` for the module's output ``(n, ...)`` on the inputs ``chosen (n,)``, indices."""
+        """The prediction ``(n, ...)`` for the unit's output ``(n, ...)`` on the inputs ``chosen (n,)``, indices."""
         with contextlib.ExitStack() as stack:
             for module, shape in self._passed:
                 nothing = output.new_full((len(output), *shape), torch.nan)
                 stack.enter_context(forward_replaced(module, returning(nothing)))
-            stack.enter_context(forward_replaced(self._module, returning(output.clone())))
+            value = output.clone()  # the network may write into it
+            if self._activation is not None:
+                before, forward = torch.full_like(output, torch.nan), self._activation.forward
+                # Other calls of the same module are not those behind the unit.
+                instead = functools.partial(_given, before, value, forward)
+                stack.enter_context(forward_replaced(self._activation, instead))
+                value = before
+            stack.enter_context(forward_replaced(self._unit, returning(value)))
             return prediction_of(self._network(self._inputs.rows(chosen)))
+
+
+def _given(before: Tensor, value: Tensor, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+    """``value`` for the input ``before``, for any other what ``forward`` makes of it."""
+    return value if input is before else forward(input)
+
+
+def fisher_weights(
+    rest: RestOfNetwork, output: Callable[[Tensor], Tensor], inputs: Cached, prediction: Tensor, batch_size: int
+) -> Cached:
+    """The diagonal of the Fisher information of a unit's output ``(N, ...)``, scaled to a mean of 1.
+
+    For each image, the squared gradient of ``KL(FP || quantized)`` of the predictions by each element of the output
+    (BRECQ, arXiv 2102.05426, eq. 10). The authors' code adds 1 to the gradients of a batch's mean before it squares
+    them, which leaves little of their differences; here they are taken as they are.
+
+    Args:
+        rest: what follows the unit.
+        output: the quantized unit, with its activation.
+        inputs: the quantized unit's inputs ``(N, ...)``.
+        prediction: of the FP network ``(N, C, ...)``.
+    """
+    weights = Cached.collect(_squared_gradients(rest, output, inputs, prediction, batch_size), len(inputs), inputs.plan)
+    mean = weights.tensor.float().mean()
+    if not 0 < mean < torch.inf:
+        logger.warning("no gradient reaches the predictions, so all errors count alike")
+        weights.tensor.fill_(1)
+    else:
+        weights.tensor.div_(mean)
+    return weights
+
+
+def _squared_gradients(
+    rest: RestOfNetwork, output: Callable[[Tensor], Tensor], inputs: Cached, prediction: Tensor, batch_size: int
+) -> Iterator[Tensor]:
+    for start in range(0, len(inputs), batch_size):
+        chosen = torch.arange(start, min(start + batch_size, len(inputs)), device=prediction.device)
+        with torch.no_grad():
+            value = output(inputs.batch(start, batch_size))
+        value.requires_grad_()
+        with torch.enable_grad():
+            loss = len(chosen) * prediction_difference(rest(value, chosen), prediction[chosen], 1.0)
+        (gradient,) = torch.autograd.grad(loss, value)
+        yield gradient.square()

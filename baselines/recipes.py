@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+ERROR_WEIGHTINGS = ("none", "fisher")
+"""All alike, or by the diagonal Fisher information, see :func:`baselines.prediction.fisher_weights`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -86,6 +89,7 @@ class Recipe:
         beta: first and last exponent of the rounding penalty.
         prediction: the loss behind the rest of the network, if any.
         correction: of the FP inputs, if any.
+        error_weighting: of the elements of the reconstruction error, one of :data:`ERROR_WEIGHTINGS`.
     """
 
     unit: str = "block"
@@ -96,6 +100,12 @@ class Recipe:
     beta: tuple[float, float] = field(default=(20.0, 2.0))
     prediction: Prediction | None = None
     correction: Correction | None = None
+    error_weighting: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.error_weighting not in ERROR_WEIGHTINGS:
+            known = ", ".join(ERROR_WEIGHTINGS)
+            raise ValueError(f"error_weighting={self.error_weighting!r} should be one of {known}")
 
 
 RTN = Recipe(stages=())

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from baselines.capture import Cached, Stream
 from baselines.distribution import Corrector
 from baselines.losses import annealed_beta, prediction_difference, reconstruction_error
-from baselines.prediction import RestOfNetwork, predictions
+from baselines.prediction import RestOfNetwork, fisher_weights, predictions
 from baselines.quantizers import ActivationQuantizer, Rounding, coin_flips
 from baselines.recipes import Recipe, Stage
 from baselines.units import Unit, quantized_layers
@@ -42,13 +42,15 @@ class RunSettings:
 @dataclass(frozen=True)
 class UnitData:
     """Calibration data of one unit: its inputs in both networks and the FP output behind the activation; where
-    predictions are compared, those of the FP network ``(N, C, ...)`` and what makes them of the unit's outputs."""
+    predictions are compared, those of the FP network ``(N, C, ...)`` and what makes them of the unit's outputs;
+    where errors are weighted, their weights."""
 
     fp_input: Cached
     input: Cached
     target: Cached
     prediction: Tensor | None = None
     rest: RestOfNetwork | None = None
+    weights: Cached | None = None
 
 
 @dataclass(frozen=True)
@@ -128,22 +130,25 @@ def _walk(job: Job, stage: Stage) -> Iterator[UnitRun]:
     """One stage: both streams come to each unit, it is reconstructed, and they pass on."""
     size = job.settings.capture_batch_size
     fp_stream, stream = (Stream(model, job.inputs, size) for model in (job.folded, job.network))
-    prediction = predictions(job.folded, job.inputs, size) if job.recipe.prediction else None
+    looks_ahead = job.recipe.prediction is not None or job.recipe.error_weighting != "none"
+    prediction = predictions(job.folded, job.inputs, size) if looks_ahead else None
     rest, passed = None, []
     for unit in job.units:
         fp_input, q_input = fp_stream.arrive(unit), stream.arrive(unit)
         target = fp_stream.leave(unit, fp_input)
-        if prediction is not None:
-            rest = RestOfNetwork(job.folded, job.inputs, unit.name, passed)
-            rest.check(target)
-        passed.append((unit.name, target.tensor.shape[1:]))
         if job.corrector is not None:
             fp_input = job.corrector.correct(unit.name, fp_input, size)
             target = fp_input.mapped(job.folded.get_submodule(unit.name), size)
         if unit.activation:
             target = target.mapped(job.folded.get_submodule(unit.activation), size)
+        if prediction is not None:
+            rest = RestOfNetwork(job.folded, job.inputs, unit, list(passed))
+            rest.check(target)
+        passed.append((unit.name, target.tensor.shape[1:]))
         run = UnitRun(job, stage, unit, UnitData(fp_input, q_input, target, prediction, rest))
         del fp_input, target
+        if job.recipe.error_weighting == "fisher":
+            run.weigh(size)
         yield run
         run.data = None  # frees it although whoever iterates still holds the run
         _harden(job.network, unit.layers)
@@ -228,18 +233,38 @@ class UnitRun:
 
     def _error(self, chosen: Tensor) -> Tensor:
         x, unmixed = self._inputs(chosen)
-        outputs = self.module(x if unmixed is None else torch.cat([x, unmixed]))
-        output = outputs[: len(x)]
-        if self.activation is not None:
-            output = self.activation(output)
+        outputs = self._output(x if unmixed is None else torch.cat([x, unmixed]))
         target = self.data.target.rows(chosen)
-        error = reconstruction_error(output, target, self.unit.channel_axis, self._stage.error_norm)
+        weights = None if self.data.weights is None else self.data.weights.rows(chosen)
+        axis, norm = self.unit.channel_axis, self._stage.error_norm
+        error = reconstruction_error(outputs[: len(x)], target, axis, norm, weights)
         if unmixed is None:
             return error
         few, prediction = chosen[: len(unmixed)], self._recipe.prediction
         predicted = self.data.rest(outputs[len(x) :], few)
         difference = prediction_difference(predicted, self.data.prediction[few], prediction.temperature)
         return error + prediction.weight * difference
+
+    def _output(self, x: Tensor) -> Tensor:
+        output = self.module(x)
+        return output if self.activation is None else self.activation(output)
+
+    def weigh(self, batch_size: int) -> None:
+        """Weigh the errors by the Fisher information, with the unit's weights rounded as they are now."""
+        data = self.data
+        with self._rounded_to_nearest():
+            weights = fisher_weights(data.rest, self._output, data.input, data.prediction, batch_size)
+        self.data = replace(data, weights=weights)
+
+    @contextlib.contextmanager
+    def _rounded_to_nearest(self) -> Iterator[None]:
+        try:
+            for layer in self._layers:
+                layer.soft_weight = layer.weight_quantizer(layer.weight)
+            yield
+        finally:
+            for layer in self._layers:
+                layer.soft_weight = None
 
     def _inputs(self, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
         """The unit's inputs: quantized, or with QDrop's share of FP elements, and where the recipe compares

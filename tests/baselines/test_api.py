@@ -132,6 +132,7 @@ def test_layers_of_other_dimensions_and_called_by_keyword(method):
         ({"a_bits": 9}, "a_bits=9"),
         ({"a_bits": 4.0}, r"a_bits=4\.0"),
         ({"range_method": "max"}, "range_method='max' should be one of mse, minmax"),
+        ({"error_weighting": "hessian"}, "error_weighting='hessian' should be one of none, fisher"),
         ({"iters": -1}, "iters=-1"),
         ({"batch_size": 64}, "20 calibration inputs are fewer than one batch of 64"),
     ],

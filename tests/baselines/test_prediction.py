@@ -4,7 +4,7 @@ import torch
 from baselines.capture import Cached, CachePlan, Stream
 from baselines.convert import folded_copy
 from baselines.losses import prediction_difference
-from baselines.prediction import RestOfNetwork, prediction_of, predictions
+from baselines.prediction import RestOfNetwork, fisher_weights, prediction_of, predictions
 from baselines.trace import trace
 from baselines.units import find_blocks, find_units
 
@@ -22,10 +22,12 @@ def rests(model, inputs, kind="block"):
     stream, passed = Stream(network, cached, 4), []
     for unit in find_units(network, record, find_blocks(network, record), kind):
         output = stream.leave(unit, stream.arrive(unit))
-        rest = RestOfNetwork(network, cached, unit.name, list(passed))
+        if unit.activation:
+            output = output.mapped(network.get_submodule(unit.activation), 4)
+        rest = RestOfNetwork(network, cached, unit, list(passed))
         rest.check(output)
         passed.append((unit.name, output.tensor.shape[1:]))
-        yield unit.name, output.tensor, rest, network
+        yield unit, output.tensor, rest, network
 
 
 @pytest.mark.parametrize("model", [SmallResNet, LongSkip])
@@ -36,10 +38,10 @@ def test_behind_every_unit_the_rest_of_the_network_predicts_what_the_whole_does(
     with torch.no_grad():
         expected = model(inputs)
     names = []
-    for name, output, rest, network in rests(model, inputs, kind):
+    for unit, output, rest, network in rests(model, inputs, kind):
         torch.testing.assert_close(rest(output[chosen], chosen), expected[chosen], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(predictions(network, Cached(inputs, PLAN), 4), expected, rtol=1e-4, atol=1e-5)
-        names.append(name)
+        names.append(unit.name)
     assert len(names) > 3
 
 
@@ -64,11 +66,11 @@ def test_units_before_do_not_run_and_nothing_stays_replaced():
 
 def test_gradient_through_the_rest_is_that_of_the_whole_network():
     inputs = images(5)
-    for name, output, rest, network in rests(randomized(SmallResNet()), inputs):
+    for unit, output, rest, network in rests(randomized(SmallResNet()), inputs):
         mine = output.clone().requires_grad_()
         prediction_of(rest(mine, torch.arange(5))).square().sum().backward()
         reached = []
-        handle = network.get_submodule(name).register_forward_hook(
+        handle = network.get_submodule(unit.activation or unit.name).register_forward_hook(
             lambda module, args, value, reached=reached: reached.append(value.requires_grad_()) or value * 1
         )
         network(inputs).square().sum().backward()
@@ -84,3 +86,46 @@ def test_prediction_difference_is_the_divergence_written_out():
         expected += sum(a * (torch.tensor(a).log() - torch.tensor(b).log()).item() for a, b in zip(p, r, strict=True))
     assert prediction_difference(prediction, fp_prediction, 4.0).item() == pytest.approx(expected / 3, rel=1e-4)
     assert prediction_difference(fp_prediction, fp_prediction, 4.0).item() == pytest.approx(0, abs=1e-12)
+
+
+class SharedActivation(torch.nn.Module):
+    """One activation module behind every layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.relu = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.ReLU()
+        self.fc = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.relu(self.b(self.relu(self.a(x)))).mean((2, 3)))
+
+
+def test_an_activation_that_serves_several_units_is_replaced_behind_one_only():
+    model, inputs = randomized(SharedActivation()), images(5)
+    with torch.no_grad():
+        expected = model(inputs)
+    activations = []
+    for unit, output, rest, _ in rests(model, inputs):
+        torch.testing.assert_close(rest(output, torch.arange(5)), expected)
+        activations.append(unit.activation)
+    assert activations == ["relu", "relu", None]
+
+
+def test_fisher_weights_are_squared_gradients_image_by_image():
+    inputs = images(5)
+    for unit, output, rest, network in rests(randomized(SmallResNet()), inputs):
+        rough = (output * 4).round() / 4
+        prediction = network(inputs)
+        mine = fisher_weights(rest, lambda x: x, Cached(rough, PLAN), prediction, 2).tensor
+        expected = []
+        for index in range(5):  # the whole network, with the rough output put in by a hook
+            value = rough[index : index + 1].clone().requires_grad_()
+            where = network.get_submodule(unit.activation or unit.name)
+            handle = where.register_forward_hook(lambda module, args, out, value=value: value)
+            predicted = network(inputs[index : index + 1]).log_softmax(1)
+            handle.remove()
+            p = prediction[index : index + 1].softmax(1)
+            ((p.log() - predicted) * p).sum().backward()
+            expected.append(value.grad**2)
+        expected = torch.cat(expected)
+        torch.testing.assert_close(mine, expected / expected.mean(), rtol=1e-3, atol=1e-4)

@@ -89,7 +89,7 @@ def test_loss_that_is_not_finite_names_unit_and_step(run, monkeypatch):
     real = losses.reconstruction_error
     calls = []
 
-    def broken(output, target, axis, norm):
+    def broken(output, target, axis, norm, weights):
         calls.append(axis)
         return real(output, target, axis, norm) * (float("nan") if len(calls) > 35 else 1)
 
@@ -250,3 +250,24 @@ def test_corrected_inputs_are_what_is_mixed_in_and_what_the_target_comes_from(ru
     assert not torch.equal(seen["conv1"].fp_input.tensor, seen["conv1"].input.tensor)
     torch.testing.assert_close(seen["conv1"].input.tensor, images(40))
     assert (seen["conv1"].fp_input.tensor - images(40)).abs().mean() > 0.01
+
+
+def test_weights_of_the_error_multiply_its_elements():
+    output, weights = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 0.5]])
+    assert losses.reconstruction_error(output, torch.zeros(1, 2), 1, 2.0, weights).item() == pytest.approx(3 + 0.5 * 4)
+
+
+def test_fisher_weights_go_with_the_unit_and_change_what_is_learned(run, monkeypatch):
+    seen, real = [], baselines.reconstruct.UnitRun.steps
+
+    def watch(self):
+        seen.append((self.data.weights, self.data.target))
+        assert all(layer.soft_weight is None for layer in self._layers)
+        yield from real(self)
+
+    plain = run(RECIPES["brecq"], iters=30)
+    monkeypatch.setattr(baselines.reconstruct.UnitRun, "steps", watch)
+    weighted = run(replace(RECIPES["brecq"], error_weighting="fisher"), iters=30)
+    assert all(weights.tensor.shape == target.tensor.shape for weights, target in seen)
+    assert all(weights.tensor.mean().item() == pytest.approx(1, rel=1e-3) for weights, _ in seen)
+    assert not same(plain, weighted)
