@@ -21,7 +21,7 @@ from baselines.reconstruct import Job, RunSettings, reconstruct
 from baselines.specs import QuantSpec
 from baselines.summary import summarize
 from baselines.trace import called_as_recorded, trace
-from baselines.units import find_blocks, find_units, named_blocks, quantizable_layers
+from baselines.units import find_blocks, find_units, named_blocks, per_image, quantizable_layers
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,10 @@ def prepare(
         set_activation_ranges(folded, network, sample, spec, batch_size=settings.batch_size, generator=generator)
     range_seconds = time.perf_counter() - started
     units = find_units(folded, record, blocks, recipe.unit)
+    if recipe.stages:
+        larger = torch.cat([example, example[:1]])
+        passes = (len(example), record), (len(larger), trace(folded, larger))
+        units = per_image(units, *passes, one_row=recipe.prediction is not None)
     corrector = None
     if recipe.correction is not None:
         unfolded = plain_copy(fp_model, example)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -194,7 +195,7 @@ class _Level:
         self._inputs = inputs
         self._batch_size = batch_size
         self._keep_all = keep_all
-        self._passed: list[tuple[nn.Module, torch.Size, Cached | None]] = []
+        self._passed: list[tuple[nn.Module, torch.Size, Cached | None]] = []  # the shape is that of one of the inputs
 
     def within(self, block: nn.Module, inputs: Cached) -> _Level:
         """The level of the units inside of ``block``."""
@@ -217,7 +218,8 @@ class _Level:
 
     def passed(self, unit: nn.Module, output: Cached) -> None:
         """Go on behind ``unit``, whose output is known."""
-        self._passed.append((unit, output.tensor.shape[1:], output))
+        rows = len(output) // len(self._inputs)
+        self._passed.append((unit, torch.Size((rows, *output.tensor.shape[1:])), output))
 
     def finish(self) -> Cached:
         """The output ``(N, ...)`` of the whole level, all of whose units have been passed."""
@@ -230,8 +232,14 @@ class _Level:
     def _starts(self) -> range:
         return range(0, len(self._inputs), self._batch_size)
 
-    def _cached(self, parts: Iterable[Tensor]) -> Cached:
-        return Cached.collect(parts, len(self._inputs), self._inputs.plan)
+    def _cached(self, parts: Iterable[Tensor]) -> Cached | None:
+        """Keep what goes through the level: a row for each of its inputs, or several (windows, tokens)."""
+        parts = iter(parts)
+        first = next(parts, None)
+        if first is None:
+            return None
+        rows = len(first) // min(self._batch_size, len(self._inputs))
+        return Cached.collect(itertools.chain([first], parts), rows * len(self._inputs), self._inputs.plan)
 
     def _collect(
         self, unit: nn.Module, name: str, replay: Callable[[int], contextlib.AbstractContextManager]
@@ -262,11 +270,11 @@ class _Level:
     def _replayed(self, start: int) -> Iterator[None]:
         size = min(self._batch_size, len(self._inputs) - start)
         with contextlib.ExitStack() as stack:
-            for unit, shape, output in self._passed:
+            for unit, (rows, *shape), output in self._passed:
                 if output is None:
-                    value = torch.full((size, *shape), torch.nan, device=self._inputs.plan.compute_device)
+                    value = torch.full((size * rows, *shape), torch.nan, device=self._inputs.plan.compute_device)
                 else:
-                    value = output.batch(start, size)
+                    value = output.batch(start * rows, size * rows)
                 stack.enter_context(forward_replaced(unit, returning(value)))
                 stack.enter_context(_without_entry_quantizer(unit))
             yield

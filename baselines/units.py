@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from baselines.layers import QuantLayer, is_quantizable
 from baselines.trace import Call, Operation, Trace
+
+logger = logging.getLogger(__name__)
 
 ACTIVATIONS = (
     nn.ReLU,
@@ -139,6 +142,40 @@ def find_units(model: nn.Module, record: Trace, blocks: Iterable[str], kind: str
     modules = dict(model.named_modules())
     homes = {name: block for block in known for name in members if name.startswith(f"{block}.")}
     return [_unit(name, members[name], modules, record, homes.get(name)) for name in record.order(list(members))]
+
+
+def per_image(
+    units: Iterable[Unit], small: tuple[int, Trace], large: tuple[int, Trace], *, one_row: bool = False
+) -> list[Unit]:
+    """The ``units`` whose inputs and outputs have one row, or several, for each image; only these can be reconstructed
+    on batches of images.
+
+    Args:
+        units: of one network.
+        small, large: two numbers of images, and a pass with so many.
+        one_row: leave out units with several rows for an image, too, such as layers that see windows of it.
+    """
+
+    kept, left = [], []
+    for unit in units:
+        few, many = (_rows(record.of(unit.name)[0], count) for count, record in (small, large))
+        fits = few is not None and few == many and (few[0] == 1 or not one_row)
+        (kept if fits else left).append(unit)
+    if left:
+        logger.warning(
+            "only rounded, not reconstructed, since their inputs do not have one row%s for each image: %s; keep the "
+            "batch on the first axis, or name blocks around them",
+            *("" if one_row else ", or several,", [unit.name for unit in left]),
+        )
+    return kept
+
+
+def _rows(call: Call, images: int) -> tuple[object, ...] | None:
+    """Rows an image, the same before and behind the unit, and shapes of a row; ``None`` if that is no whole number."""
+    before, behind = call.inputs[0].tensor, call.output.tensor
+    if len(before) != len(behind) or len(before) % images:
+        return None
+    return len(before) // images, before.shape[1:], behind.shape[1:]
 
 
 def quantizable_layers(model: nn.Module) -> list[str]:

@@ -36,6 +36,39 @@ class LongSkip(nn.Module):
         return self.fc(self.c(a + self.b(a).relu()).mean((2, 3)))
 
 
+class Windows(nn.Module):
+    """A block whose first layer sees four windows of an image as four rows, and one layer behind it."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.outside = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.inside(x.reshape(-1, 16, 4)).relu().reshape(x.shape)
+            return x + self.outside(y + x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.fc = nn.Conv2d(3, 4, 1), self.Block(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.block(self.stem(x).relu().permute(0, 2, 3, 1).reshape(len(x), 64, 4)).mean(1))
+
+
+class Brightness(nn.Module):
+    """Bright batches take another path than dark ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bright, self.dark = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        path = self.bright if x.mean() > 1 else self.dark
+        return self.fc(path(self.stem(x).relu()).mean((2, 3)))
+
+
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     """``model`` in eval mode with seeded weights and batch norm statistics that are not the trivial ones."""
     generator = torch.Generator().manual_seed(seed)

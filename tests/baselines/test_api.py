@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from baselines import METHODS, QuantSpec, quantize
+from baselines import METHODS, QuantSpec, quantize, summarize
 
-from .networks import SmallResNet, images, randomized
+from .networks import Brightness, SmallResNet, Windows, images, randomized
 
 
 def snapshot(model):
@@ -151,3 +151,70 @@ def test_spec_is_a_value():
     assert QuantSpec(w_bits=2) == QuantSpec(w_bits=2) != QuantSpec(w_bits=3)
     with pytest.raises(AttributeError):
         QuantSpec().w_bits = 3
+
+
+@pytest.mark.parametrize("method", ["rtn", "qdrop"])
+def test_control_flow_that_depends_on_data_is_a_clear_error(method):
+    model = randomized(Brightness())
+    before = snapshot(model)
+    inputs = torch.cat([images(16), images(16) + 5])
+    with pytest.raises(ValueError, match="bright runs 1 times for some calibration images, but 0 times for the first"):
+        quantize(model, inputs, method=method, iters=3, batch_size=16)
+    assert equal(snapshot(model), before)
+
+
+class Logarithm(nn.Module):
+    """Gives NaN for images that are dark on average."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.conv(self.stem(x) + x.mean((1, 2, 3), keepdim=True).log()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["rtn", "qdrop"])
+def test_nan_in_activations_is_a_clear_error(method):
+    model = randomized(Logarithm())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="the input of conv holds NaN or infinite values in the full-precision net"):
+        quantize(model, torch.cat([images(15) + 1, images(1) - 1]), method=method, iters=3, batch_size=16)
+    assert equal(snapshot(model), before)
+
+
+def test_nan_that_only_reconstruction_sees_names_unit_and_step():
+    """Ranges are searched on the first 256 images."""
+    model = randomized(Logarithm())
+    before = snapshot(model)
+    with pytest.raises(FloatingPointError, match=r"loss of conv is nan at step [0-9]+"):
+        quantize(model, torch.cat([images(256) + 1, images(8) - 1]), iters=30, batch_size=64)
+    assert equal(snapshot(model), before)
+
+
+def test_users_blocks_are_reconstructed_as_one(caplog):
+    with caplog.at_level("DEBUG", logger="baselines"):
+        quantize(randomized(SmallResNet()), images(16), iters=2, batch_size=16, blocks=["layer1"])
+    units = {record.args[0] for record in caplog.records if "step" in record.msg and record.levelname == "DEBUG"}
+    assert units == {"conv1", "layer1", "fc"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_see_windows_of_an_image_are_no_obstacle(method, caplog):
+    model = randomized(Windows())
+    network = quantize(model, images(32), method=method, w_bits=8, a_bits=8, iters=3, batch_size=16, blocks=[])
+    assert (network(images(8)) - model(images(8))).norm() < 0.1 * model(images(8)).norm()
+    assert ("only rounded" in caplog.text) == (method == "pd_quant")  # whose loss is about whole images
+
+
+def test_blocks_do_not_change_what_is_quantized():
+    model = randomized(SmallResNet())
+    automatic, none = (quantize(model, images(16), method="rtn", blocks=blocks) for blocks in (None, []))
+    bits = [
+        [(layer.name, layer.weight_bits, layer.input_bits) for layer in summarize(m).layers] for m in (automatic, none)
+    ]
+    assert bits[0] == bits[1]
+    with pytest.raises(
+        ValueError, match=r"blocks names 'layer2', but SmallResNet has no such module; close to it: layer1"
+    ):
+        quantize(model, images(16), blocks=["layer2"], batch_size=16)

@@ -6,7 +6,7 @@ from baselines.convert import folded_copy
 from baselines.trace import trace
 from baselines.units import find_blocks, find_units
 
-from .networks import LongSkip, SmallResNet, images, randomized
+from .networks import Brightness, LongSkip, SmallResNet, Windows, images, randomized
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def by_hooks(model, inputs, names):
 
 
 @pytest.mark.parametrize("kind", ["block", "layer"])
-@pytest.mark.parametrize("network", [SmallResNet, LongSkip], ids=["chain", "long-skip"])
+@pytest.mark.parametrize("network", [SmallResNet, LongSkip, Windows], ids=["chain", "long-skip", "windows"])
 @pytest.mark.parametrize("count", [8, 7, 3])
 def test_stream_equals_a_full_pass_with_hooks(network, count, kind):
     model = folded_copy(randomized(network()), images(2))
@@ -103,3 +103,9 @@ def test_all_forms_of_loaders_give_all_inputs(loader):
 def test_unusable_loaders_are_errors(loader, message):
     with pytest.raises(ValueError, match=message):
         gather_inputs(loader)
+
+
+def test_unit_that_some_batches_do_not_reach_is_a_clear_error():
+    inputs = torch.cat([images(8), images(4) + 5])
+    with pytest.raises(ValueError, match=r"dark \(Conv2d\) was reached by 2 of 3 calibration batches"):
+        walk(randomized(Brightness()), inputs)
