@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import os
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baselines.capture import Cached, CachePlan, gather_inputs
+from baselines.capture import Cached, CachePlan, gather_inputs, log_cache_size
+from baselines.checkpoint import Checkpoint
 from baselines.convert import HALF, folded_copy, plain_copy, quantized_copy, set_activation_ranges
 from baselines.distribution import Corrector
+from baselines.files import digest_tensors
 from baselines.recipes import RECIPES, Recipe
 from baselines.reconstruct import Job, RunSettings, reconstruct
 from baselines.specs import QuantSpec
@@ -26,6 +31,7 @@ from baselines.units import find_blocks, find_units, named_blocks, per_image, qu
 logger = logging.getLogger(__name__)
 
 METHODS = tuple(RECIPES)
+CACHE_DEVICES = ("model", "cpu")
 
 _EXAMPLES = 2
 _RANGE_IMAGES = 256
@@ -44,6 +50,9 @@ def quantize(
     range_method: str = "mse",
     error_weighting: str | None = None,
     blocks: Sequence[str] | None = None,
+    cache_device: str = "model",
+    cache_dtype: torch.dtype | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Quantize a trained network after training, from unlabelled images; ``fp_model`` is not touched.
@@ -66,6 +75,13 @@ def quantize(
             squared gradients of the predictions, an option of BRECQ); by default as the method's authors do.
         blocks: names of the modules that are reconstructed as one, as in ``fp_model.named_modules()``; layers outside
             of them are units of their own. By default, residual and transformer blocks and the like are found.
+        cache_device: where inputs and outputs of units are kept between passes: ``"model"`` (where the network is) or
+            ``"cpu"``, if they do not fit there; how much it is, is logged. The result is the same.
+        cache_dtype: ``torch.float16`` or ``torch.bfloat16`` halves what is kept and rounds it; by default nothing is
+            rounded.
+        checkpoint: a folder, made if it does not exist, that keeps every finished unit. The same call goes on from
+            there after a stop, and ends with the same network, bit for bit; once the network is finished, the call
+            gives it without another step. The folder may be deleted then.
         progress: show a progress bar.
 
     Returns:
@@ -76,7 +92,8 @@ def quantize(
     Raises:
         ValueError: an unknown method or bit width, no calibration inputs, fewer of them than one batch, nothing to
             quantize, blocks that cannot be used, control flow that depends on data and hides a layer, or values
-            that are not finite.
+            that are not finite, an unknown place or type of the cache, or a checkpoint of another run.
+        OverflowError: values that a cache of float16 cannot hold.
         TypeError: ``blocks`` that are not names.
         FloatingPointError: a loss that is not finite during reconstruction (which unit, which step).
     """
@@ -90,14 +107,18 @@ def quantize(
     if (iters is not None and iters < 0) or batch_size < 1:
         raise ValueError(f"iters={iters} should be at least 0 and batch_size={batch_size} at least 1")
     device, dtype = _placement(fp_model)
+    plan = _cache_plan(cache_device, cache_dtype, device)
     with _random_state_kept():
         inputs = gather_inputs(calib_loader)
     if recipe.stages and len(inputs) < batch_size:
         raise ValueError(f"{len(inputs)} calibration inputs are fewer than one batch of {batch_size}")
     with torch.inference_mode(False), torch.enable_grad():  # the caller may be inside of no_grad
         settings = RunSettings(iters=iters, batch_size=batch_size, capture_batch_size=max(batch_size, 64))
-        plan = CachePlan(device, None, device)
-        job = prepare(fp_model, Cached(_placed(inputs, device, dtype), plan), recipe, spec, settings, seed, blocks)
+        cached = Cached(_placed(inputs, plan.device, dtype), plan)
+        job = prepare(fp_model, cached, recipe, spec, settings, seed, blocks)
+        if checkpoint is not None:
+            run = _description(method, job, spec, seed, fp_model)
+            job = dataclasses.replace(job, checkpoint=Checkpoint.open(Path(checkpoint), run))
         reconstruct(job, progress=progress)
         _set_layout(job.network, torch.contiguous_format)
         network = job.network.eval().requires_grad_(False)
@@ -136,12 +157,38 @@ def prepare(
         larger = torch.cat([example, example[:1]])
         passes = (len(example), record), (len(larger), trace(folded, larger))
         units = per_image(units, *passes, one_row=recipe.prediction is not None)
+        log_cache_size(units, record, len(inputs), inputs.plan, recipe)
     corrector = None
     if recipe.correction is not None:
         unfolded = plain_copy(fp_model, example)
         _set_layout(unfolded, torch.channels_last)
         corrector = Corrector(unfolded, example, recipe.correction)
     return Job(folded, network, units, inputs, recipe, settings, generator, range_seconds, corrector)
+
+
+def _cache_plan(cache_device: str, cache_dtype: torch.dtype | None, device: torch.device) -> CachePlan:
+    if cache_device not in CACHE_DEVICES:
+        raise ValueError(f"cache_device={cache_device!r} should be one of {', '.join(CACHE_DEVICES)}")
+    if cache_dtype not in (None, *HALF):
+        raise ValueError(f"cache_dtype={cache_dtype} should be None or one of {', '.join(map(str, HALF))}")
+    return CachePlan(device if cache_device == "model" else torch.device("cpu"), cache_dtype, device)
+
+
+def _description(method: str, job: Job, spec: QuantSpec, seed: int, fp_model: nn.Module) -> dict[str, object]:
+    """All that the quantized network depends on, as JSON types."""
+    return {
+        "method": method,
+        "recipe": repr(job.recipe),
+        **dataclasses.asdict(spec),
+        **dataclasses.asdict(job.settings),
+        "seed": seed,
+        "cache_dtype": str(job.inputs.plan.dtype),
+        "units": [unit.name for unit in job.units],
+        "network weights": digest_tensors(fp_model.state_dict()),
+        "calibration images": digest_tensors({"inputs": job.inputs.tensor}),
+        "device": job.generator.device.type,
+        "torch": torch.__version__,
+    }
 
 
 def _placed(inputs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from baselines.recipes import Recipe
+from baselines.trace import Trace
 from baselines.units import Unit
 
 logger = logging.getLogger(__name__)
@@ -133,6 +135,50 @@ class Cached:
     def mapped(self, module: nn.Module, batch_size: int) -> Cached:
         """What ``module`` makes of the data."""
         return Cached.collect(map(module, self.batches(batch_size)), len(self), self.plan)
+
+
+def log_cache_size(units: Iterable[Unit], record: Trace, count: int, plan: CachePlan, recipe: Recipe) -> int:
+    """Log, and return, how many bytes the data of ``count`` images take at most during a walk through ``units``.
+
+    ``record`` is of the FP twin. While a unit is worked on, there are its inputs in both networks and its output in
+    one, before and behind the activation; then the outputs in both, with an input of this unit or of the next. Where
+    units are layers of a block, the block's inputs and the outputs of the layers before are there as well. Corrected
+    inputs come beside what they were and with outputs of their own, weights of errors beside the outputs.
+    """
+    corrected, weighted = recipe.correction is not None, recipe.error_weighting != "none"
+    most, before, held = 0, 0, dict[str | None, int]()
+    sizes: dict[str, tuple[int, int]] = {}
+    for unit in units:
+        if unit.block is not None and unit.block not in held:
+            held[unit.block] = 2 * _bytes(record, unit.block, count, plan)[0]
+        size_in, size_out = sizes[unit.name] = _bytes(record, unit.name, count, plan)
+        working = (2 + corrected) * size_in + (1 + bool(unit.activation) + corrected + weighted) * size_out
+        passing = max(size_in + 2 * size_out, 2 * before + size_in, before + 2 * size_in)
+        most = max(most, held.get(unit.block, 0) + max(working, passing))
+        before = size_out
+        if unit.block is not None:
+            held[unit.block] += 2 * size_out
+    if sizes:
+        largest = max(sizes, key=lambda name: max(sizes[name]))
+        logger.info(
+            "calibration cache: up to %s on %s for %d images; the largest unit is %s, input %s and output %s",
+            *(_readable(most), plan.device, count, largest, *map(_readable, sizes[largest])),
+        )
+    return most
+
+
+def _bytes(record: Trace, name: str, count: int, plan: CachePlan) -> tuple[int, int]:
+    """Of input and output of a module, for ``count`` images."""
+    call, images = record.of(name)[0], len(record.of("")[0].inputs[0].tensor)
+    tensors = call.inputs[0].tensor, call.output.tensor
+    types = [plan.dtype if plan.dtype and tensor.is_floating_point() else tensor.dtype for tensor in tensors]
+    return tuple(
+        tensor.numel() // images * count * dtype.itemsize for tensor, dtype in zip(tensors, types, strict=True)
+    )
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _empty_like(part: Tensor, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from baselines.capture import Cached, Stream
+from baselines.checkpoint import Checkpoint
 from baselines.distribution import Corrector
 from baselines.losses import annealed_beta, prediction_difference, reconstruction_error
 from baselines.prediction import RestOfNetwork, fisher_weights, predictions
@@ -65,6 +66,7 @@ class Job:
         generator: of everything random; on the device of the networks.
         range_seconds: what the search for ranges has taken.
         corrector: of the units' FP inputs, if the recipe corrects them.
+        checkpoint: where finished units are kept, and taken from.
     """
 
     folded: nn.Module
@@ -76,6 +78,7 @@ class Job:
     generator: torch.Generator
     range_seconds: float
     corrector: Corrector | None = None
+    checkpoint: Checkpoint | None = None
 
 
 def reconstruct(job: Job, *, progress: bool = False) -> None:
@@ -84,8 +87,9 @@ def reconstruct(job: Job, *, progress: bool = False) -> None:
     Raises:
         FloatingPointError: the loss of a unit became NaN or infinite; says which unit and which step.
     """
-    steps = len(job.units) * sum(job.settings.iters_of(stage) for stage in job.recipe.stages)
-    with tqdm(total=steps, unit="step", disable=not progress, leave=False) as bar:
+    iters = [job.settings.iters_of(stage) for stage in job.recipe.stages]
+    done = sum(steps * _finished(job, stage) for stage, steps in enumerate(iters))
+    with tqdm(total=len(job.units) * sum(iters), initial=done, unit="step", disable=not progress, leave=False) as bar:
         for run in unit_runs(job):
             bar.set_description(run.unit.name)
             run.finish(bar)
@@ -99,12 +103,12 @@ def unit_runs(job: Job) -> Iterator[UnitRun]:
     """
     layers_in_units = {name for unit in job.units for name in unit.layers}
     _harden(job.network, quantized_layers(job.network).keys() - layers_in_units)
-    for stage in job.recipe.stages:
+    for number, stage in enumerate(job.recipe.stages):
         if not stage.rounding:
             _harden(job.network, layers_in_units)
         if job.settings.iters_of(stage) > 0:
             with _activations_bypassed(job.network, not stage.quantize_activations):
-                yield from _walk(job, stage)
+                yield from _walk(job, number)
     _harden(job.network, quantized_layers(job.network))
 
 
@@ -126,32 +130,54 @@ def _activations_bypassed(network: nn.Module, bypass: bool) -> Iterator[None]:
             quantizer.bypass = False
 
 
-def _walk(job: Job, stage: Stage) -> Iterator[UnitRun]:
-    """One stage: both streams come to each unit, it is reconstructed, and they pass on."""
+def _finished(job: Job, stage: int) -> int:
+    """How many units of the stage the checkpoint holds."""
+    return 0 if job.checkpoint is None else min(job.checkpoint.finished(stage), len(job.units))
+
+
+def _walk(job: Job, number: int) -> Iterator[UnitRun]:
+    """One stage: both streams come to each unit, it is reconstructed, and they pass on.
+
+    Units from the checkpoint are passed as they were when they were finished, so that the streams bring to the next
+    one what they brought in the run that was stopped.
+    """
+    stage, finished = job.recipe.stages[number], _finished(job, number)
+    if finished == len(job.units):
+        for index, unit in enumerate(job.units):
+            job.checkpoint.restore(number, index, job.network.get_submodule(unit.name), job.generator)
+        return
     size = job.settings.capture_batch_size
     fp_stream, stream = (Stream(model, job.inputs, size) for model in (job.folded, job.network))
     looks_ahead = job.recipe.prediction is not None or job.recipe.error_weighting != "none"
     prediction = predictions(job.folded, job.inputs, size) if looks_ahead else None
     rest, passed = None, []
-    for unit in job.units:
+    for index, unit in enumerate(job.units):
+        module = job.network.get_submodule(unit.name)
         fp_input, q_input = fp_stream.arrive(unit), stream.arrive(unit)
         target = fp_stream.leave(unit, fp_input)
-        if job.corrector is not None:
-            fp_input = job.corrector.correct(unit.name, fp_input, size)
-            target = fp_input.mapped(job.folded.get_submodule(unit.name), size)
-        if unit.activation:
-            target = target.mapped(job.folded.get_submodule(unit.activation), size)
-        if prediction is not None:
-            rest = RestOfNetwork(job.folded, job.inputs, unit, list(passed))
-            rest.check(target)
-        passed.append((unit.name, target.tensor.shape[1:]))
-        run = UnitRun(job, stage, unit, UnitData(fp_input, q_input, target, prediction, rest))
+        shape = target.tensor.shape[1:]
+        if index < finished:
+            job.checkpoint.restore(number, index, module, job.generator)
+        else:
+            if job.corrector is not None:
+                fp_input = job.corrector.correct(unit.name, fp_input, size)
+                target = fp_input.mapped(job.folded.get_submodule(unit.name), size)
+            if unit.activation:
+                target = target.mapped(job.folded.get_submodule(unit.activation), size)
+            if prediction is not None:
+                rest = RestOfNetwork(job.folded, job.inputs, unit, list(passed))
+                rest.check(target)
+            run = UnitRun(job, stage, unit, UnitData(fp_input, q_input, target, prediction, rest))
+            fp_input = target = None  # what is needed, the run holds
+            if job.recipe.error_weighting == "fisher":
+                run.weigh(size)
+            yield run
+            run.data = None  # frees it although whoever iterates still holds the run
+            _harden(job.network, unit.layers)
+            if job.checkpoint is not None:
+                job.checkpoint.save(number, index, module, job.generator)
+        passed.append((unit.name, shape))
         del fp_input, target
-        if job.recipe.error_weighting == "fisher":
-            run.weigh(size)
-        yield run
-        run.data = None  # frees it although whoever iterates still holds the run
-        _harden(job.network, unit.layers)
         stream.leave(unit, q_input)
         del q_input
 
@@ -237,9 +263,9 @@ class UnitRun:
         target = self.data.target.rows(chosen)
         weights = None if self.data.weights is None else self.data.weights.rows(chosen)
         axis, norm = self.unit.channel_axis, self._stage.error_norm
-        error = reconstruction_error(outputs[: len(x)], target, axis, norm, weights)
         if unmixed is None:
-            return error
+            return reconstruction_error(outputs, target, axis, norm, weights)
+        error = reconstruction_error(outputs[: len(x)], target, axis, norm, weights)
         few, prediction = chosen[: len(unmixed)], self._recipe.prediction
         predicted = self.data.rest(outputs[len(x) :], few)
         difference = prediction_difference(predicted, self.data.prediction[few], prediction.temperature)

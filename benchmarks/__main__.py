@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from baselines.files import digest_tensors
 from benchmarks import BenchmarkError
 from benchmarks.data import Dataset, load_cifar10, load_digits
 from benchmarks.environment import describe_machine, source_digest, versions
 from benchmarks.evaluate import Measurement, Protocol, Setting, measure
-from benchmarks.files import digest_tensors
 from benchmarks.models import check_outputs, create_model, load_weights
 from benchmarks.options import parse
 from benchmarks.report import to_markdown, write_environment, write_report

@@ -15,8 +15,9 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.folder import pil_loader
 from tqdm import tqdm
 
+from baselines.files import digest_tensors
 from benchmarks import BenchmarkError
-from benchmarks.files import digest_tensors, extract_zip
+from benchmarks.files import extract_zip
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_SIZE = 32

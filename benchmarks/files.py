@@ -1,34 +1,14 @@
-"""Files written whole or not at all, archives extracted only inside their folder, digests."""
+"""Text files written whole or not at all, archives extracted only inside their folder, digests of text."""
 
 import hashlib
 import lzma
-import os
 import stat
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-import torch
-from torch import Tensor
-
+from baselines.files import atomic_path
 from benchmarks import BenchmarkError
-
-
-@contextmanager
-def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary name beside ``target``, renamed to it when the block ends, removed when the block raises."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(target: Path, text: str) -> None:
@@ -69,14 +49,4 @@ def digest_text(*texts: str) -> str:
     for text in texts:
         encoded = text.encode()
         digest.update(f"{len(encoded)}:".encode() + encoded)
-    return digest.hexdigest()[:16]
-
-
-def digest_tensors(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values, as 16 hexadecimal digits; independent of the order."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

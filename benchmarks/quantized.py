@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from baselines import quantize
+from baselines.files import atomic_path, digest_tensors
 from benchmarks import BenchmarkError
 from benchmarks.environment import source_digest, versions
-from benchmarks.files import atomic_path, digest_tensors, digest_text
+from benchmarks.files import digest_text
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from baselines.files import atomic_path
 from benchmarks import BenchmarkError
 from benchmarks.evaluate import Measurement, Row, Setting
-from benchmarks.files import atomic_path, digest_text, write_text
+from benchmarks.files import digest_text, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import trange
 
+from baselines.files import atomic_path, digest_tensors
 from benchmarks import BenchmarkError, models
 from benchmarks.data import Dataset
-from benchmarks.files import atomic_path, digest_tensors, digest_text
+from benchmarks.files import digest_text
 from benchmarks.models import create_model, load_weights
 
 logger = logging.getLogger(__name__)
