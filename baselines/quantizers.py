@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from baselines.losses import rounding_penalty_slope
+from baselines.losses import inner_product, rounding_penalty_slope
 from baselines.ranges import activation_range, weight_range
 
 # Stretch of the sigmoid (AdaRound, arXiv 2004.10568, eq. 23), so that rounding reaches exactly 0 and 1.
@@ -165,25 +165,6 @@ class _QuantizeOrKeep(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_scale = (inner_product(quantized, out) - inner_product(grad_x, x)) / scale
         return grad_x if ctx.needs_input_grad[0] else None, None, grad_scale, None, None, None
-
-
-def inner_product(a: Tensor, b: Tensor) -> Tensor:
-    """``(a * b).sum()``, without the product in memory where both lie alike in memory."""
-    for view in (_row_of_contiguous, _row_of_channels_last):
-        rows = view(a), view(b)
-        if rows[0] is not None and rows[1] is not None:
-            return torch.dot(*rows)
-    return (a * b).sum()
-
-
-def _row_of_contiguous(x: Tensor) -> Tensor | None:
-    return x.view(-1) if x.is_contiguous() else None
-
-
-def _row_of_channels_last(x: Tensor) -> Tensor | None:
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1).view(-1)
-    return None
 
 
 class Rounding:

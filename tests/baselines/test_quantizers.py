@@ -7,7 +7,6 @@ from baselines.quantizers import (
     WeightQuantizer,
     _QuantizeOrKeep,
     coin_flips,
-    inner_product,
 )
 
 
@@ -162,23 +161,6 @@ def test_rounding_gradient_moves_one_weight_only():
     rounding.weights[0][1, 2].backward()
     rounding.backward(0.01, None)
     assert rounding.logit.grad.nonzero().flatten().tolist() == [5]
-
-
-@pytest.mark.parametrize(
-    "arrange",
-    [
-        lambda x: x,
-        lambda x: x.to(memory_format=torch.channels_last),
-        lambda x: x.transpose(2, 3),
-        lambda x: x[:, :, :1].expand(-1, -1, 4, -1),
-    ],
-    ids=["contiguous", "channels-last", "transposed", "expanded"],
-)
-def test_inner_product_for_any_layouts(arrange):
-    a, b = values(2, 3, 4, 4).double(), values(2, 3, 4, 4, seed=1).double()
-    expected = sum(x * y for x, y in zip(arrange(a).flatten().tolist(), b.flatten().tolist(), strict=True))
-    for other in (b, b.to(memory_format=torch.channels_last)):
-        assert inner_product(arrange(a), other).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
