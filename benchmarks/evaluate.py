@@ -1,19 +1,25 @@
 """One row of the table: quantize, fit the corrections on other training images, score on the test images."""
 
+import json
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from baselines.files import atomic_path
 from benchmarks.data import Dataset, split_calibration
+from benchmarks.files import write_text
 from benchmarks.quantized import quantized_model
 from cat_plugin import CATConfig, fit_cluster_affine
 from cat_plugin.collect import collect_outputs
 
 SCORING_BATCH = 256
 PAPER_CLUSTERS = 64
+SECONDS = "seconds"  # stands beside the fields of a stored row
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,6 @@ class Row:
     cat_delta: float
 
 
-COLUMNS = tuple(field.name for field in fields(Row))
-
-
 @dataclass(frozen=True, eq=False)
 class Measurement:
     """A row and the predicted classes that it was computed from.
@@ -91,6 +94,34 @@ class Measurement:
         """``(n_eval,)`` float64: 1 where CAT put an image right, -1 where it put one wrong."""
         labels = self.predictions["labels"]
         return (self.predictions["cat"] == labels).double() - (self.predictions["lq"] == labels).double()
+
+    def store(self, path: Path) -> None:
+        """Write the row as JSON to ``path``, last: where it is, the predictions are beside it, too."""
+        with atomic_path(path.with_suffix(".safetensors")) as temporary:
+            save_file(self.predictions, temporary)
+        write_text(path, json.dumps({**asdict(self.row), SECONDS: self.seconds}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Measurement":
+        """Inverse of :meth:`store`."""
+        values = json.loads(path.read_text("utf-8"))
+        seconds = values.pop(SECONDS, 0.0)
+        return cls(Row(**values), load_file(path.with_suffix(".safetensors")), seconds)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairedLogits:
+    """Float32 logits of the low-bit network ``q`` and of the full-precision one ``f``, on the CPU.
+
+    ``fit_*`` ``(N, C)`` are of fresh training images, for corrections; ``test_*`` ``(M, C)`` and the int64 ``labels``
+    ``(M,)`` are of the test images and only score.
+    """
+
+    fit_q: Tensor
+    fit_f: Tensor
+    test_q: Tensor
+    test_f: Tensor
+    labels: Tensor
 
 
 def measure(
@@ -109,30 +140,38 @@ def measure(
     are not used. Quantized networks are kept in ``cache`` and taken from it.
     """
     started = time.perf_counter()
-    calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
-    device, seed = protocol.device, setting.seed
-    quantized = quantized_model(
-        fp_model,
-        dataset.train_images[calib].to(device),
-        cache,
-        method=setting.method,
-        w_bits=setting.w_bits,
-        a_bits=setting.a_bits,
-        iters=protocol.iters,
-        batch_size=protocol.batch_size,
-        seed=setting.seed,
-        progress=progress,
-    )
-    fit_q, fit_f = _paired_logits(quantized, fp_model, dataset.train_images[cat].to(device))
-    test_q, test_f = _paired_logits(quantized, fp_model, dataset.test_images.to(device))
-
-    logits = {"fp": test_f, "lq": test_q}
-    for name, config in corrections(protocol.n_cat, seed).items():
-        logits[name] = fit_cluster_affine(fit_q, fit_f, config)(test_q)
+    pairs = paired_logits(setting, protocol, dataset, fp_model, cache=cache, progress=progress)
+    logits = {"fp": pairs.test_f, "lq": pairs.test_q}
+    for name, config in corrections(protocol.n_cat, setting.seed).items():
+        logits[name] = fit_cluster_affine(pairs.fit_q, pairs.fit_f, config)(pairs.test_q)
     predictions = {name: values.argmax(1).to(torch.int16) for name, values in logits.items()}
     predictions["labels"] = dataset.test_labels.to(torch.int16)
     row = _row(setting, protocol, dataset.name, model_name, predictions)
     return Measurement(row, predictions, time.perf_counter() - started)
+
+
+def paired_logits(
+    setting: Setting,
+    protocol: Protocol,
+    dataset: Dataset,
+    fp_model: nn.Module,
+    *,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> PairedLogits:
+    """Quantize ``fp_model`` as ``setting`` says and run both networks on the images for corrections and for tests."""
+    calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
+    device, options = protocol.device, quantization_options(setting, protocol)
+    images = dataset.train_images[calib].to(device)
+    quantized = quantized_model(fp_model, images, cache, progress=progress, **options)
+    fit = collect_outputs(quantized, fp_model, dataset.train_images[cat].to(device), batch_size=SCORING_BATCH)
+    test = collect_outputs(quantized, fp_model, dataset.test_images.to(device), batch_size=SCORING_BATCH)
+    return PairedLogits(fit_q=fit.q, fit_f=fit.f, test_q=test.q, test_f=test.f, labels=dataset.test_labels)
+
+
+def quantization_options(setting: Setting, protocol: Protocol) -> dict[str, Any]:
+    """What ``baselines.quantize`` is asked for."""
+    return {**vars(setting), "iters": protocol.iters, "batch_size": protocol.batch_size}
 
 
 def corrections(n_cat: int, seed: int) -> dict[str, CATConfig]:
@@ -180,8 +219,3 @@ def _row(
 def top1(predicted: Tensor, labels: Tensor) -> float:
     """Percentage of ``predicted`` classes ``(N,)`` that are the labels ``(N,)``; 4 decimals."""
     return round(100 * (predicted == labels).double().mean().item(), 4)
-
-
-def _paired_logits(quantized: nn.Module, fp_model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    outputs = collect_outputs(quantized, fp_model, images, batch_size=SCORING_BATCH)
-    return outputs.q, outputs.f

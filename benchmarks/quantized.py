@@ -30,7 +30,7 @@ def quantized_model(
     """
     if cache is None:
         return _quantize(fp_model, images, progress=progress, **options)
-    path = cache / "quantized" / f"{_key(fp_model, images, options)}.safetensors"
+    path = cache / "quantized" / f"{cache_key(fp_model, images, options)}.safetensors"
     if path.is_file():
         try:
             # Rounding to nearest costs a pass over the images and makes a network of the same structure.
@@ -45,15 +45,16 @@ def quantized_model(
     return network
 
 
+def cache_key(fp_model: nn.Module, images: Tensor, options: dict[str, Any]) -> str:
+    """Digest of everything that the network quantized from ``fp_model`` on ``images`` depends on."""
+    inputs = digest_tensors(fp_model.state_dict()), digest_tensors({"images": images})
+    environment = repr((type(fp_model).__qualname__, images.device.type, versions(), sorted(options.items())))
+    return digest_text(*inputs, environment, source_digest("baselines"))
+
+
 def _quantize(fp_model: nn.Module, images: Tensor, **options: Any) -> nn.Module:
     try:
         return quantize(fp_model, images, **options)
     except (ValueError, FloatingPointError) as error:
         what = f"{options['method']} W{options['w_bits']}A{options['a_bits']}"
         raise BenchmarkError(f"the network cannot be quantized by {what}: {error}") from error
-
-
-def _key(fp_model: nn.Module, images: Tensor, options: dict[str, Any]) -> str:
-    inputs = digest_tensors(fp_model.state_dict()), digest_tensors({"images": images})
-    environment = repr((type(fp_model).__qualname__, images.device.type, versions(), sorted(options.items())))
-    return digest_text(*inputs, environment, source_digest("baselines"))

@@ -5,14 +5,14 @@ import io
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.evaluate import COLUMNS, PAPER_CLUSTERS, Measurement, Row, default_is_papers
+from benchmarks.evaluate import PAPER_CLUSTERS, Measurement, Row, default_is_papers
 from benchmarks.files import write_text
 from cat_plugin.metrics import bootstrap_interval
 
@@ -39,10 +39,10 @@ def write_environment(folder: Path, environment: dict[str, Any]) -> None:
     write_text(path, json.dumps(kept, indent=2) + "\n")
 
 
-def to_csv(rows: Sequence[Row]) -> str:
-    """One line a row with the columns of :class:`Row`; empty where a value is None."""
+def to_csv(rows: Sequence[Any]) -> str:
+    """One line for each of the dataclass instances, all of one type; empty where a value is None."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue()
@@ -88,7 +88,7 @@ def to_table(measured: Sequence[Measurement]) -> str:
         gain = _over_seeds([seed.row.cat_delta for seed in seeds], sign="+")
         low, high = bootstrap_interval(100 * torch.stack([seed.gain() for seed in seeds]).mean(0))
         lines.append((method, f"W{w_bits}A{a_bits}", *scores, gain, f"{low:+.2f} to {high:+.2f}"))
-    return _align(lines)
+    return align(lines)
 
 
 def _over_seeds(values: Sequence[float | None], sign: str = "") -> str:
@@ -99,8 +99,8 @@ def _over_seeds(values: Sequence[float | None], sign: str = "") -> str:
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.2f}"
 
 
-def _align(lines: Sequence[tuple[str, ...]]) -> str:
-    """The first line is the header; two columns of text, then figures, which stand to the right."""
+def align(lines: Sequence[tuple[str, ...]]) -> str:
+    """A Markdown table, padded; the first line is the header; two columns of text, then figures, to the right."""
     widths = [max(len(text) for text in column) for column in zip(*lines, strict=True)]
     rule = [("-" * width) if index < 2 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
 

@@ -4,7 +4,6 @@ import argparse
 import copy
 import csv
 import io
-import logging
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from baselines.recipes import RECIPES
 from baselines.reconstruct import Job, RunSettings, UnitRun, unit_runs
 from baselines.specs import QuantSpec
 from benchmarks import BenchmarkError
+from benchmarks.command import exit_code
 from benchmarks.data import CIFAR10_CLASSES, CIFAR10_SIZE, load_cifar10, load_digits
 from benchmarks.files import write_text
 from benchmarks.models import create_model, load_weights
@@ -58,19 +58,17 @@ class Timing:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code is 2 for input that the user can put right."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        args = parse_speed(sys.argv[1:] if argv is None else list(argv))
-        torch.set_num_threads(args.threads)
-        timing = measure(_job(args), args.steps)
-        path = args.results / "speed" / f"{args.dataset}-{args.model}-{args.method}-w{args.w_bits}a{args.a_bits}.csv"
-        write_text(path, to_csv(timing))
-        print(f"{_title(args)}\n\n{to_table(timing)}\n\nwritten to {path}")
-    except BenchmarkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command line; the exit code is 2 for input that the user can put right, 130 for an interruption."""
+    return exit_code(lambda: _time(parse_speed(sys.argv[1:] if argv is None else list(argv))), resumes=False)
+
+
+def _time(args: argparse.Namespace) -> None:
+    """Time every unit, then write and print the table."""
+    torch.set_num_threads(args.threads)
+    timing = measure(_job(args), args.steps)
+    path = args.results / "speed" / f"{args.dataset}-{args.model}-{args.method}-w{args.w_bits}a{args.a_bits}.csv"
+    write_text(path, to_csv(timing))
+    print(f"{_title(args)}\n\n{to_table(timing)}\n\nwritten to {path}")
 
 
 def measure(job: Job, steps: int) -> Timing:

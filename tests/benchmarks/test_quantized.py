@@ -78,7 +78,7 @@ def test_other_errors_go_through(model, images, tmp_path, monkeypatch):
     def confuse(*args):
         raise ValueError("a mistake of the programmer")
 
-    monkeypatch.setattr(quantized, "_key", confuse)
+    monkeypatch.setattr(quantized, "cache_key", confuse)
     with pytest.raises(ValueError, match="a mistake") as error:
         quantized_model(model, images, tmp_path, **OPTIONS)
     assert not isinstance(error.value, BenchmarkError)

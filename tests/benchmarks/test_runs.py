@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import BenchmarkError
-from benchmarks.evaluate import Setting
-from benchmarks.runs import Run
+from benchmarks.evaluate import Measurement, Setting
+from benchmarks.runs import Rows, open_run
 from tests.benchmarks.rows import all_same, make_measurement
 
 SETTINGS = {"dataset": "digits", "model": "resnet8", "versions": {"torch": "2.4"}}
@@ -28,6 +28,14 @@ def failing_at(seed):
     return fail
 
 
+def rows(tmp_path):
+    return Rows(tmp_path, Measurement)
+
+
+def opened(tmp_path, settings=SETTINGS, **options):
+    return open_run(tmp_path, "digits-resnet8", settings, **options)
+
+
 def never(setting):
     raise AssertionError(f"{setting.name} was measured again")
 
@@ -39,34 +47,34 @@ def test_comparison_of_measurements_sees_what_is_missing():
 
 
 def test_stopped_run_goes_on_where_it_stopped(tmp_path):
-    run = Run.open(tmp_path, SETTINGS)
+    run = rows(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run.complete(GRID, failing_at(2))
-    again = Run.open(tmp_path, SETTINGS)
-    assert sorted(again.finished()) == [setting.name for setting in GRID[:2]]
+    again = rows(tmp_path)
+    assert sorted(again.finished(GRID)) == [setting.name for setting in GRID[:2]]
     measured = []
     found = again.complete(GRID, lambda setting: (measured.append(setting), measure(setting))[1])
     assert measured == GRID[2:] and len(found) == len(GRID)
     assert all_same(found, EXPECTED)
-    assert all_same(Run.open(tmp_path, SETTINGS).complete(GRID, never), EXPECTED)
+    assert all_same(rows(tmp_path).complete(GRID, never), EXPECTED)
 
 
 def test_unreadable_row_is_measured_again(tmp_path, caplog):
-    run = Run.open(tmp_path, SETTINGS)
+    run = rows(tmp_path)
     run.complete(GRID, measure)
-    (run.folder / "rows" / f"{GRID[1].name}.json").write_text('{"dataset": "dig')
-    (run.folder / "rows" / f"{GRID[2].name}.json").write_text('{"dataset": "digits"}')
-    (run.folder / "rows" / f"{GRID[3].name}.safetensors").write_bytes(b"\x08")
-    (run.folder / "rows" / f"{GRID[0].name}.safetensors").unlink()
-    assert not run.finished()
+    (tmp_path / f"{GRID[1].name}.json").write_text('{"dataset": "dig')
+    (tmp_path / f"{GRID[2].name}.json").write_text('{"dataset": "digits"}')
+    (tmp_path / f"{GRID[3].name}.safetensors").write_bytes(b"\x08")
+    (tmp_path / f"{GRID[0].name}.safetensors").unlink()
+    assert not run.finished(GRID)
     assert all_same(run.complete(GRID, measure), EXPECTED)
     assert "the stored row rtn-w2a2-seed1 is unreadable" in caplog.text
 
 
 def test_seconds_are_stored_beside_the_row(tmp_path):
-    run = Run.open(tmp_path, SETTINGS)
+    run = rows(tmp_path)
     run.complete(GRID[:2], lambda setting: replace(measure(setting), seconds=1.5 + setting.seed))
-    path = run.folder / "rows" / f"{GRID[1].name}.json"
+    path = tmp_path / f"{GRID[1].name}.json"
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "seconds"}))
     found = run.complete(GRID[:2], never)
     assert [measurement.seconds for measurement in found] == [1.5, 0.0]
@@ -75,31 +83,32 @@ def test_seconds_are_stored_beside_the_row(tmp_path):
 
 @pytest.mark.parametrize("content", ["[]", "null", "3"])
 def test_row_of_another_type_is_measured_again(tmp_path, content):
-    run = Run.open(tmp_path, SETTINGS)
+    run = rows(tmp_path)
     run.complete(GRID, measure)
-    (run.folder / "rows" / f"{GRID[2].name}.json").write_text(content)
-    assert len(run.finished()) == 3
+    (tmp_path / f"{GRID[2].name}.json").write_text(content)
+    assert len(run.finished(GRID)) == 3
 
 
 def test_fresh_forgets(tmp_path):
-    Run.open(tmp_path, SETTINGS).complete(GRID, measure)
-    assert not Run.open(tmp_path, SETTINGS, fresh=True).finished()
+    (opened(tmp_path) / "row.json").touch()
+    assert (opened(tmp_path) / "row.json").exists()
+    assert not (opened(tmp_path, fresh=True) / "row.json").exists()
 
 
 def test_folder_follows_from_the_settings(tmp_path):
-    folder = Run.open(tmp_path, SETTINGS).folder
+    folder = opened(tmp_path)
     assert folder.name.startswith("digits-resnet8-")
-    assert Run.open(tmp_path, dict(reversed(SETTINGS.items()))).folder == folder
-    assert Run.open(tmp_path, {**SETTINGS, "versions": {"torch": "2.5"}}).folder != folder
+    assert opened(tmp_path, dict(reversed(SETTINGS.items()))) == folder
+    assert opened(tmp_path, {**SETTINGS, "versions": {"torch": "2.5"}}) != folder
 
 
 def test_named_run_with_other_settings_is_refused_unless_fresh(tmp_path):
-    Run.open(tmp_path, SETTINGS, name="mine").complete(GRID, measure)
+    (opened(tmp_path, name="mine") / "row.json").touch()
     other = {**SETTINGS, "model": "resnet20"}
     with pytest.raises(BenchmarkError, match=r"made with other settings \(model: resnet8 then, resnet20 now\)"):
-        Run.open(tmp_path, other, name="mine")
-    assert len(Run.open(tmp_path, SETTINGS, name="mine").finished()) == 4
-    assert not Run.open(tmp_path, other, name="mine", fresh=True).finished()
+        opened(tmp_path, other, name="mine")
+    assert (opened(tmp_path, name="mine") / "row.json").exists()
+    assert not (opened(tmp_path, other, name="mine", fresh=True) / "row.json").exists()
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -107,11 +116,11 @@ def test_folder_of_something_else_is_left_alone(tmp_path, fresh):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(BenchmarkError, match="mine exists and is not a benchmark run"):
-        Run.open(tmp_path, SETTINGS, name="mine", fresh=fresh)
+        opened(tmp_path, name="mine", fresh=fresh)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "../a", "/a"])
 def test_names_that_are_paths_are_refused(tmp_path, name):
     with pytest.raises(BenchmarkError, match="must be a plain folder name"):
-        Run.open(tmp_path, SETTINGS, name=name)
+        opened(tmp_path, name=name)

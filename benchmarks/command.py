@@ -1,0 +1,62 @@
+"""What the command lines share: exit codes, the network that they look at, and what is worth knowing about a run."""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from torch import nn
+
+from benchmarks import BenchmarkError
+from benchmarks.data import Dataset, load_cifar10, load_digits
+from benchmarks.environment import describe_machine
+from benchmarks.models import check_outputs, create_model, load_weights
+from benchmarks.training import trained_model
+from cat_plugin import CATError
+
+
+def exit_code(work: Callable[[], None], *, resumes: bool) -> int:
+    """Do the work of a command line; 2 for input that the user can put right, 130 for an interruption.
+
+    ``resumes`` says whether the same command goes on where it was stopped.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        work()
+    except (BenchmarkError, CATError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes" if resumes else "stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def load_network(args: argparse.Namespace) -> tuple[Dataset, nn.Module]:
+    """The data set, and the full-precision network on its device, that the options ask for."""
+    progress = not args.no_progress
+    dataset = load_digits() if args.dataset == "digits" else load_cifar10(args.data, args.cache, progress=progress)
+    if args.weights is None:
+        model = trained_model(args.model, dataset, args.cache, progress=progress)
+    else:
+        model = create_model(args.model, len(dataset.classes))
+        load_weights(model, args.weights)
+        check_outputs(model, dataset.test_images, dataset.classes)
+    return dataset, model.to(args.device)
+
+
+def environment(module: str, argv: Sequence[str], seeds: Sequence[int], seconds: float) -> dict[str, Any]:
+    """What is worth knowing about a run, besides its settings.
+
+    ``module`` is what ``python -m`` was given; ``seconds`` is what all rows took to measure.
+    """
+    return {
+        "command": shlex.join(["python", "-m", module, *argv]),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "seeds": list(seeds),
+        **describe_machine(),
+    }
