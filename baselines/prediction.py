@@ -22,8 +22,18 @@ _EXAMPLES = 2
 
 @torch.no_grad()
 def predictions(network: nn.Module, inputs: Cached, batch_size: int) -> Tensor:
-    """The network's predictions ``(N, ...)`` for all inputs; of several outputs the first."""
-    return torch.cat([prediction_of(network(batch)) for batch in inputs.batches(batch_size)])
+    """The network's predictions ``(N, C, ...)`` for all inputs; of several outputs the first.
+
+    Raises:
+        ValueError: the network gives no scores of classes.
+    """
+    found = torch.cat([prediction_of(network(batch)) for batch in inputs.batches(batch_size)])
+    if found.dim() < 2 or not found.is_floating_point():
+        raise ValueError(
+            f"the network's outputs, {tuple(found.shape)} of {found.dtype}, are no class scores (N, C), so predictions "
+            "cannot be compared; choose a method that only reconstructs"
+        )
+    return found
 
 
 def prediction_of(output: object) -> Tensor:

@@ -269,7 +269,7 @@ class UnitRun:
         few, prediction = chosen[: len(unmixed)], self._recipe.prediction
         predicted = self.data.rest(outputs[len(x) :], few)
         difference = prediction_difference(predicted, self.data.prediction[few], prediction.temperature)
-        return error + prediction.weight * difference
+        return error + prediction.weight_for(predicted.shape[1]) * difference
 
     def _output(self, x: Tensor) -> Tensor:
         output = self.module(x)

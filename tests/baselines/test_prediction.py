@@ -129,3 +129,9 @@ def test_fisher_weights_are_squared_gradients_image_by_image():
             expected.append(value.grad**2)
         expected = torch.cat(expected)
         torch.testing.assert_close(mine, expected / expected.mean(), rtol=1e-3, atol=1e-4)
+
+
+def test_outputs_that_are_no_scores_of_classes_are_a_clear_error():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 8), torch.nn.Flatten(0))
+    with pytest.raises(ValueError, match=r"outputs, \(6,\) of torch.float32, are no class scores"):
+        predictions(network, Cached(images(6), PLAN), 4)

@@ -234,6 +234,13 @@ def test_predictions_come_from_unmixed_inputs_of_the_share_of_a_batch(run, monke
     assert not all(as_unmixed for *_, as_unmixed in seen)
 
 
+@pytest.mark.parametrize(("classes", "expected"), [(1000, 10.0), (5000, 10.0), (112, 10 / 3), (1, 10 / 999**0.5)])
+def test_fewer_classes_weigh_less(classes, expected):
+    prediction = Prediction(weight=10.0, classes=1000, temperature=4.0)
+    assert prediction.weight_for(classes) == pytest.approx(expected)
+    assert replace(prediction, classes=None).weight_for(classes) == 10.0
+
+
 def test_corrected_inputs_are_what_is_mixed_in_and_what_the_target_comes_from(run, monkeypatch):
     seen, real = {}, baselines.reconstruct.UnitRun.steps
 
