@@ -23,8 +23,8 @@ _EPS = 1e-6
 class Corrector:
     """Changes the inputs of units a little, so that what reaches their batch norms has the running statistics.
 
-    PD-Quant, arXiv 2212.07048, section 3.4: means and standard deviations are those of single images over all
-    positions, so every image is corrected by itself.
+    The distribution correction of PD-Quant (arXiv 2212.07048): means and standard deviations are those of single
+    images over all positions, as in the authors' code, so every image is corrected by itself.
 
     Args:
         network: the FP network with its batch norms unfolded; it is not changed.

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +113,9 @@ def fisher_weights(
         inputs: the quantized unit's inputs ``(N, ...)``.
         prediction: of the FP network ``(N, C, ...)``.
     """
-    weights = Cached.collect(_squared_gradients(rest, output, inputs, prediction, batch_size), len(inputs), inputs.plan)
-    mean = weights.tensor.float().mean()
+    plan = replace(inputs.plan, dtype=None)  # squares may be smaller than half precision can hold
+    weights = Cached.collect(_squared_gradients(rest, output, inputs, prediction, batch_size), len(inputs), plan)
+    mean = weights.tensor.mean()
     if not 0 < mean < torch.inf:
         logger.warning("no gradient reaches the predictions, so all errors count alike")
         weights.tensor.fill_(1)
