@@ -40,7 +40,8 @@ def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
         print(f"resuming {folder}: {done} of {len(grid)} rows are finished already")
 
     def work(setting: Setting) -> Measurement:
-        return measure(setting, protocol, dataset, args.model, model, cache=args.cache, progress=progress)
+        kept = {"cache": args.cache, "cache_device": args.cache_device}
+        return measure(setting, protocol, dataset, args.model, model, **kept, progress=progress)
 
     measured = rows.complete(grid, work, progress=progress)
     write_report(folder, measured)

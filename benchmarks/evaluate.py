@@ -132,15 +132,19 @@ def measure(
     fp_model: nn.Module,
     *,
     cache: Path | None = None,
+    cache_device: str = "model",
     progress: bool = False,
 ) -> Measurement:
     """Quantize ``fp_model`` as ``setting`` says and score it alone and with every correction.
 
     Training images are split by the setting's seed; the labels of the images that quantization and corrections see
-    are not used. Quantized networks are kept in ``cache`` and taken from it.
+    are not used. Quantized networks are kept in ``cache`` and taken from it; inputs and outputs of units are kept on
+    ``cache_device``, ``"model"`` or ``"cpu"``, while one is made.
     """
     started = time.perf_counter()
-    pairs = paired_logits(setting, protocol, dataset, fp_model, cache=cache, progress=progress)
+    pairs = paired_logits(
+        setting, protocol, dataset, fp_model, cache=cache, cache_device=cache_device, progress=progress
+    )
     logits = {"fp": pairs.test_f, "lq": pairs.test_q}
     for name, config in corrections(protocol.n_cat, setting.seed).items():
         logits[name] = fit_cluster_affine(pairs.fit_q, pairs.fit_f, config)(pairs.test_q)
@@ -157,13 +161,14 @@ def paired_logits(
     fp_model: nn.Module,
     *,
     cache: Path | None = None,
+    cache_device: str = "model",
     progress: bool = False,
 ) -> PairedLogits:
     """Quantize ``fp_model`` as ``setting`` says and run both networks on the images for corrections and for tests."""
     calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
     device, options = protocol.device, quantization_options(setting, protocol)
     images = dataset.train_images[calib].to(device)
-    quantized = quantized_model(fp_model, images, cache, progress=progress, **options)
+    quantized = quantized_model(fp_model, images, cache, cache_device=cache_device, progress=progress, **options)
     fit = collect_outputs(quantized, fp_model, dataset.train_images[cat].to(device), batch_size=SCORING_BATCH)
     test = collect_outputs(quantized, fp_model, dataset.test_images.to(device), batch_size=SCORING_BATCH)
     return PairedLogits(fit_q=fit.q, fit_f=fit.f, test_q=test.q, test_f=test.f, labels=dataset.test_labels)

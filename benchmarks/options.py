@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from baselines import METHODS
+from baselines.api import CACHE_DEVICES
 from benchmarks import BenchmarkError
 
 BITS = "2/2", "2/4", "4/2", "4/4"
@@ -114,6 +115,12 @@ def _add_quantization_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--n-calib", type=_positive, help="training images for quantization")
     group.add_argument("--batch-size", type=_positive, default=32, help="of the reconstruction (default: 32)")
     group.add_argument("--device", type=_device, default="cpu", help="where the networks run (default: cpu)")
+    group.add_argument(
+        "--cache-device",
+        choices=CACHE_DEVICES,
+        default="model",
+        help="where inputs and outputs of units are kept: with the model, or on the cpu (default: model)",
+    )
 
 
 def _models() -> list[str]:

@@ -1,6 +1,7 @@
 """Quantized networks, kept as safetensors files: another look at corrections need not quantize again."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,30 @@ logger = logging.getLogger(__name__)
 
 
 def quantized_model(
-    fp_model: nn.Module, images: Tensor, cache: Path | None = None, *, progress: bool = False, **options: Any
+    fp_model: nn.Module,
+    images: Tensor,
+    cache: Path | None = None,
+    *,
+    cache_device: str = "model",
+    progress: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """``quantize(fp_model, images, **options)``, from ``cache`` where the same call has been made before.
 
     A file is found again only while nothing that quantization depends on has changed: weights, images, options,
-    device, library versions and the sources of ``baselines``. An unreadable file is made anew.
+    device, library versions and the sources of ``baselines``. An unreadable file is made anew. What a stopped call has
+    finished lies in ``cache``, too, and the same call goes on from there.
+
+    Args:
+        cache_device: where inputs and outputs of units are kept, ``"model"`` or ``"cpu"``; the result is the same.
+        progress: show a progress bar.
 
     Raises:
         BenchmarkError: ``quantize`` refuses its arguments, or a loss is not finite.
     """
+    how = {"cache_device": cache_device, "progress": progress}
     if cache is None:
-        return _quantize(fp_model, images, progress=progress, **options)
+        return _quantize(fp_model, images, **how, **options)
     path = cache / "quantized" / f"{cache_key(fp_model, images, options)}.safetensors"
     if path.is_file():
         try:
@@ -39,9 +52,11 @@ def quantized_model(
             return network
         except (OSError, SafetensorError, RuntimeError) as error:
             logger.warning("quantizing again, the cached network is unusable: %s", error)
-    network = _quantize(fp_model, images, progress=progress, **options)
+    checkpoint = path.with_suffix(".checkpoint")
+    network = _quantize(fp_model, images, checkpoint=checkpoint, **how, **options)
     with atomic_path(path) as temporary:
         save_file({name: tensor.clone() for name, tensor in network.state_dict().items()}, temporary)
+    shutil.rmtree(checkpoint, ignore_errors=True)
     return network
 
 

@@ -182,11 +182,11 @@ def _job(args: argparse.Namespace) -> Job:
     model = create_model(args.model, len(CIFAR10_CLASSES))  # there are as many digits
     if args.weights is not None:
         load_weights(model, args.weights)
-    images = _images(args)[: args.n_calib].to(device, memory_format=torch.channels_last)
+    plan = CachePlan(device if args.cache_device == "model" else torch.device("cpu"), None, device)
+    images = _images(args)[: args.n_calib].to(plan.device, memory_format=torch.channels_last)
     settings = RunSettings(iters=args.steps, batch_size=args.batch_size, capture_batch_size=max(64, args.batch_size))
     spec = QuantSpec(w_bits=args.w_bits, a_bits=args.a_bits)
-    cached = Cached(images, CachePlan(device, None, device))
-    return prepare(model.to(device), cached, RECIPES[args.method], spec, settings, seed=0)
+    return prepare(model.to(device), Cached(images, plan), RECIPES[args.method], spec, settings, seed=0)
 
 
 def _images(args: argparse.Namespace) -> Tensor:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from baselines.reconstruct import UnitRun
 from benchmarks import BenchmarkError, quantized
 from benchmarks.models import create_model
 from benchmarks.quantized import quantized_model
@@ -59,6 +60,31 @@ def test_truncated_file_is_replaced(model, images, made, tmp_path, caplog):
     quantized_model(model, images, tmp_path, **OPTIONS)
     assert "the cached network is unusable" in caplog.text
     assert path.read_bytes() == whole
+
+
+def test_stopped_quantization_goes_on_at_the_unit_where_it_was_stopped(model, images, tmp_path, monkeypatch):
+    seen, real = [], UnitRun.finish
+
+    def finish(self, bar):
+        seen.append(self.unit.name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(self, bar)
+
+    monkeypatch.setattr(UnitRun, "finish", finish)
+    with pytest.raises(KeyboardInterrupt):
+        quantized_model(model, images, tmp_path, **OPTIONS)
+    network = quantized_model(model, images, tmp_path, **OPTIONS)
+    assert seen == ["conv1", "layer1.0", "layer2.0", "layer2.0", "layer3.0", "fc"]
+    assert [path.suffix for path in (tmp_path / "quantized").iterdir()] == [".safetensors"]
+    assert torch.equal(network(images), quantized_model(model, images, **OPTIONS)(images))
+
+
+def test_place_of_the_cache_makes_no_other_network(model, images, made, tmp_path):
+    first = quantized_model(model, images, tmp_path, cache_device="cpu", **OPTIONS)
+    second = quantized_model(model, images, tmp_path, **OPTIONS)
+    assert made == ["qdrop", "rtn"]
+    assert torch.equal(first(images), second(images))
 
 
 @pytest.mark.parametrize("cached", [False, True])
