@@ -6,6 +6,7 @@ import torch
 
 import baselines.reconstruct
 from baselines import quantize
+from baselines.recipes import Recipe, Stage
 from baselines.reconstruct import UnitRun
 
 from .networks import SmallResNet, images, randomized
@@ -76,26 +77,29 @@ def test_resumed_network_equals_the_uninterrupted_one(tmp_path, monkeypatch, who
     assert len(worked_on) == {"adaround": 7, "brecq": 2 * UNITS}.get(method, UNITS) - units
 
 
-class TwoHeads(torch.nn.Module):
-    """Two units with a common activation quantizer, which both move."""
+class Fork(torch.nn.Module):
+    """Two layers with a common activation quantizer, which both move."""
 
     def __init__(self):
         super().__init__()
         self.stem, self.a, self.b = (torch.nn.Conv2d(i, 4, 3) for i in (3, 4, 4))
-        self.fc = torch.nn.Linear(4, 3)
 
     def forward(self, x):
         x = self.stem(x).relu()
-        return self.fc((self.a(x).relu() + self.b(x)).mean((2, 3)))
+        return self.a(x).relu() + self.b(x)
 
 
-def test_quantizer_that_a_later_unit_moved_is_as_it_was_when_the_first_one_was_passed(tmp_path, monkeypatch):
+def test_quantizer_that_a_later_unit_moves_is_as_it_was_when_the_first_one_was_passed(tmp_path, monkeypatch):
+    recipe = Recipe(unit="layer", stages=(Stage(rounding=True, activation_scales=True, scale_lr=1e-2),))
+    monkeypatch.setattr("baselines.api.RECIPES", {"custom": recipe})
+    model = randomized(torch.nn.Sequential(Fork(), torch.nn.Flatten(), torch.nn.Linear(64, 3)))
+
     def make(folder=None):
-        options = OPTIONS | {"iters": 20}
-        return quantize(randomized(TwoHeads()), images(40), method="qdrop", checkpoint=folder, **options)
+        options = OPTIONS | {"iters": 20, "blocks": ["0"]}
+        return quantize(model, images(40), method="custom", checkpoint=folder, **options)
 
     whole = make()
-    assert whole.a.input_quantizer is whole.b.input_quantizer
+    assert whole[0].a.input_quantizer is whole[0].b.input_quantizer
     run_until(tmp_path, monkeypatch, 3, "within", make)
     assert same(make(tmp_path), whole)
 
