@@ -23,7 +23,7 @@ from baselines.layers import is_quantizable
 from baselines.trace import Operation, Trace
 
 _MATMULS = {
-    *(torch.matmul, torch.bmm, torch.mm),
+    *(torch.matmul, torch.linalg.matmul, torch.bmm, torch.mm),
     *(Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__, Tensor.__rmatmul__),
 }
 _ADDED_MATMULS = {torch.baddbmm, torch.addmm, torch.addbmm, Tensor.baddbmm, Tensor.addmm, Tensor.addbmm}
@@ -36,7 +36,9 @@ WEIGHTED = {
     *(functional.linear, functional.bilinear, functional.multi_head_attention_forward),
     *(functional.conv1d, functional.conv2d, functional.conv3d),
     *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
-    *(torch.conv1d, torch.conv2d, torch.conv3d, torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
+    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
+    *(torch.tensordot, torch.inner, torch.mv, torch.dot, torch.linalg.multi_dot, torch.chain_matmul),
+    *(Tensor.inner, Tensor.mv, Tensor.dot),
 }
 """Functions whose factors a user would expect to be quantized."""
 
