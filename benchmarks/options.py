@@ -13,6 +13,8 @@ from benchmarks import BenchmarkError
 
 BITS = "2/2", "2/4", "4/2", "4/4"
 FLOAT_BITS = 32
+IMAGES = 256, 512, 1024, 4096
+MAX_DRAWS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +42,36 @@ def parse(argv: list[str]) -> argparse.Namespace:
         SystemExit: options that argparse refuses by themselves; it has printed why.
     """
     args = _parser().parse_args(argv)
+    args.n_cat = args.n_cat or DATASETS[args.dataset].n_cat
+    _complete_networks(args)
+    return args
+
+
+def parse_robustness(argv: list[str]) -> argparse.Namespace:
+    """The options of ``python -m benchmarks.robustness``; ``dataset`` is None where no networks are asked for.
+
+    Raises:
+        BenchmarkError: options that do not go together.
+        SystemExit: options that argparse refuses by themselves; it has printed why.
+    """
+    args = _robustness_parser().parse_args(argv)
+    args.images = sorted(set(args.images))
+    if args.dataset is None and not args.logits:
+        args.dataset = "digits"
+    if args.dataset is not None:
+        _complete_networks(args)
+    else:
+        for name in ("data", "model", "weights", "iters", "n_calib"):
+            if getattr(args, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise BenchmarkError(f"{option} is for networks, which beside --logits are asked for by --dataset")
+    return args
+
+
+def _complete_networks(args: argparse.Namespace) -> None:
+    """Fill in what is not given of the networks to quantize, and refuse what does not go together."""
     defaults = DATASETS[args.dataset]
-    for option in ("iters", "n_calib", "n_cat"):
-        if getattr(args, option) is None:
-            setattr(args, option, getattr(defaults, option))
+    args.iters, args.n_calib = args.iters or defaults.iters, args.n_calib or defaults.n_calib
     args.model = _model_for(args)
     if args.weights is None and not defaults.trains:
         raise BenchmarkError(
@@ -52,7 +80,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
     _check_images(args)
     args.methods, args.bits, args.seeds = (list(dict.fromkeys(each)) for each in (args.methods, args.bits, args.seeds))
-    return args
 
 
 def parse_speed(argv: list[str]) -> argparse.Namespace:
@@ -134,29 +161,72 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what to measure")
     what.add_argument("--dataset", choices=DATASETS, default="digits")
-    what.add_argument(
-        "--data", type=Path, metavar="ZIP_OR_FOLDER", help="train/<class>/* and test/<class>/*; default: download"
-    )
-    what.add_argument("--model", choices=_models())
-    what.add_argument("--weights", type=Path, metavar="FILE", help="state_dict of the full-precision network")
-    what.add_argument("--methods", nargs="+", choices=METHODS, default=["rtn", "qdrop"])
-    what.add_argument(
-        "--bits", nargs="+", type=_bits, metavar="W/A", default=[_bits(each) for each in BITS], help=" ".join(BITS)
-    )
-    what.add_argument("--seeds", nargs="+", type=_seed, metavar="SEED", default=[0])
+    _add_network_options(what)
 
     how = parser.add_argument_group("how")
     how.add_argument("--iters", type=_positive, help="iterations for each unit of the network")
     how.add_argument("--n-cat", type=_positive, help="other training images for the corrections")
     _add_quantization_options(how)
+    _add_run_options(parser)
+    return parser
 
+
+def _robustness_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.robustness",
+        description="Fit corrections on many disjoint draws of few images and report how much each gains or loses.",
+    )
+    files = parser.add_argument_group("files of logits")
+    files.add_argument(
+        "--logits",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="folders of *.npz files with q_calib, f_calib, q_test, f_test and y_test",
+    )
+    files.add_argument(
+        "--skip", type=_natural, default=1024, metavar="ROWS", help="first ones, tuned on, left out (default: 1024)"
+    )
+
+    what = parser.add_argument_group("networks to quantize")
+    what.add_argument("--dataset", choices=DATASETS, help="default: digits where there are no --logits")
+    _add_network_options(what)
+    what.add_argument("--iters", type=_positive, help="iterations for each unit of the network")
+    _add_quantization_options(what)
+
+    how = parser.add_argument_group("draws")
+    sizes = " ".join(map(str, IMAGES))
+    how.add_argument(
+        "--images", nargs="+", type=_positive, default=list(IMAGES), metavar="N", help=f"in a draw (default: {sizes})"
+    )
+    how.add_argument(
+        "--max-draws", type=_positive, default=MAX_DRAWS, metavar="N", help=f"of each size (default: {MAX_DRAWS})"
+    )
+    _add_run_options(parser)
+    return parser
+
+
+def _add_network_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--data", type=Path, metavar="ZIP_OR_FOLDER", help="train/<class>/* and test/<class>/*; default: download"
+    )
+    group.add_argument("--model", choices=_models())
+    group.add_argument("--weights", type=Path, metavar="FILE", help="state_dict of the full-precision network")
+    group.add_argument("--methods", nargs="+", choices=METHODS, default=["rtn", "qdrop"])
+    group.add_argument(
+        "--bits", nargs="+", type=_bits, metavar="W/A", default=[_bits(each) for each in BITS], help=" ".join(BITS)
+    )
+    group.add_argument("--seeds", nargs="+", type=_seed, metavar="SEED", default=[0])
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where")
     where.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(default: results)")
     where.add_argument("--run", metavar="NAME", help="folder in DIR; default: derived from the settings")
     where.add_argument("--cache", type=Path, default=_cache(), metavar="DIR", help="trained networks and downloads")
     where.add_argument("--fresh", action="store_true", help="measure again what the run has finished")
     where.add_argument("--no-progress", action="store_true", help="no progress bars")
-    return parser
 
 
 def _cache() -> Path:
@@ -187,6 +257,10 @@ def _possible(*bits: int) -> bool:
 
 def _positive(text: str) -> int:
     return _whole_number(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _whole_number(text, 0)
 
 
 def _seed(text: str) -> int:

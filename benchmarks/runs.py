@@ -71,6 +71,11 @@ class Rows(Generic[AnyRecord]):
                 found[cell.name].store(self._path(cell))
         return [found[cell.name] for cell in grid]
 
+    def forget(self, grid: Sequence[Cell]) -> None:
+        """Delete what is stored of ``grid``."""
+        for cell in grid:
+            self._path(cell).unlink(missing_ok=True)
+
     def _path(self, cell: Cell) -> Path:
         return self.folder / f"{cell.name}.json"
 

@@ -71,6 +71,14 @@ def test_unreadable_row_is_measured_again(tmp_path, caplog):
     assert "the stored row rtn-w2a2-seed1 is unreadable" in caplog.text
 
 
+def test_forgotten_rows_are_measured_again_and_others_are_kept(tmp_path):
+    run = rows(tmp_path)
+    run.complete(GRID, measure)
+    run.forget(GRID[:1])
+    run.forget(GRID[:1])
+    assert sorted(run.finished(GRID)) == [setting.name for setting in GRID[1:]]
+
+
 def test_seconds_are_stored_beside_the_row(tmp_path):
     run = rows(tmp_path)
     run.complete(GRID[:2], lambda setting: replace(measure(setting), seconds=1.5 + setting.seed))
