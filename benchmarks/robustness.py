@@ -77,9 +77,8 @@ def _sources(args: argparse.Namespace) -> list[Source]:
             iters=args.iters, n_calib=args.n_calib, n_cat=rest, batch_size=args.batch_size, device=args.device
         )
         grid = [Setting(method, *bits, seed) for method, bits, seed in product(args.methods, args.bits, args.seeds)]
-        sources += network_sources(
-            grid, protocol, dataset, args.model, model, args.cache, progress=not args.no_progress
-        )
+        kept = {"cache": args.cache, "cache_device": args.cache_device}
+        sources += network_sources(grid, protocol, dataset, args.model, model, **kept, progress=not args.no_progress)
     twice = sorted(name for name, count in Counter(source.name for source in sources).items() if count > 1)
     if twice:
         raise BenchmarkError(f"more than one source is called {twice[0]}; rename the files")

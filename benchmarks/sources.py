@@ -85,11 +85,13 @@ def network_sources(
     fp_model: nn.Module,
     cache: Path,
     *,
+    cache_device: str = "model",
     progress: bool = False,
 ) -> list[Source]:
     """``fp_model`` quantized in every way of ``grid``; to draw from are ``protocol.n_cat`` training images.
 
     Networks run once: their logits are kept in ``cache`` for as long as nothing that they depend on has changed.
+    ``cache_device`` is where a quantization keeps inputs and outputs of units.
     """
     data = dataset.digest()
     found = []
@@ -102,7 +104,8 @@ def network_sources(
             path = cache / "logits" / f"{digest_text(key, data, digest_tensors({'cat': cat}))}.safetensors"
             pairs = _stored(path)
             if pairs is None:
-                pairs = paired_logits(setting, protocol, dataset, fp_model, cache=cache, progress=progress)
+                kept = {"cache": cache, "cache_device": cache_device}
+                pairs = paired_logits(setting, protocol, dataset, fp_model, **kept, progress=progress)
                 with atomic_path(path) as temporary:
                     save_file(vars(pairs), temporary)
             found.append(_source(f"{dataset.name}-{model_name}-{setting.name}", pairs, partial(_read, path)))
