@@ -147,6 +147,9 @@ def test_modules_routed_inside_of_routed_ones_keep_their_calls_apart():
     quantized = quantize(model, images(8), method="rtn", w_bits=8, a_bits=8)
     difference = (quantized(images(3)) - model(images(3))).norm()
     assert 0 < difference < 0.1 * model(images(3)).norm()
+    summary = summarize(quantized)
+    assert [(product.left_bits, product.right_bits) for product in summary.products] == [(8, 8)] * 6
+    assert summary.floating_point.unquantized == ()
 
 
 def test_product_with_a_parameter_stays_in_floating_point_and_that_is_said(caplog):

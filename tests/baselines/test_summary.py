@@ -49,18 +49,22 @@ def test_dict_is_the_same_and_ready_for_json():
     assert values["floating_point_operations"] == {"relu": 5, "add": 2, "adaptive_avg_pool2d": 1}
 
 
-def test_layers_that_are_called_twice_are_quantized_at_each_call():
-    class Twice(nn.Module):
+@pytest.mark.parametrize("blocks", [[], ["block"]], ids=["layers", "reads-the-input-of-its-block"])
+def test_layers_that_are_called_twice_are_quantized_at_each_call(blocks):
+    class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem, self.twice, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+            self.twice, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
 
         def forward(self, x):
-            return self.fc(self.twice(self.twice(self.stem(x)).relu()).mean((2, 3)))
+            return self.last(self.twice(self.twice(x).relu()))
 
-    network = quantize(randomized(Twice()), images(8), method="rtn", a_bits=2)
+    model = nn.Sequential()
+    model.stem, model.block, model.pool = nn.Conv2d(3, 4, 1), Block(), nn.AdaptiveAvgPool2d(1)
+    model.flatten, model.fc = nn.Flatten(), nn.Linear(4, 2)
+    network = quantize(randomized(model), images(8), method="rtn", a_bits=2, blocks=blocks)
     seen = []
-    network.twice.input_quantizer.register_forward_hook(lambda module, args, output: seen.append(output))
+    network.block.twice.register_forward_hook(lambda module, args, output: seen.append(module.input_quantizer(args[0])))
     network(images(4))
     assert len(seen) == 2 and all(len(x.unique()) <= 4 for x in seen)
 
