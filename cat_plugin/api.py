@@ -11,8 +11,8 @@ from cat_plugin.accuracy import compare_accuracy
 from cat_plugin.batches import Loader
 from cat_plugin.collect import PairedOutputs, collect_outputs
 from cat_plugin.config import CATConfig
-from cat_plugin.correction import ClusterAffine
-from cat_plugin.fit import fit_cluster_affine, held_out_scores
+from cat_plugin.diagnosis import find_warnings
+from cat_plugin.fit import Fit, fit_and_score
 from cat_plugin.report import CATReport
 from cat_plugin.wrapper import CATWrapper
 
@@ -33,7 +33,10 @@ def apply_cat(
 
     Runs both models once over `calib_loader`, whose labels are ignored. Images that were not used
     to calibrate the quantized model are better, since its error is smaller on those it was tuned on.
-    Weights, buffers, modes and random states of both models stay as they were.
+    Nothing has to be chosen: maps of several families are weighed on held-out parts of the images, and
+    where these show no gain the model is left as it is (the report says so). Where `torch.distributed`
+    is initialised (torchrun), every process feeds its own share of the images, and all fit the same
+    correction on all of them. Weights, buffers, modes and random states of both models stay as they were.
 
     Args:
         quantized_model: gives logits (N, C); it is hooked in place.
@@ -53,12 +56,13 @@ def apply_cat(
     """
     config = CATConfig.resolve(config)
     start = time.perf_counter()
-    pairs = collect_outputs(quantized_model, fp_model, calib_loader, batch_size=batch_size, progress=progress)
+    pairs = collect_outputs(
+        quantized_model, fp_model, calib_loader, features=config.features, batch_size=batch_size, progress=progress
+    )
     collected = time.perf_counter()
-    correction = fit_cluster_affine(pairs.q, pairs.f, config)
-    fitted = time.perf_counter()
-    report = _report(pairs, correction, config, collected - start, fitted - collected)
-    cat_model = CATWrapper(quantized_model, correction, report, config)
+    fit = fit_and_score(pairs.q, pairs.f, config, pairs.h)
+    report = _report(pairs, fit, collected - start, time.perf_counter() - collected)
+    cat_model = CATWrapper(quantized_model, fit.correction, report, config)
     if eval_loader is not None:
         try:
             accuracy = compare_accuracy(
@@ -69,23 +73,23 @@ def apply_cat(
             raise
         cat_model.report = dataclasses.replace(report, accuracy=accuracy)
     logger.info("%s", cat_model.report)
+    for warning in report.warnings:
+        logger.warning("%s", warning)
     return cat_model
 
 
-def _report(
-    pairs: PairedOutputs, correction: ClusterAffine, config: CATConfig, collect_seconds: float, fit_seconds: float
-) -> CATReport:
-    start = time.perf_counter()
-    held_out = held_out_scores(pairs.q, pairs.f, config)
+def _report(pairs: PairedOutputs, fit: Fit, collect_seconds: float, fit_seconds: float) -> CATReport:
+    correction = fit.correction
     sizes = torch.bincount(correction.assign(pairs.q), minlength=correction.num_clusters)
     return CATReport(
         images=len(pairs.q),
         num_clusters=correction.num_clusters,
         cluster_sizes=tuple(sizes.tolist()),
-        held_out=held_out,
+        held_out=fit.held_out,
         added_parameters=correction.num_parameters,
         added_bytes=correction.num_bytes,
         collect_seconds=collect_seconds,
         fit_seconds=fit_seconds,
-        held_out_seconds=time.perf_counter() - start,
+        evidence=fit.evidence,
+        warnings=tuple(find_warnings(pairs.q, pairs.f, pairs.reused)),
     )

@@ -33,18 +33,32 @@ class Clusters:
 def fit_clusters(q: Tensor, num_clusters: int, config: CATConfig) -> Clusters:
     """PCA and k-means on logits `q` (N, C), N >= num_clusters (arXiv 2509.26277).
 
-    PCA, used where `config.pca_dim < C`, serves the clustering only. Projection and squared
-    distance fold into one matrix, since the nearest centroid m of z = (q - mean) P maximises
-    z m - |m|^2 / 2 = q (P m) - mean (P m) - |m|^2 / 2.
+    PCA, used where `config.pca_dim < C`, serves the clustering only.
     """
     n_images, n_classes = q.shape
     if num_clusters == 1:
-        zeros = torch.zeros(n_classes, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        return Clusters(*zeros, torch.zeros(n_images, dtype=torch.int64), torch.tensor([n_images]))
+        return one_cluster(n_images, n_classes)
     logits = q.detach().cpu().double().numpy()
     mean, projection = _projection(logits, config)
-    centroids = _kmeans_centroids((logits - mean) @ projection, num_clusters, config.seed)
+    return cluster(logits, mean, projection, num_clusters, config.seed)
 
+
+def one_cluster(n_images: int, n_classes: int) -> Clusters:
+    """All images together."""
+    zeros = torch.zeros(n_classes, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    return Clusters(*zeros, torch.zeros(n_images, dtype=torch.int64), torch.tensor([n_images]))
+
+
+def cluster(logits: np.ndarray, mean: np.ndarray, projection: np.ndarray, num_clusters: int, seed: int) -> Clusters:
+    """K-means on the features `z = (logits - mean) @ projection`, N >= num_clusters.
+
+    Projection and squared distance fold into one matrix, since the nearest centroid m of z = (q - mean) P maximises
+    z m - |m|^2 / 2 = q (P m) - mean (P m) - |m|^2 / 2.
+
+    Args:
+        logits: (N, C) float64. mean: (C,). projection: (C, D).
+    """
+    centroids = _kmeans_centroids((logits - mean) @ projection, num_clusters, seed)
     weight = projection @ centroids.T
     bias = -mean @ weight - 0.5 * (centroids**2).sum(axis=1)
     # What all clusters have in common does not change the argmax but costs digits in float32.

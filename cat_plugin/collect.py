@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cat_plugin.batches import Batch, Loader, iterate_inputs, num_batches, place
+from cat_plugin.batches import Batch, Loader, iterate_inputs, model_device, num_batches, place
+from cat_plugin.diagnosis import image_digests, known_calibration
+from cat_plugin.distributed import gather_rows
 from cat_plugin.errors import CATError
+from cat_plugin.features import FeatureTap
 from cat_plugin.hook import refuse_attached
 from cat_plugin.outputs import extract
 from cat_plugin.preserve import inference, named_tensors, storage_leaves
@@ -21,12 +24,16 @@ class PairedOutputs:
     """Logits of both models for the same images, on the CPU.
 
     q: (N, C) float32, of the quantized model. f: (N, C) float32, of the full-precision model.
-    targets: (N,) int64, or None where the loader has no labels.
+    targets: (N,) int64, or None where the loader has no labels. h: (N, D) float32 features of a layer of the
+    quantized model, or None where none were asked for. reused: share of the images that the quantized model was
+    calibrated on, or None where it does not tell, see `cat_plugin.diagnosis.known_calibration`.
     """
 
     q: Tensor
     f: Tensor
     targets: Tensor | None = None
+    h: Tensor | None = None
+    reused: float | None = None
 
 
 def collect_outputs(
@@ -34,24 +41,30 @@ def collect_outputs(
     fp_model: nn.Module,
     loader: Loader,
     *,
+    features: str | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> PairedOutputs:
     """Streams `loader` once through both models in evaluation mode and keeps their logits.
 
-    See `iterate_inputs` for what a loader can be; `batch_size` is used for one stacked tensor only.
-    Both models are left as they were found, also when something raises half-way.
+    See `iterate_inputs` for what a loader can be; `batch_size` is used for one stacked tensor only. `features` names a
+    layer of the quantized model whose outputs are kept too, averaged over positions. Where `torch.distributed` is
+    initialised, every process feeds its own images and all of them get those of all. Both models are left as they
+    were found, also when something raises half-way.
 
     Raises:
         CATError: models that cannot be compared, a loader without images, logits that are not 2-D,
-            differ in shape, or are not finite, and a quantized model whose hooks do not run.
+            differ in shape, or are not finite, a quantized model whose hooks do not run, and a layer for features
+            that there is not.
     """
     check_models(quantized_model, fp_model)
     refuse_attached(quantized_model)
     pairs: list[tuple[Tensor, Tensor]] = []
     targets: list[Tensor | None] = []
+    kept: list[Tensor] = []
+    calibration, reused = known_calibration(quantized_model), 0
     models = {"quantized_model": quantized_model, "fp_model": fp_model}
-    with inference(models), _captured(quantized_model) as capture:
+    with inference(models), _captured(quantized_model) as capture, _tapped(quantized_model, features) as tap:
         for inputs, labels in progress_bar(loader, batch_size, progress, "CAT: collecting logits"):
             quantized_model(place(inputs, quantized_model))
             q = _to_cpu(extract(capture.take(), "quantized_model"))
@@ -59,10 +72,19 @@ def collect_outputs(
             check_same_shape({"quantized_model": q, "fp_model": f})
             pairs.append((q, f))
             targets.append(labels)
+            if calibration is not None:
+                reused += sum(digest in calibration for digest in image_digests(inputs))
+            if tap is not None:
+                kept.append(_to_cpu(tap.take()))
     q, f = (torch.cat(part) for part in zip(*pairs, strict=True))
-    check_finite(q, "quantized_model")
-    check_finite(f, "fp_model")
-    return PairedOutputs(q, f, None if any(labels is None for labels in targets) else torch.cat(targets))
+    h = torch.cat(kept) if kept else None
+    for name, values in (("quantized_model", q), ("fp_model", f), (f"layer {features!r}", h)):
+        if values is not None:
+            check_finite(values, name)
+    labels = None if any(labels is None for labels in targets) else torch.cat(targets)
+    device = model_device(quantized_model)
+    share = None if calibration is None else reused / len(q)
+    return PairedOutputs(*(None if part is None else gather_rows(part, device) for part in (q, f, labels, h)), share)
 
 
 def progress_bar(loader: Loader, batch_size: int, progress: bool, title: str) -> Iterator[Batch]:
@@ -139,6 +161,18 @@ def _captured(model: nn.Module) -> Iterator[_Capture]:
         yield capture
     finally:
         handle.remove()
+
+
+@contextmanager
+def _tapped(model: nn.Module, features: str | None) -> Iterator[FeatureTap | None]:
+    if features is None:
+        yield None
+        return
+    tap = FeatureTap(features).attach(model)
+    try:
+        yield tap
+    finally:
+        tap.remove()
 
 
 def _storages(model: nn.Module) -> dict[str, set[tuple[torch.device, int]]]:

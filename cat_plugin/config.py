@@ -8,6 +8,8 @@ from typing import Any
 
 from cat_plugin.errors import CATError
 
+MODES = ("auto", "paper")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CATConfig:
@@ -16,21 +18,36 @@ class CATConfig:
     ================  ==========================================================================
     field             meaning
     ================  ==========================================================================
+    mode              `"auto"`: maps of several families are weighed against each other and
+                      against leaving the model alone on held-out images, see
+                      `cat_plugin.selection`; `"paper"`: the published recipe
     num_clusters      K, the largest number of clusters of the quantized model's logits
-    pca_dim           dimensions kept for clustering where there are more classes than this
+    pca_dim           principal components of the logits that are kept: for clustering where
+                      there are more classes than this, and in `"auto"` for the shared map
     alpha             0 to 1, how far an output moves from the quantized to the corrected logits
     min_cluster_size  K is lowered until a cluster has on average this many images; None: never
-    seed              of PCA, k-means and the folds of the report
+    features          name of a layer of the quantized model whose output, averaged over
+                      positions, feeds the map too; `"auto"` only
+    seed              of PCA, k-means and the folds
     ================  ==========================================================================
     """
 
+    mode: str = "auto"
     num_clusters: int = 64
     pca_dim: int = 50
-    alpha: float = 0.4
+    alpha: float = 1.0
     min_cluster_size: int | None = 16
+    features: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise CATError(f"mode={self.mode!r} should be one of {', '.join(map(repr, MODES))}")
+        if self.features is not None and (not isinstance(self.features, str) or self.mode == "paper"):
+            raise CATError(
+                f"features={self.features!r} with mode={self.mode!r}: expected the name of a layer of the quantized "
+                "model, such as 'layer4', and mode='auto', since the published recipe knows logits only"
+            )
         self._check_int("num_clusters", 1)
         self._check_int("pca_dim", 1)
         if self.min_cluster_size is not None:
@@ -65,10 +82,12 @@ class CATConfig:
     @classmethod
     def paper(cls, num_clusters: int = 64, pca_dim: int = 50, alpha: float = 0.4, seed: int = 0) -> "CATConfig":
         """The published recipe: exactly `num_clusters` clusters, however few images they hold."""
-        return cls(num_clusters=num_clusters, pca_dim=pca_dim, alpha=alpha, min_cluster_size=None, seed=seed)
+        return cls(
+            mode="paper", num_clusters=num_clusters, pca_dim=pca_dim, alpha=alpha, min_cluster_size=None, seed=seed
+        )
 
     def clusters_for(self, n_images: int) -> int:
-        """Number of clusters to fit on `n_images` images.
+        """Number of clusters to fit on `n_images` images; in `"auto"` the largest that is tried.
 
         Raises:
             CATError: there are fewer images than clusters and no `min_cluster_size` that lowers K.

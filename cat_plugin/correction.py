@@ -1,4 +1,6 @@
-"""The correction as a module: one matrix product, one argmax, one multiply-add."""
+"""The correction as a module: matrix products, one argmax, one multiply-add."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -7,19 +9,23 @@ from cat_plugin.errors import CATError
 
 
 class ClusterAffine(nn.Module):
-    """Corrects logits by the affine map of their cluster: `out = q * scale[ids] + shift[ids]`.
+    """Corrects logits by the affine map of their cluster and, where there is one, a map that all clusters share.
 
-    The cluster of an image is `ids = argmax(q @ weight + bias)`, which is the nearest centroid, see
-    `cat_plugin.clustering`. Holds buffers only, no parameters, so optimizers do not see it.
+    `out = q * scale[ids] + shift[ids] + (q @ project) @ mix + h @ feature_mix`. The cluster of an image is
+    `ids = argmax(q @ weight + bias)`, which is the nearest centroid, see `cat_plugin.clustering`. Holds buffers
+    only, no parameters, so optimizers do not see it.
 
-    ======  ======  ==================================================
-    buffer  shape   holds
-    ======  ======  ==================================================
-    weight  (C, K)  PCA and centroids, folded
-    bias    (K,)    the same
-    scale   (K, C)  1 + alpha * (gamma - 1)
-    shift   (K, C)  alpha * beta
-    ======  ======  ==================================================
+    ===========  ======  =====================================================================
+    buffer       shape   holds
+    ===========  ======  =====================================================================
+    weight       (C, K)  PCA and centroids, folded
+    bias         (K,)    the same
+    scale        (K, C)  1 + alpha * (gamma - 1)
+    shift        (K, C)  alpha * beta
+    project      (C, R)  principal directions of the logits; None: no shared map
+    mix          (R, C)  what the logits along them add to every class; None with `project`
+    feature_mix  (D, C)  what the features `h` (N, D) of a layer add; None: no features
+    ===========  ======  =====================================================================
 
     Computes in float32, or float64 for float64 inputs, and returns the input's dtype. In float32
     the result agrees with a float64 reference to about 1e-6 relative, except for images on a
@@ -32,17 +38,42 @@ class ClusterAffine(nn.Module):
     bias: Tensor
     scale: Tensor
     shift: Tensor
+    project: Tensor | None
+    mix: Tensor | None
+    feature_mix: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        project: Tensor | None = None,
+        mix: Tensor | None = None,
+        feature_mix: Tensor | None = None,
+    ) -> None:
         super().__init__()
         buffers = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
         clusters, classes = scale.shape if scale.ndim == 2 else (0, 0)
         expected = [(classes, clusters), (clusters,), (clusters, classes), (clusters, classes)]
-        if clusters == 0 or classes == 0 or [tuple(tensor.shape) for tensor in buffers.values()] != expected:
-            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in buffers.items())
-            raise CATError(f"got {shapes}; expected weight (C, K), bias (K,), scale (K, C), shift (K, C)")
-        for name, tensor in buffers.items():
-            self.register_buffer(name, tensor.detach())
+        shared = {"project": project, "mix": mix, "feature_mix": feature_mix}
+        shared = {name: tensor for name, tensor in shared.items() if tensor is not None}
+        rank = mix.shape[0] if mix is not None else 0
+        shapes_of_shared = {"project": (classes, rank), "mix": (rank, classes)}
+        if feature_mix is not None:
+            shapes_of_shared["feature_mix"] = (feature_mix.shape[0], classes)
+        expected += [shapes_of_shared[name] for name in shared]
+        buffers |= shared
+        shapes = [tuple(tensor.shape) for tensor in buffers.values()]
+        if clusters == 0 or classes == 0 or shapes != expected or (project is None) != (mix is None):
+            found = ", ".join(f"{name} {shape}" for name, shape in zip(buffers, shapes, strict=True))
+            raise CATError(
+                f"got {found}; expected weight (C, K), bias (K,), scale (K, C), shift (K, C), and where there is a "
+                "shared map project (C, R) with mix (R, C), and feature_mix (D, C)"
+            )
+        for name in ("weight", "bias", "scale", "shift", "project", "mix", "feature_mix"):
+            tensor = buffers.get(name)
+            self.register_buffer(name, None if tensor is None else tensor.detach())
 
     @classmethod
     def identity(cls, num_classes: int) -> "ClusterAffine":
@@ -78,23 +109,36 @@ class ClusterAffine(nn.Module):
         q = q.to(_compute_dtype(q))
         if self.num_clusters == 1:
             return torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
-        if not q.is_meta and torch.is_autocast_enabled(q.device.type):
-            # In half precision images near a border would change clusters.
-            with torch.autocast(q.device.type, enabled=False):
-                return self._scores(q).argmax(dim=1)
-        return self._scores(q).argmax(dim=1)
+        with _full_precision(q):  # in half precision images near a border would change clusters
+            return self._scores(q).argmax(dim=1)
 
-    def forward(self, q: Tensor) -> Tensor:
-        """Corrected logits (N, C) in the dtype of `q` (N, C). Raises as `assign` does."""
+    def forward(self, q: Tensor, h: Tensor | None = None) -> Tensor:
+        """Corrected logits (N, C) in the dtype of `q` (N, C). Raises as `assign` does.
+
+        Args:
+            h: (N, D) features of the same images, for a correction that was fitted with them.
+
+        Raises:
+            CATError: `h` is missing, or not needed, or of another shape.
+        """
         dtype = _compute_dtype(q)
         ids = self.assign(q)
+        self._check_features(q, h)
         scale, shift = self.scale.to(dtype), self.shift.to(dtype)
         if self.num_clusters > 1:
             scale, shift = scale[ids], shift[ids]
-        return (q.to(dtype) * scale + shift).to(q.dtype)
+        out = q.to(dtype) * scale + shift
+        if self.mix is not None:
+            with _full_precision(q):
+                out = out + (q.to(dtype) @ self.project.to(dtype)) @ self.mix.to(dtype)
+        if self.feature_mix is not None:
+            with _full_precision(q):
+                out = out + h.to(dtype) @ self.feature_mix.to(dtype)
+        return out.to(q.dtype)
 
     def extra_repr(self) -> str:
-        return f"clusters={self.num_clusters}, classes={self.num_classes}, {self.num_bytes} bytes"
+        rank = 0 if self.mix is None else self.mix.shape[0]
+        return f"clusters={self.num_clusters}, classes={self.num_classes}, rank={rank}, {self.num_bytes} bytes"
 
     def _scores(self, q: Tensor) -> Tensor:
         return q @ self.weight.to(q.dtype) + self.bias.to(q.dtype)
@@ -108,6 +152,16 @@ class ClusterAffine(nn.Module):
         if q.device != self.scale.device:
             raise CATError(f"logits are on {q.device}, the correction on {self.scale.device}; move it with .to(...)")
 
+    def _check_features(self, q: Tensor, h: Tensor | None) -> None:
+        if self.feature_mix is None:
+            if h is not None:
+                raise CATError("got features h, but this correction was fitted on logits alone; call it with q only")
+            return
+        expected = (q.shape[0], self.feature_mix.shape[0])
+        if h is None or tuple(h.shape) != expected:
+            found = "no features h" if h is None else f"features h of shape {tuple(h.shape)}"
+            raise CATError(f"got {found}; this correction was fitted with features and takes h of shape {expected}")
+
     def _apply(self, fn, recurse: bool = True):
         # half() of a model that holds this module must move the buffers but not round them.
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -115,6 +169,13 @@ class ClusterAffine(nn.Module):
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         return super()._apply(keep_dtype, recurse)
+
+
+def _full_precision(q: Tensor) -> AbstractContextManager[None]:
+    """Switches autocast off, which would round what matrix products take."""
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
+        return torch.autocast(q.device.type, enabled=False)
+    return nullcontext()
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:

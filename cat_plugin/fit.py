@@ -11,7 +11,8 @@ from cat_plugin.collect import check_finite
 from cat_plugin.config import CATConfig
 from cat_plugin.correction import ClusterAffine
 from cat_plugin.errors import CATError
-from cat_plugin.metrics import agreement, kl_divergence
+from cat_plugin.metrics import agreement, agreement_gain, kl_divergence
+from cat_plugin.selection import Evidence, Selected, select
 
 FOLDS = 5
 
@@ -21,46 +22,94 @@ class HeldOutScores:
     """Closeness to the full-precision model on images that were held out from the fit.
 
     agreement: percentage of images with the same argmax. kl: mean KL(FP || .) in nats. `before` is
-    the quantized model, `after` the corrected one.
+    the quantized model, `after` the corrected one. gain_low, gain_high: 95 % interval of the gain in agreement,
+    by paired bootstrap.
     """
 
     agreement_before: float
     agreement_after: float
     kl_before: float
     kl_after: float
+    gain_low: float
+    gain_high: float
+
+    @property
+    def agreement_gain(self) -> float:
+        """Gain in agreement, percentage points."""
+        return self.agreement_after - self.agreement_before
+
+    @classmethod
+    def of(cls, f: Tensor, q: Tensor, out: Tensor) -> "HeldOutScores":
+        """Scores of the corrected logits `out` of images with logits `q` and full-precision logits `f`, all (N, C)."""
+        return cls(
+            agreement(f, q),
+            agreement(f, out),
+            kl_divergence(f, q),
+            kl_divergence(f, out),
+            *agreement_gain(f, q, out),
+        )
 
 
-def fit_cluster_affine(q: Tensor, f: Tensor, config: CATConfig | None = None) -> ClusterAffine:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fit:
+    """A correction with what is known of it: the held-out scores (None where images are too few to hold any out), and
+    in `"auto"` mode the evidence that it was chosen by."""
+
+    correction: ClusterAffine
+    held_out: HeldOutScores | None
+    evidence: Evidence | None
+
+
+def fit_cluster_affine(
+    q: Tensor, f: Tensor, config: CATConfig | None = None, features: Tensor | None = None
+) -> ClusterAffine:
     """Fits the correction that takes quantized logits to full-precision ones (arXiv 2509.26277).
 
-    Clusters `q` by k-means after PCA, fits one least-squares affine map for each cluster and class,
-    and moves the output by `config.alpha` of the way. Fitted in float64 on the CPU.
+    In `"auto"` mode, the default, maps of several families are weighed on held-out images, and the identity is
+    returned where these show no gain, see `cat_plugin.selection`. In `"paper"` mode, clusters `q` by k-means after
+    PCA, fits one least-squares affine map for each cluster and class, and moves the output by `config.alpha` of the
+    way. Fitted in float64 on the CPU.
 
     Args:
         q: (N, C) logits of the quantized model, of any floating dtype, on any device.
         f: (N, C) logits of the full-precision model for the same images.
         config: `CATConfig()` by default.
+        features: (N, D) outputs of a layer of the quantized model for the same images, averaged over positions, which
+            feed the map too; `"auto"` only. The correction then takes them as its second argument.
 
     Returns:
         The correction, on the device of `q`, in float64 if `q` is and in float32 otherwise.
 
     Raises:
-        CATError: `q` and `f` are not finite floating-point (N, C) with N >= 1, or hold fewer images than clusters;
-            or `config` is no CATConfig.
+        CATError: `q` and `f` are not finite floating-point (N, C) with N >= 1, or `features` are not finite (N, D);
+            in `"paper"` mode there are fewer images than clusters, or features; or `config` is no CATConfig.
     """
-    _check_logits(q, f)
-    config = CATConfig.resolve(config)
-    return _fit(q, f, config.clusters_for(len(q)), config)
+    config = _check(q, f, config, features)
+    if config.mode == "paper":
+        return _fit_paper(q, f, config.clusters_for(len(q)), config)
+    return _placed(_select(q, f, config, features).correction, q)
 
 
-def held_out_scores(q: Tensor, f: Tensor, config: CATConfig | None = None) -> HeldOutScores | None:
-    """Scores the fit on `q` and `f`, both (N, C), by 5-fold cross-fitting.
+def fit_and_score(q: Tensor, f: Tensor, config: CATConfig | None = None, features: Tensor | None = None) -> Fit:
+    """`fit_cluster_affine` with `held_out_scores`, for the cost of the scores where both need the same fits."""
+    config = _check(q, f, config, features)
+    if config.mode == "paper":
+        return Fit(_fit_paper(q, f, config.clusters_for(len(q)), config), held_out_scores(q, f, config), None)
+    selected = _select(q, f, config, features)
+    return Fit(_placed(selected.correction, q), _scores(q, f, selected), selected.evidence)
 
-    Every image is corrected by a map fitted on the other folds, with as many clusters as the fit
-    on all images has, or as a fold's training part has images. None for a single image.
+
+def held_out_scores(
+    q: Tensor, f: Tensor, config: CATConfig | None = None, features: Tensor | None = None
+) -> HeldOutScores | None:
+    """Scores the fit on `q` and `f`, both (N, C), by cross-fitting: each image by maps fitted on the other folds.
+
+    In `"paper"` mode there are 5 folds, with as many clusters as the fit on all images has, or as a fold's training
+    part has images. None where images are too few: one in `"paper"` mode, under 20 in `"auto"` mode.
     """
-    _check_logits(q, f)
-    config = CATConfig.resolve(config)
+    config = _check(q, f, config, features)
+    if config.mode == "auto":
+        return _scores(q, f, _select(q, f, config, features))
     n_images = len(q)
     if n_images < 2:
         return None
@@ -72,21 +121,40 @@ def held_out_scores(q: Tensor, f: Tensor, config: CATConfig | None = None) -> He
         held_out = torch.zeros(n_images, dtype=torch.bool)
         held_out[order[fold::FOLDS]] = True
         n_train = n_images - int(held_out.sum())
-        correction = _fit(q[~held_out], f[~held_out], min(num_clusters, n_train), config)
+        correction = _fit_paper(q[~held_out], f[~held_out], min(num_clusters, n_train), config)
         out[held_out] = correction(q[held_out])
-    return HeldOutScores(agreement(f, q), agreement(f, out), kl_divergence(f, q), kl_divergence(f, out))
+    return HeldOutScores.of(f, q, out)
 
 
-def _fit(q: Tensor, f: Tensor, num_clusters: int, config: CATConfig) -> ClusterAffine:
+def _select(q: Tensor, f: Tensor, config: CATConfig, features: Tensor | None) -> Selected:
+    wide = [None if x is None else x.detach().to("cpu", torch.float64, copy=True) for x in (q, f, features)]
+    return select(wide[0], wide[1], config, wide[2])
+
+
+def _scores(q: Tensor, f: Tensor, selected: Selected) -> HeldOutScores | None:
+    if len(selected.rows) == 0:
+        return None
+    q, f = (logits.detach().cpu().double()[selected.rows] for logits in (q, f))
+    return HeldOutScores.of(f, q, selected.held_out)
+
+
+def _fit_paper(q: Tensor, f: Tensor, num_clusters: int, config: CATConfig) -> ClusterAffine:
     wide_q, wide_f = (logits.detach().to("cpu", torch.float64, copy=True) for logits in (q, f))
     clusters = fit_clusters(wide_q, num_clusters, config)
     gamma, beta = fit_affine(wide_q, wide_f, clusters.ids, num_clusters)
     scale, shift = 1 + config.alpha * (gamma - 1), config.alpha * beta
+    return _placed(ClusterAffine(clusters.weight, clusters.bias, scale, shift), q)
+
+
+def _placed(correction: ClusterAffine, q: Tensor) -> ClusterAffine:
+    """`correction` on the device of `q`, in float64 if `q` is and in float32 otherwise."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return ClusterAffine(*(part.to(dtype).to(q.device) for part in (clusters.weight, clusters.bias, scale, shift)))
+    parts = {name: buffer.to(dtype).to(q.device) for name, buffer in correction.named_buffers()}
+    return ClusterAffine(**parts)
 
 
-def _check_logits(q: Tensor, f: Tensor) -> None:
+def _check(q: Tensor, f: Tensor, config: CATConfig | None, features: Tensor | None) -> CATConfig:
+    """The resolved configuration, after everything given has been looked at."""
     for name, logits in (("q", q), ("f", f)):
         if not isinstance(logits, Tensor):
             raise CATError(f"{name} is a {type(logits).__name__}; expected a torch.Tensor (N, C)")
@@ -98,3 +166,13 @@ def _check_logits(q: Tensor, f: Tensor) -> None:
         )
     check_finite(q, "q")
     check_finite(f, "f")
+    config = CATConfig.resolve(config)
+    if features is not None:
+        if config.mode == "paper":
+            raise CATError("features were given with mode='paper', which knows logits only; use mode='auto'")
+        is_tensor = isinstance(features, Tensor) and features.is_floating_point()
+        if not is_tensor or features.ndim != 2 or len(features) != len(q) or features.shape[1] == 0:
+            found = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+            raise CATError(f"features are {found}; expected a floating-point tensor ({len(q)}, D), one row an image")
+        check_finite(features, "features")
+    return config

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cat_plugin.correction import ClusterAffine
 from cat_plugin.errors import CATError
+from cat_plugin.features import FeatureTap
 from cat_plugin.outputs import extract, insert
 
 
@@ -20,26 +21,30 @@ class CATHook:
     which the next hook on a model loaded in a new process would overwrite this one.
     """
 
-    def __init__(self, correction: ClusterAffine) -> None:
+    def __init__(self, correction: ClusterAffine, features: str | None = None) -> None:
         self.correction = correction
+        self._tap = None if features is None else FeatureTap(features)
         self._handle: RemovableHandle | None = None
         self._disabled = 0
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        features = () if self._tap is None else (self._tap.take(),)
         if self._disabled:
             return output
         logits = extract(output, type(module).__name__)
         if self.correction.scale.device != logits.device:
             self.correction.to(logits.device)
-        return insert(output, self.correction(logits))
+        return insert(output, self.correction(logits, *(part.to(logits.device) for part in features)))
 
     def attach(self, model: nn.Module) -> None:
         """Registers the hook on `model`.
 
         Raises:
-            CATError: the model, or a part of it, already carries a correction.
+            CATError: the model, or a part of it, already carries a correction, or has no layer of the features' name.
         """
         refuse_attached(model)
+        if self._tap is not None:
+            self._tap.attach(model)
         self._handle = model.register_forward_hook(self)
 
     def remove(self) -> None:
@@ -47,6 +52,8 @@ class CATHook:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        if self._tap is not None:
+            self._tap.remove()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

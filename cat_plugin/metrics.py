@@ -23,6 +23,13 @@ def agreement(f: Tensor, out: Tensor) -> float:
     return 100.0 * (f.argmax(dim=1) == out.argmax(dim=1)).double().mean().item()
 
 
+def agreement_gain(f: Tensor, q: Tensor, out: Tensor) -> tuple[float, float]:
+    """95 % interval of the gain in agreement with `f` from `q` to `out`, all (N, C), in percentage points."""
+    target = f.argmax(dim=1)
+    before, after = (logits.argmax(dim=1) == target for logits in (q, out))
+    return bootstrap_interval(100.0 * (after.double() - before.double()))
+
+
 def kl_divergence(f: Tensor, out: Tensor) -> float:
     """Mean over images of KL(softmax(f) || softmax(out)) in nats; `f` and `out` are (N, C)."""
     log_f, log_out = f.double().log_softmax(dim=1), out.double().log_softmax(dim=1)

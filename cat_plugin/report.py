@@ -5,6 +5,7 @@ from typing import Any
 
 from cat_plugin.accuracy import AccuracyReport
 from cat_plugin.fit import HeldOutScores
+from cat_plugin.selection import Evidence
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -17,12 +18,14 @@ class CATReport:
     images             calibration images the correction was fitted on
     num_clusters       K
     cluster_sizes      images in each cluster
-    held_out           closeness to FP by cross-fitting; None for a single image
+    held_out           closeness to FP by cross-fitting; None for too few images
+    evidence           which families of maps were tried, how they were weighed, and why
+                       the result was or was not accepted; None in `"paper"` mode
+    warnings           what makes the figures above doubtful, in words
     added_parameters   numbers that the correction stores
     added_bytes        their size
     collect_seconds    running both models over the calibration images
-    fit_seconds        fitting the correction
-    held_out_seconds   the cross-fitting
+    fit_seconds        fitting the correction, and cross-fitting
     accuracy           on labelled images, where an `eval_loader` was given
     =================  ==================================================================
     """
@@ -35,16 +38,26 @@ class CATReport:
     added_bytes: int
     collect_seconds: float
     fit_seconds: float
-    held_out_seconds: float
+    evidence: Evidence | None = None
+    warnings: tuple[str, ...] = ()
     accuracy: AccuracyReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-able dict."""
-        return {**dataclasses.asdict(self), "cluster_sizes": list(self.cluster_sizes)}
+        values = dataclasses.asdict(self)
+        for name in ("cluster_sizes", "warnings"):
+            values[name] = list(values[name])
+        if self.evidence:
+            values["evidence"]["candidates"] = list(values["evidence"]["candidates"])
+        return values
 
     def summary(self) -> str:
         """The report in one line."""
-        parts = [f"{self.images:,} images", f"{self.num_clusters} clusters"]
+        parts = [f"{self.images:,} images"]
+        if self.evidence and not self.evidence.accepted:
+            parts.append("left as it is")
+        else:
+            parts.append(f"{self.num_clusters} cluster{'s' if self.num_clusters > 1 else ''}")
         if self.held_out:
             scores = self.held_out
             parts.append(f"agreement with FP {scores.agreement_before:.2f} -> {scores.agreement_after:.2f} %")
@@ -54,22 +67,40 @@ class CATReport:
         return ", ".join(parts)
 
     def __str__(self) -> str:
-        sizes = f"{min(self.cluster_sizes)} to {max(self.cluster_sizes)} images each"
-        lines = [f"CAT fitted on {self.images:,} images, {self.num_clusters} clusters of {sizes}"]
-        if self.held_out:
-            scores = self.held_out
-            lines.append(
-                f"  held out: agreement with FP {scores.agreement_before:.2f} -> {scores.agreement_after:.2f} %, "
-                f"KL(FP || output) {scores.kl_before:.4f} -> {scores.kl_after:.4f} nats"
-            )
-        else:
-            lines.append("  held out: nothing, one image cannot be split")
-        if self.accuracy:
-            lines.append(f"  accuracy: {self.accuracy}")
-        lines.append(
-            f"  cost: {self.added_parameters:,} numbers, {self.added_bytes:,} bytes; {self.collect_seconds:.1f} s "
-            f"to run the models, {self.fit_seconds:.1f} s to fit, {self.held_out_seconds:.1f} s to score"
+        return "\n".join(
+            [
+                *self._fitted(),
+                self._held_out(),
+                *([f"  accuracy: {self.accuracy}"] if self.accuracy else []),
+                f"  cost: {self.added_parameters:,} numbers, {self.added_bytes:,} bytes; {self.collect_seconds:.1f} s "
+                f"to run the models, {self.fit_seconds:.1f} s to fit",
+                *(f"  warning: {warning}" for warning in self.warnings),
+            ]
         )
-        return "\n".join(lines)
+
+    def _fitted(self) -> list[str]:
+        sizes = f"{min(self.cluster_sizes)} to {max(self.cluster_sizes)} images each"
+        clusters = f"{self.num_clusters} clusters of {sizes}" if self.num_clusters > 1 else "1 cluster"
+        evidence = self.evidence
+        if evidence is None:
+            return [f"CAT fitted on {self.images:,} images, {clusters}"]
+        outcome = clusters if evidence.accepted else "the model is left as it is"
+        lines = [f"CAT fitted on {self.images:,} images: {outcome}", f"  {evidence.reason}"]
+        if evidence.candidates:
+            lines.append("  tried (fall of the held-out KL in nats, share of the weight):")
+        for candidate in evidence.candidates:
+            figures = f"{candidate.kl_gain:+.4f} +- {candidate.kl_gain_error:.4f}  {candidate.weight:5.0%}"
+            lines.append(f"    {candidate.name:<30}{figures}")
+        return lines
+
+    def _held_out(self) -> str:
+        scores = self.held_out
+        if scores is None:
+            return "  held out: nothing, the images are too few to split"
+        return (
+            f"  held out: agreement with FP {scores.agreement_before:.2f} -> {scores.agreement_after:.2f} % "
+            f"({scores.agreement_gain:+.2f}, 95 % CI {scores.gain_low:+.2f} to {scores.gain_high:+.2f}), "
+            f"KL(FP || output) {scores.kl_before:.4f} -> {scores.kl_after:.4f} nats"
+        )
 
     __repr__ = __str__

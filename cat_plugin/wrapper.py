@@ -23,10 +23,12 @@ class CATWrapper(nn.Module):
     Args:
         quantized_model: the user's model, which is hooked, not copied.
         correction: takes the logits (N, C) of that model.
-        report, config: how the correction came about, if known.
+        report, config: how the correction came about, if known. A correction that takes features needs `config`, which
+            names their layer.
 
     Raises:
-        CATError: the model already carries a correction, or the arguments are of other types.
+        CATError: the model already carries a correction, or the arguments are of other types, or a correction takes
+            features of an unnamed layer.
     """
 
     def __init__(
@@ -41,7 +43,11 @@ class CATWrapper(nn.Module):
         for name, (value, kind) in expected.items():
             if not isinstance(value, kind):
                 raise CATError(f"{name} is a {type(value).__name__}; expected a {kind.__name__}")
-        hook = CATHook(correction)
+        config = None if config is None else CATConfig.resolve(config)
+        takes_features = correction.feature_mix is not None
+        if takes_features and (config is None or config.features is None):
+            raise CATError("the correction takes features; give a config whose `features` names the layer they come from")
+        hook = CATHook(correction, config.features if takes_features else None)
         hook.attach(quantized_model)
         correction.to(model_device(quantized_model))
         self.quantized_model = quantized_model

@@ -1,0 +1,81 @@
+"""Maps that minimise the Kullback-Leibler divergence from full-precision to corrected predictions: convex, float64."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MAX_STEPS = 40
+
+
+def fit_shared_divergence(z: Tensor, start: Tensor, teacher: Tensor, temperature: float, prior: float) -> Tensor:
+    """Linear map of features, added to other logits, that brings predictions near the teacher's.
+
+    Minimises `mean KL(teacher || softmax((start + z @ coefficients) / temperature))` plus
+    `prior / (2 N) * |coefficients / temperature|^2`.
+
+    Args:
+        z: (N, R) float64 features; a column of ones gives an offset.
+        start: (N, C) float64 logits that the result is added to.
+        teacher: (N, C) float64 probabilities, softened by the same temperature.
+
+    Returns:
+        coefficients (R, C).
+    """
+    n_images = len(z)
+    scaled = start / temperature
+
+    def value_and_gradient(coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = cross_entropy(scaled + z @ coefficients, teacher)
+        penalty = prior / n_images
+        return value + penalty / 2 * coefficients.square().sum(), z.T @ slope + penalty * coefficients
+
+    return temperature * _minimise(value_and_gradient, z.new_zeros(z.shape[1], start.shape[1]))
+
+
+def fit_class_divergence(q: Tensor, teacher: Tensor, temperature: float, prior: float) -> tuple[Tensor, Tensor]:
+    """Scale and shift of every class, pulled to the identity, that bring predictions near the teacher's.
+
+    Minimises the same divergence of `q + slope * (q - mean) / std + offset`, with the same penalty on slope and offset.
+
+    Args:
+        q: (N, C) float64 logits of the quantized model.
+        teacher: (N, C) float64 probabilities, softened by `temperature`.
+
+    Returns:
+        scale (C,) and shift (C,).
+    """
+    n_images = len(q)
+    mean, std = q.mean(dim=0), q.std(dim=0, correction=0).clamp(min=1e-4)
+    standard, scaled = (q - mean) / std, q / temperature
+
+    def value_and_gradient(parameters: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = cross_entropy(scaled + standard * parameters[0] + parameters[1], teacher)
+        gradient = torch.stack([(standard * slope).sum(dim=0), slope.sum(dim=0)])
+        penalty = prior / n_images
+        return value + penalty / 2 * parameters.square().sum(), gradient + penalty * parameters
+
+    slope, offset = temperature * _minimise(value_and_gradient, q.new_zeros(2, q.shape[1]))
+    return 1 + slope / std, offset - slope * mean / std
+
+
+def cross_entropy(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of `softmax(logits)` against `teacher`, both (N, C), and its gradient by the logits."""
+    normaliser = logits.logsumexp(dim=1, keepdim=True)
+    value = (normaliser.squeeze(1) - (teacher * logits).sum(dim=1)).mean()
+    return value, (logits - normaliser).exp_().sub_(teacher).div_(len(logits))
+
+
+def _minimise(value_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> Tensor:
+    """The minimum of a convex function by L-BFGS."""
+    parameters = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [parameters], max_iter=MAX_STEPS, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-10
+    )
+
+    def closure() -> Tensor:
+        value, parameters.grad = value_and_gradient(parameters.detach())
+        return value
+
+    optimizer.step(closure)
+    return parameters.detach()

@@ -1,0 +1,63 @@
+"""Features of an intermediate layer that may feed the correction beside the logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from cat_plugin.errors import CATError
+
+
+class FeatureTap:
+    """Forward hook that keeps the last output of the layer `name`, averaged over positions.
+
+    An output (N, D) is kept as it is, of (N, D, ...) the mean over all further dimensions is kept, except for (N, T, D),
+    a sequence, whose mean over T is.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._handle: RemovableHandle | None = None
+        self._kept: list[Tensor] = []
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
+            found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise CATError(f"layer {self.name!r} gave {found}; features take a floating-point tensor (images, ...)")
+        wide = output.detach().to(torch.float64 if output.dtype == torch.float64 else torch.float32)
+        if wide.ndim == 3:
+            wide = wide.mean(dim=1)
+        self._kept = [wide.flatten(2).mean(dim=2) if wide.ndim > 2 else wide]
+
+    def attach(self, model: nn.Module) -> "FeatureTap":
+        """Registers the hook on the layer of `model`.
+
+        Raises:
+            CATError: `model` has no layer of this name.
+        """
+        modules = dict(model.named_modules())
+        if not self.name or self.name not in modules:
+            known = ", ".join(name for name, _ in model.named_children())
+            raise CATError(f"features={self.name!r} is no layer of {type(model).__name__}; its children are {known}")
+        self._handle = modules[self.name].register_forward_hook(self)
+        return self
+
+    def remove(self) -> None:
+        """Takes the hook off; nothing happens the second time."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def take(self) -> Tensor:
+        """The features (N, D) of the last forward pass, float32 or float64.
+
+        Raises:
+            CATError: the layer has not run since they were last taken.
+        """
+        if not self._kept:
+            raise CATError(f"layer {self.name!r} did not run in this forward pass, so it cannot give features")
+        return self._kept.pop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": []}
