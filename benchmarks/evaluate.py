@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -185,16 +185,6 @@ def corrections(n_cat: int, seed: int) -> dict[str, CATConfig]:
     if n_cat >= PAPER_CLUSTERS:
         configs["cat_paper"] = CATConfig.paper(num_clusters=PAPER_CLUSTERS, seed=seed)
     return configs
-
-
-def default_is_papers(n_cat: int) -> bool:
-    """Whether CAT's default comes to the paper's setting on ``n_cat`` images, so that both fit the same."""
-    configs = corrections(n_cat, seed=0)
-    settled = {
-        name: replace(config, num_clusters=config.clusters_for(n_cat), min_cluster_size=None)
-        for name, config in configs.items()
-    }
-    return settled["cat"] == settled.get("cat_paper")
 
 
 def _row(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.evaluate import PAPER_CLUSTERS, Measurement, Row, default_is_papers
+from benchmarks.evaluate import Measurement, Row
 from benchmarks.files import write_text
 from cat_plugin.metrics import bootstrap_interval
 
@@ -49,15 +49,8 @@ def to_csv(rows: Sequence[Any]) -> str:
 
 
 def to_markdown(measured: Sequence[Measurement]) -> str:
-    """Title and table, and a line on two columns that have to agree where they have to."""
-    rows = [measurement.row for measurement in measured]
-    parts = [title(rows), to_table(measured)]
-    if default_is_papers(rows[0].n_cat):
-        parts.append(
-            f"With {rows[0].n_cat:,} images the default of CAT is the paper's setting ({PAPER_CLUSTERS} clusters), "
-            "so both columns agree."
-        )
-    return "\n\n".join(parts)
+    """Title and table."""
+    return f"{title([measurement.row for measurement in measured])}\n\n{to_table(measured)}"
 
 
 def title(rows: Sequence[Row]) -> str:

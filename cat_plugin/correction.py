@@ -137,8 +137,9 @@ class ClusterAffine(nn.Module):
         return out.to(q.dtype)
 
     def extra_repr(self) -> str:
-        rank = 0 if self.mix is None else self.mix.shape[0]
-        return f"clusters={self.num_clusters}, classes={self.num_classes}, rank={rank}, {self.num_bytes} bytes"
+        rank = "" if self.mix is None else f"rank={self.mix.shape[0]}, "
+        features = "" if self.feature_mix is None else f"features={self.feature_mix.shape[0]}, "
+        return f"clusters={self.num_clusters}, classes={self.num_classes}, {rank}{features}{self.num_bytes} bytes"
 
     def _scores(self, q: Tensor) -> Tensor:
         return q @ self.weight.to(q.dtype) + self.bias.to(q.dtype)

@@ -40,10 +40,10 @@ def find_warnings(q: Tensor, f: Tensor, reused: float | None = None) -> list[str
     return found
 
 
-def image_digests(images: Tensor) -> set[str]:
+def image_digests(images: Tensor) -> list[str]:
     """What tells images (N, ...) apart: SHA-256 of the float32 bytes of each, the first 16 hexadecimal digits."""
     flat = images.detach().to("cpu", torch.float32).contiguous().flatten(1)
-    return {hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in flat}
+    return [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in flat]
 
 
 def known_calibration(model: nn.Module) -> frozenset[str] | None:

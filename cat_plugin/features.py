@@ -12,8 +12,8 @@ from cat_plugin.errors import CATError
 class FeatureTap:
     """Forward hook that keeps the last output of the layer `name`, averaged over positions.
 
-    An output (N, D) is kept as it is, of (N, D, ...) the mean over all further dimensions is kept, except for (N, T, D),
-    a sequence, whose mean over T is.
+    Kept of an output (N, D) is the output itself, of (N, T, D), a sequence, the mean over T, and of (N, D, ...) that
+    over all further dimensions.
     """
 
     def __init__(self, name: str) -> None:

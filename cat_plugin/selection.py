@@ -158,6 +158,8 @@ class _Basis:
 
     @classmethod
     def fit(cls, x: Tensor, limit: int, seed: int) -> "_Basis":
+        if not torch.any(x != x[0]):
+            return cls(x[0], x.new_zeros(x.shape[1], 0))
         pca = PCA(min(limit, x.shape[1], max(len(x) // IMAGES_A_COMPONENT, 1)), random_state=seed).fit(x.numpy())
         kept = pca.explained_variance_ > 1e-8 * max(pca.explained_variance_.max(), 1e-12)
         directions = (pca.components_[kept] / np.sqrt(pca.explained_variance_[kept])[:, None]).T
@@ -195,7 +197,8 @@ class _Data:
         z = basis(q) if h is None else torch.cat([basis(q), feature_basis(h)], dim=1)
         clusterings = {1: one_cluster(*q.shape)}
         if counts is None:
-            counts = [count for count in CLUSTER_COUNTS if count <= config.clusters_for(len(q))]
+            limit = config.clusters_for(len(q)) if len(basis.directions.T) else 1
+            counts = [count for count in CLUSTER_COUNTS if count <= limit]
         for count in counts:
             clusterings[count] = cluster(q.numpy(), basis.mean.numpy(), basis.unwhitened(), count, config.seed)
         temperature = SOFTENING * max(f.std(dim=1).mean().item(), 1e-6) if q.shape[1] > 1 else 1.0
@@ -204,6 +207,7 @@ class _Data:
 
     @property
     def rank(self) -> int:
+        """Components of the logits."""
         return self.basis.directions.shape[1]
 
     def fit(self, rows: Tensor, wanted: set[str] | None = None) -> dict[str, _Map]:
@@ -327,9 +331,7 @@ def _weigh(outputs: dict[str, Tensor], data: _Data) -> dict[str, float]:
         away = weights / scale - trusted
         return value.item() + penalty * (away**2).sum(), gradient + 2 * penalty / scale * away
 
-    found = minimize(
-        value_and_gradient, scale * trusted, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(names)
-    )
+    found = minimize(value_and_gradient, scale * trusted, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(names))
     return {name: float(weight) for name, weight in zip(names, found.x, strict=True)}
 
 

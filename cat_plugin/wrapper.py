@@ -46,7 +46,7 @@ class CATWrapper(nn.Module):
         config = None if config is None else CATConfig.resolve(config)
         takes_features = correction.feature_mix is not None
         if takes_features and (config is None or config.features is None):
-            raise CATError("the correction takes features; give a config whose `features` names the layer they come from")
+            raise CATError("the correction takes features; give a config whose `features` names their layer")
         hook = CATHook(correction, config.features if takes_features else None)
         hook.attach(quantized_model)
         correction.to(model_device(quantized_model))

@@ -9,7 +9,7 @@ import torch
 from baselines import quantize
 from benchmarks import evaluate
 from benchmarks.data import load_digits, split_calibration
-from benchmarks.evaluate import Protocol, Setting, corrections, default_is_papers, measure, top1
+from benchmarks.evaluate import Protocol, Setting, measure, top1
 from benchmarks.training import Training, trained_model
 from cat_plugin import CATConfig, fit_cluster_affine
 from tests.reference import lstsq_per_cluster
@@ -120,22 +120,6 @@ def test_each_correction_is_fitted_on_the_images_meant_for_it(digits, model, mon
         fresh = model(digits.train_images[cat])
     for f in seen["fits"].values():
         torch.testing.assert_close(f, fresh)
-
-
-@pytest.mark.parametrize(("n_cat", "expected"), [(63, False), (64, False), (1023, False), (1024, True), (4000, True)])
-def test_default_is_the_papers_where_both_fit_the_same(n_cat, expected):
-    assert default_is_papers(n_cat) == expected
-    configs = corrections(n_cat, seed=5)
-    if "cat_paper" in configs:
-        q = torch.randn(n_cat, 4, generator=torch.Generator().manual_seed(0))
-        default, paper = (fit_cluster_affine(q, q.square(), configs[name]).scale for name in ("cat", "cat_paper"))
-        assert torch.equal(default, paper) == expected
-
-
-def test_default_that_differs_in_anything_else_is_not_the_papers(monkeypatch):
-    different = CATConfig.paper(num_clusters=64, alpha=0.5)
-    monkeypatch.setattr(evaluate, "corrections", lambda n_cat, seed: {"cat": CATConfig(), "cat_paper": different})
-    assert not default_is_papers(1024)
 
 
 def test_measurement_is_timed(measurement):

@@ -119,12 +119,6 @@ def test_network_that_cannot_be_quantized_ends_with_one_line_and_code_2(tiny, mo
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_table_says_where_two_columns_have_to_agree(free, tmp_path, capsys):
-    assert command_line.main(free) == 0  # rows of the fake measurement have 1,024 images
-    assert "so both columns agree." in capsys.readouterr().out
-    assert "so both columns agree." in (results(tmp_path) / "results.md").read_text()
-
-
 def test_every_setting_of_the_grid_is_a_row(free, tmp_path):
     options = ["--methods", "rtn", "qdrop", "rtn", "--bits", "2/2", "4/2", "--seeds", "0", "1"]
     assert command_line.main([*free, *options]) == 0

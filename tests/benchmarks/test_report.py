@@ -64,13 +64,6 @@ def test_all_files_hold_the_same(tmp_path):
     assert (tmp_path / "results.md").read_text() == to_markdown(measured) + "\n"
 
 
-def test_markdown_says_where_two_columns_have_to_agree():
-    for n_cat, notes in ((40, []), (1023, []), (1024, [NOTE]), (5000, [NOTE.replace("1,024", "5,000")])):
-        measured = [make_measurement(n_cat=n_cat)]
-        expected = [title([measured[0].row]), to_table(measured), *notes]
-        assert to_markdown(measured) == "\n\n".join(expected)
-
-
 def test_environment_stays_that_of_the_first_call_but_for_the_seconds(tmp_path):
     path = tmp_path / "environment.json"
     write_environment(tmp_path, {"command": "first", "finished": "then", "seconds": 3.0})

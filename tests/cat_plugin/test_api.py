@@ -39,16 +39,17 @@ def test_report(pair, caplog):
     with caplog.at_level(logging.INFO, "cat_plugin"):
         cat_model = apply_cat(quantized, fp, [x], eval_loader=DataLoader(TensorDataset(x, labels), 64))
     report = cat_model.report
-    assert (report.images, report.num_clusters, sum(report.cluster_sizes)) == (400, 25, 400)
+    correction = cat_model.correction
+    assert (report.images, report.num_clusters, sum(report.cluster_sizes)) == (400, correction.num_clusters, 400)
     assert report.held_out == held_out_scores(q, f)
-    assert report.added_parameters == 10 * 25 + 25 + 2 * 25 * 10
+    assert report.added_parameters == sum(buffer.numel() for buffer in correction.buffers())
     assert report.added_bytes == 4 * report.added_parameters
     assert report.accuracy == compare_accuracy(fp, quantized, cat_model, [(x, labels)])
     assert report.accuracy.fp_top1 == 100.0
     assert report.accuracy.quantized_top1 == pytest.approx(report.held_out.agreement_before)
     assert str(report) in caplog.text
     assert json.loads(json.dumps(report.to_dict()))["accuracy"]["images"] == 400
-    for figure in (f"{report.held_out.kl_after:.4f}", "400 images", "25 clusters"):
+    for figure in (f"{report.held_out.kl_after:.4f}", "400 images", f"{correction.num_clusters} cluster"):
         assert figure in str(report)
         assert figure in repr(cat_model)
 
@@ -56,7 +57,10 @@ def test_report(pair, caplog):
 def test_report_of_one_image(pair):
     report = apply_cat(*pair, images(1)).report
     assert report.held_out is None
-    assert "one image cannot be split" in str(report)
+    assert "the images are too few to split" in str(report)
+    assert "the model is left as it is\n  1 images are too few to learn from" in str(report)
+    assert "left as it is" in report.summary()
+    assert report.warnings == ("1 images are few: corrections gain from about a thousand",)
 
 
 def test_two_runs_are_identical():
