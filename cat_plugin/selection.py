@@ -124,11 +124,12 @@ def select(q: Tensor, f: Tensor, config: CATConfig, h: Tensor | None = None) -> 
     evidence = _judge(outputs, weights, held_out, data)
     if not evidence.accepted:
         return Selected(ClusterAffine.identity(classes), evidence, rows, data.q)
+    judged = data.q + config.alpha * (held_out - data.q)
     if len(rows) < len(q):
         data = _Data.prepare(q[order], f[order], None if h is None else h[order], config, data.clusters_in(weights))
     maps = data.fit(torch.arange(len(data.q)), set(weights))
     total = _combine([(weight, maps[name]) for name, weight in weights.items() if weight > 0])
-    return Selected(data.correction(total, config.alpha), evidence, rows, data.q + config.alpha * (held_out - data.q))
+    return Selected(data.correction(total, config.alpha), evidence, rows, judged)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

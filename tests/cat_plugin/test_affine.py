@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from cat_plugin.affine import fit_affine
+from cat_plugin.affine import fit_affine, fit_deviations, fit_shared
 from tests.cat_plugin.helpers import paired_logits
 from tests.reference import lstsq_per_cluster
 
@@ -56,3 +57,85 @@ def test_constant_logit_maps_to_the_mean():
     f = torch.tensor([[1.0], [5.0]])
     gamma, beta = fit_affine(torch.full((2, 1), 2.0), f, torch.zeros(2, dtype=torch.int64), 1)
     assert (gamma.item(), beta.item()) == (0.0, 3.0)
+
+
+def features_and_residual(signal, seed=0, n_images=400):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(n_images, 6, generator=generator, dtype=torch.float64)
+    coefficients = signal * torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    coefficients[3:] = 0
+    noise = torch.randn(n_images, 5, generator=generator, dtype=torch.float64)
+    return z, coefficients, z @ coefficients + 2 + noise
+
+
+def test_shared_map_equals_naive_empirical_bayes():
+    z, _, residual = features_and_residual(signal=0.1)
+    design = np.hstack([z.numpy(), np.ones((400, 1))])
+    solution = np.linalg.lstsq(design, residual.numpy(), rcond=None)[0]
+    error = ((residual.numpy() - design @ solution) ** 2).sum() / (5 * (400 - 7))
+    inverse = np.linalg.inv(np.cov(z.numpy().T, bias=True) * 400)
+    expected = np.zeros((6, 5))
+    for feature in range(6):
+        noise = inverse[feature, feature] * error
+        signal = max((solution[feature] ** 2).mean() - noise, 0)
+        expected[feature] = solution[feature] * signal / (signal + noise)
+    coefficients, offset = fit_shared(z, residual)
+    torch.testing.assert_close(coefficients, torch.from_numpy(expected), atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(offset, residual.mean(0) - z.mean(0) @ coefficients)
+
+
+def test_shared_map_keeps_what_the_data_support():
+    z, planted, residual = features_and_residual(signal=3.0)
+    coefficients, _ = fit_shared(z, residual)
+    torch.testing.assert_close(coefficients[:3], planted[:3], atol=0.25, rtol=0)
+    assert coefficients[3:].abs().max() < 0.1
+    assert fit_shared(z, residual - z @ planted)[0].abs().max() < 0.1
+
+
+def test_shared_map_without_features_is_the_mean():
+    residual = torch.randn(20, 5, dtype=torch.float64)
+    coefficients, offset = fit_shared(torch.empty(20, 0, dtype=torch.float64), residual)
+    assert coefficients.shape == (0, 5)
+    torch.testing.assert_close(offset, residual.mean(0))
+
+
+def clustered(deviation, noise, seed=0, n_images=600):
+    """q, residual with a planted slope and offset in each of 4 clusters, ids, and the planted values."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(n_images, 5, generator=generator, dtype=torch.float64) + 1
+    ids = torch.arange(n_images) % 4
+    slope, offset = deviation * torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+    residual = q * slope[ids] + offset[ids] + noise * torch.randn(n_images, 5, generator=generator, dtype=torch.float64)
+    return q, residual, ids, slope, offset
+
+
+def test_deviations_without_noise_are_least_squares():
+    q, residual, ids, slope, offset = clustered(deviation=1.0, noise=1e-6)
+    found = fit_deviations(q, residual, ids, 4)
+    torch.testing.assert_close(found[0], slope, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1], offset, atol=1e-5, rtol=1e-5)
+
+
+def test_deviations_of_noise_are_next_to_none():
+    q, residual, ids, _, _ = clustered(deviation=0.0, noise=1.0)
+    slope, offset = fit_deviations(q, residual, ids, 4)
+    free = fit_affine(q, residual, ids, 4)
+    assert slope.abs().mean() < 0.6 * free[0].abs().mean()
+    assert (offset + slope).abs().mean() < 0.6 * (free[1] + free[0]).abs().mean()
+
+
+def test_cluster_of_few_images_inherits():
+    q, residual, ids, _, _ = clustered(deviation=1.0, noise=1.0)
+    ids[ids == 3] = 2
+    ids[:2] = 3
+    slope, offset = fit_deviations(q, residual, ids, 5)
+    assert slope[3:].abs().max() == offset[3:].abs().max() == 0
+    assert slope[2].abs().min() > 0
+
+
+def test_mean_slope_is_kept_on_request():
+    q, residual, ids, _, _ = clustered(deviation=0.3, noise=0.1)
+    plain, kept = (fit_deviations(q, residual + 0.7 * q, ids, 4, keep_slope=keep)[0] for keep in (False, True))
+    power = torch.stack([q[ids == k].var(dim=0, correction=0) * (ids == k).sum() for k in range(4)])
+    assert ((power * plain).sum(0) / power.sum(0) - 0.7).abs().max() < 0.3
+    assert ((power * kept).sum(0) / power.sum(0)).abs().max() < 0.05

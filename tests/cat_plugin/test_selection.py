@@ -1,0 +1,193 @@
+import dataclasses
+
+import pytest
+import torch
+
+from cat_plugin import CATConfig, ClusterAffine, fit_cluster_affine
+from cat_plugin import selection as module
+from cat_plugin.selection import IDENTITY, select
+from tests.cat_plugin.helpers import paired_logits
+
+CONFIG = CATConfig(pca_dim=6)
+
+
+def agreement(out, f):
+    return 100 * (out.argmax(1) == f.argmax(1)).double().mean().item()
+
+
+def planted(n_images, n_classes, n_clusters, noise, strength=0.5, seed=0):
+    """q, f, and the planted map of f from q's cluster; one class an image stands out in f."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    centers = 1.5 * draw(n_clusters, n_classes)
+    scale, shift = 1 + 0.2 * strength * draw(n_clusters, n_classes).clamp(-2, 2), strength * draw(n_clusters, n_classes)
+
+    def sample(images):
+        winner = torch.randint(n_classes, (images,), generator=generator)
+        ids = winner % n_clusters
+        f = (centers[ids] + draw(images, n_classes)) * scale[ids] + shift[ids]
+        f[torch.arange(images), winner] = f.max(dim=1).values + draw(images).abs() + 0.2
+        q = (f - shift[ids]) / scale[ids] + noise * draw(images, n_classes)
+        return q, f, q * scale[ids] + shift[ids]
+
+    return sample(n_images), sample(2000)
+
+
+@pytest.mark.parametrize(
+    ("n_images", "n_classes"), [(600, 100), pytest.param(1024, 1000, marks=pytest.mark.slow)], ids=str
+)
+@pytest.mark.parametrize("n_clusters", [4, 16])
+def test_planted_cluster_map_is_recovered(n_images, n_classes, n_clusters):
+    (q, f, _), (fresh, target, perfect) = planted(n_images, n_classes, n_clusters, noise=0.1)
+    gain = agreement(perfect, target) - agreement(fresh, target)
+    assert gain > 10
+    out = fit_cluster_affine(q, f)(fresh)
+    assert agreement(out, target) - agreement(fresh, target) >= 0.8 * gain
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nothing_planted_gives_the_identity(noise, seed):
+    (q, f, _), (fresh, _, _) = planted(600, 100, 4, noise, strength=0.0, seed=seed)
+    selected = select(q, f, CATConfig())
+    assert not selected.evidence.accepted
+    assert "nothing to gain" in selected.evidence.reason
+    assert torch.equal(selected.correction(fresh), fresh)
+    assert torch.equal(selected.held_out, q[selected.rows])
+
+
+def test_correction_is_the_weighted_sum_of_the_maps():
+    q, f = paired_logits(300, 12)
+    selected = select(q, f, CONFIG)
+    q, f = q[selected.rows], f[selected.rows]
+    data = module._Data.prepare(q, f, None, CONFIG)
+    weights = {candidate.name: candidate.weight for candidate in selected.evidence.candidates}
+    rows = torch.arange(len(q))
+    maps = data.fit(rows)
+    expected = sum(weight * data.apply(maps[name], rows) for name, weight in weights.items())
+    out = selected.correction(q)
+    # The sum of the weights is a common scale of all logits, the share is what the report tells
+    ratio = (out * expected).sum() / expected.square().sum()
+    torch.testing.assert_close(out, ratio * expected)
+    assert sum(weights.values()) == pytest.approx(1)
+    assert min(weights.values()) >= 0
+
+
+def test_order_of_the_images_does_not_matter():
+    q, f = paired_logits(300, 12)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    first, second = fit_cluster_affine(q, f, CONFIG), fit_cluster_affine(q[order], f[order], CONFIG)
+    for a, b in zip(first.buffers(), second.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_held_out_outputs_do_not_see_their_own_target():
+    q, f = paired_logits(200, 6)
+    data = module._Data.prepare(q, f, None, CONFIG)
+    outputs = module._cross_fit(data)
+    altered = f.clone()
+    altered[17] = torch.tensor([50.0, -50.0, 30.0, 0.0, 0.0, 9.0])
+    teacher = (altered / data.temperature).softmax(dim=1)
+    others = module._cross_fit(dataclasses.replace(data, f=altered, teacher=teacher))
+    assert outputs.keys() == others.keys()
+    for name, output in outputs.items():
+        assert torch.equal(output[17], others[name][17]), name
+        if name != IDENTITY:
+            assert not torch.equal(output[18], others[name][18]), name
+
+
+def test_each_family_equals_its_module():
+    """The map in terms of whitened components, and the module in terms of logits, are the same function."""
+    q, f = paired_logits(300, 12)
+    h = torch.cat([f[:, :3] * 2 + 1, torch.randn(300, 4, generator=torch.Generator().manual_seed(3)).double()], dim=1)
+    data = module._Data.prepare(q, f, h, CONFIG)
+    rows = torch.arange(300)
+    maps = data.fit(rows)
+    assert len(maps) == 7 + 3 * (len(data.clusterings) - 1)
+    for name, affine_map in maps.items():
+        correction = data.correction(affine_map, alpha=1.0)
+        features = () if correction.feature_mix is None else (h,)
+        assert (correction.feature_mix is not None) == name.endswith("features"), name
+        torch.testing.assert_close(correction(q, *features), data.apply(affine_map, rows), msg=name)
+
+
+def test_only_wanted_families_are_fitted_alike():
+    q, f = paired_logits(300, 12)
+    data = module._Data.prepare(q, f, None, CONFIG)
+    rows = torch.arange(300)
+    everything = data.fit(rows)
+    for name, affine_map in everything.items():
+        torch.testing.assert_close(data.fit(rows, {name})[name].shift, affine_map.shift)
+
+
+def test_features_help_where_logits_do_not():
+    q, f = paired_logits(500, 8)
+    hidden = 3 * torch.randn(500, 8, generator=torch.Generator().manual_seed(2)).double()
+    f = f + hidden
+    train, test = slice(0, 400), slice(400, 500)
+    plain = fit_cluster_affine(q[train], f[train])
+    informed = fit_cluster_affine(q[train], f[train], features=hidden[train])
+    gains = [agreement(out, f[test]) for out in (plain(q[test]), informed(q[test], hidden[test]))]
+    assert gains[1] > gains[0] + 10
+
+
+def test_alpha_moves_part_of_the_way():
+    q, f = paired_logits(300, 12)
+    full, half, none = (fit_cluster_affine(q, f, CATConfig(alpha=alpha)) for alpha in (1.0, 0.5, 0.0))
+    assert not torch.equal(full(q), q)
+    torch.testing.assert_close(half(q), q + 0.5 * (full(q) - q))
+    torch.testing.assert_close(none(q), q)
+
+
+def test_clusters_are_limited_by_configuration():
+    q, f = paired_logits(400, 12)
+    names = {candidate.name for candidate in select(q, f, CATConfig(num_clusters=2)).evidence.candidates}
+    assert not any("K=" in name for name in names)
+    names = {candidate.name for candidate in select(q, f, CATConfig(num_clusters=4)).evidence.candidates}
+    assert any("K=4" in name for name in names)
+
+
+@pytest.mark.parametrize("n_images", [1, 2, 19])
+def test_too_few_images_leave_the_model_alone(n_images):
+    q, f = paired_logits(n_images, 10)
+    selected = select(q, f, CATConfig())
+    assert torch.equal(selected.correction(q), q)
+    assert f"{n_images} images are too few" in selected.evidence.reason
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_few_classes(classes):
+    q, f = paired_logits(100, classes)
+    correction = fit_cluster_affine(q, f)
+    assert isinstance(correction, ClusterAffine)
+    assert torch.isfinite(correction(q)).all()
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.0])
+def test_outputs_that_do_not_vary(constant):
+    q = torch.full((100, 5), constant).double()
+    assert torch.isfinite(fit_cluster_affine(q, paired_logits(100, 5)[1])(q)).all()
+
+
+def test_more_images_than_families_are_compared_on(monkeypatch):
+    """The correction is fitted on all images, also where the families are compared on a part of them."""
+    q, f = paired_logits(900, 6)
+    monkeypatch.setattr(module, "SELECTION_VALUES", 6 * 300)
+    selected = select(q, f, CONFIG)
+    assert selected.evidence.images == len(selected.rows) == len(selected.held_out) == 300
+    seen = []
+    monkeypatch.setattr(module._Data, "fit", spy(module._Data.fit, seen))
+    select(q, f, CONFIG)
+    assert seen[-1] == 900
+    assert set(seen[:-1]) == {270}
+
+
+def spy(fit, seen):
+    def wrapped(self, rows, wanted=None):
+        seen.append(len(rows))
+        return fit(self, rows, wanted)
+
+    return wrapped
