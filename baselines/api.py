@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import os
 import random
@@ -122,6 +123,7 @@ def quantize(
         reconstruct(job, progress=progress)
         _set_layout(job.network, torch.contiguous_format)
         network = job.network.eval().requires_grad_(False)
+    network.calibration_digests = frozenset(_image_digests(inputs))
     logger.info("quantized %s", summarize(network).headline)
     logger.info(
         "%s W%dA%d: %d images, %s steps a unit, %.1f s",
@@ -129,6 +131,12 @@ def quantize(
         time.perf_counter() - started,
     )
     return network.to(dtype) if dtype in HALF else network
+
+
+def _image_digests(images: Tensor) -> list[str]:
+    """SHA-256 of the float32 bytes of each image, the first 16 hexadecimal digits: tells others which were used."""
+    flat = images.detach().to("cpu", torch.float32).contiguous().flatten(1)
+    return [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in flat]
 
 
 def prepare(

@@ -1,3 +1,4 @@
+import hashlib
 import random
 
 import numpy as np
@@ -218,3 +219,9 @@ def test_blocks_do_not_change_what_is_quantized():
         ValueError, match=r"blocks names 'layer2', but SmallResNet has no such module; close to it: layer1"
     ):
         quantize(model, images(16), blocks=["layer2"], batch_size=16)
+
+
+def test_calibration_images_can_be_told():
+    network = quantize(randomized(SmallResNet()), images(40), method="rtn")
+    digests = {hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:16] for image in images(40)}
+    assert network.calibration_digests == digests
