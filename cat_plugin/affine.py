@@ -33,6 +33,64 @@ def fit_affine(q: Tensor, f: Tensor, ids: Tensor, num_clusters: int) -> tuple[Te
     return gamma, mean_f - gamma * mean_q
 
 
+class AffineSums:
+    """Statistics of `f ~ gamma * q + beta` over all images, added up chunk by chunk.
+
+    Args:
+        mean_q, mean_f: (C,) float64 values near the means, from which deviations are counted, to keep digits.
+    """
+
+    def __init__(self, mean_q: Tensor, mean_f: Tensor) -> None:
+        self._mean_q, self._mean_f = mean_q, mean_f
+        self.sums = mean_q.new_zeros(5, len(mean_q))
+
+    def add(self, q: Tensor, f: Tensor) -> None:
+        """Adds images with logits `q` and `f`, both (n, C) float64."""
+        q, f = q - self._mean_q, f - self._mean_f
+        parts = (torch.ones_like(q), q, f, q.square(), q * f)
+        self.sums += torch.stack([part.sum(dim=0) for part in parts])
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """gamma (1, C) and beta (1, C), as `fit_affine` with one cluster."""
+        count, *sums = self.sums
+        q, f, qq, qf = (part / count for part in sums)
+        gamma = (qf - q * f) / (qq - q.square()).clamp(min=MIN_VARIANCE)
+        beta = f + self._mean_f - gamma * (q + self._mean_q)
+        return gamma.unsqueeze(0), beta.unsqueeze(0)
+
+
+class SharedSums:
+    """Statistics of `fit_shared`, added up chunk by chunk, for R features and C classes."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        self.sums = torch.zeros(features + 1, features + 1 + classes, dtype=torch.float64)
+        self.power = torch.zeros(classes, dtype=torch.float64)
+
+    def add(self, z: Tensor, residual: Tensor) -> "SharedSums":
+        """Adds images with features `z` (n, R) and what is left of their logits, (n, C), both float64."""
+        design = torch.cat([z, z.new_ones(len(z), 1)], dim=1)
+        self.sums += design.T @ torch.cat([design, residual], dim=1)
+        self.power += residual.square().sum(dim=0)
+        return self
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Coefficients (R, C) and offset (C,)."""
+        features, classes = len(self.sums) - 1, len(self.power)
+        n_images = self.sums[features, features]
+        mean_z, mean_residual = self.sums[features, :features] / n_images, self.sums[features, -classes:] / n_images
+        gram = self.sums[:features, :features] - n_images * mean_z.outer(mean_z)
+        cross = self.sums[:features, -classes:] - n_images * mean_z.outer(mean_residual)
+        power = self.power - n_images * mean_residual.square()
+        jitter = 1e-10 * gram.diagonal().sum().clamp(min=MIN_VARIANCE) / max(features, 1)
+        inverse = torch.linalg.inv(gram + jitter * torch.eye(features, dtype=gram.dtype))
+        coefficients = inverse @ cross
+        errors = (power.sum() - (coefficients * cross).sum()).clamp(min=0)
+        noise = inverse.diagonal() * errors / (classes * (n_images - features - 1).clamp(min=1))
+        signal = (coefficients.square().mean(dim=1) - noise).clamp(min=0)
+        coefficients = coefficients * (signal / (signal + noise).clamp(min=torch.finfo(noise.dtype).tiny)).unsqueeze(1)
+        return coefficients, mean_residual - mean_z @ coefficients
+
+
 def fit_shared(z: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Linear map from features to what another map left over, each feature as strong as the data support.
 
@@ -42,24 +100,56 @@ def fit_shared(z: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     neither a rank nor a strength has to be chosen.
 
     Args:
-        z: (N, R) float64 features, R < N - 2.
-        residual: (N, C) float64.
+        z: (N, R) float64 features, R < N - 2, of mean about 0.
+        residual: (N, C) float64, of mean about 0.
 
     Returns:
         coefficients (R, C) and offset (C,) such that `residual ~ z @ coefficients + offset`.
     """
-    n_images, n_features = z.shape
-    mean_z, mean_residual = z.mean(dim=0), residual.mean(dim=0)
-    centred, target = z - mean_z, residual - mean_residual
-    gram = centred.T @ centred
-    jitter = 1e-10 * gram.diagonal().mean().clamp(min=MIN_VARIANCE)
-    inverse = torch.linalg.inv(gram + jitter * torch.eye(n_features, dtype=z.dtype))
-    coefficients = inverse @ (centred.T @ target)
-    errors = (target - centred @ coefficients).square().sum() / (residual.shape[1] * max(n_images - n_features - 1, 1))
-    noise = inverse.diagonal() * errors
-    signal = (coefficients.square().mean(dim=1) - noise).clamp(min=0)
-    coefficients = coefficients * (signal / (signal + noise).clamp(min=torch.finfo(z.dtype).tiny)).unsqueeze(1)
-    return coefficients, mean_residual - mean_z @ coefficients
+    return SharedSums(z.shape[1], residual.shape[1]).add(z, residual).solve()
+
+
+class DeviationSums:
+    """Statistics of `fit_deviations`, added up chunk by chunk, for K clusters.
+
+    Args:
+        mean: (C,) float64 logits near the mean, from which deviations are counted, to keep digits.
+    """
+
+    def __init__(self, num_clusters: int, mean: Tensor) -> None:
+        self._mean = mean
+        self.counts = torch.zeros(num_clusters, dtype=torch.float64)
+        self.sums = torch.zeros(5, num_clusters, len(mean), dtype=torch.float64)
+
+    def add(self, q: Tensor, residual: Tensor, ids: Tensor) -> "DeviationSums":
+        """Adds images with logits `q` and what is left of the targets, both (n, C) float64, in the clusters `ids`."""
+        q = q - self._mean
+        self.counts += torch.bincount(ids, minlength=len(self.counts))
+        for total, part in zip(self.sums, (q, residual, q.square(), q * residual, residual.square()), strict=True):
+            total.index_add_(0, ids, part)
+        return self
+
+    def solve(self, *, keep_slope: bool = False) -> tuple[Tensor, Tensor]:
+        """slope (K, C) and offset (K, C)."""
+        images = self.counts.clamp(min=1).unsqueeze(1)
+        mean_q, mean_residual = self.sums[0] / images, self.sums[1] / images
+        power = (self.sums[2] - images * mean_q.square()).clamp(min=0)
+        cross = self.sums[3] - images * mean_q * mean_residual
+        slope = cross / power.clamp(min=MIN_VARIANCE)
+        squares = (self.sums[4] - images * mean_residual.square() - slope * cross).clamp(min=0).sum(dim=0)
+        n_images = self.counts.sum()
+        noise = (squares / (n_images - 2 * len(self.counts)).clamp(min=1)).clamp(min=1e-12)
+        if keep_slope:
+            slope = slope - (power * slope).sum(dim=0) / power.sum(dim=0).clamp(min=MIN_VARIANCE)
+        totals = self.sums.sum(dim=1) / n_images
+        spread = (totals[2] - totals[0].square()).clamp(min=MIN_VARIANCE)
+        speaks = ((self.counts > 2).unsqueeze(1) & (power > MIN_VARIANCE)).double()
+        # E[mean^2] = noise * (tau + 1 / n), E[slope^2] = noise * (tau / spread + 1 / power): summed, solved for tau.
+        offset_tau = _moment(mean_residual.square() * images / noise, images.expand_as(power), speaks)
+        slope_tau = _moment(slope.square() * power / noise, power / spread, speaks)
+        offset = mean_residual * speaks * (images * offset_tau / (images * offset_tau + 1))
+        slope = slope * speaks * (power * slope_tau / (power * slope_tau + spread))
+        return slope, offset - slope * (mean_q + self._mean)
 
 
 def fit_deviations(
@@ -83,24 +173,7 @@ def fit_deviations(
     Returns:
         slope (K, C) and offset (K, C), float64; 0 for clusters of fewer than three images.
     """
-    counts = torch.bincount(ids, minlength=num_clusters)
-    images = counts.clamp(min=1).unsqueeze(1).to(q.dtype)
-    mean_q, mean_residual = (_cluster_sum(values, ids, counts) / images for values in (q, residual))
-    centred_q, centred = q - mean_q[ids], residual - mean_residual[ids]
-    power = _cluster_sum(centred_q.square(), ids, counts)
-    slope = _cluster_sum(centred_q * centred, ids, counts) / power.clamp(min=MIN_VARIANCE)
-    freedom = max(len(q) - 2 * num_clusters, 1)
-    noise = ((centred - slope[ids] * centred_q).square().sum(dim=0) / freedom).clamp(min=1e-12)
-    if keep_slope:
-        slope = slope - (power * slope).sum(dim=0) / power.sum(dim=0).clamp(min=MIN_VARIANCE)
-    spread = q.var(dim=0, correction=0).clamp(min=MIN_VARIANCE)
-    speaks = ((counts > 2).unsqueeze(1) & (power > MIN_VARIANCE)).to(q.dtype)
-    # E[mean^2] = noise * (tau + 1 / n) and E[slope^2] = noise * (tau / spread + 1 / power), summed and solved for tau.
-    offset_tau = _moment(mean_residual.square() * images / noise, images.expand_as(power), speaks)
-    slope_tau = _moment(slope.square() * power / noise, power / spread, speaks)
-    offset = mean_residual * speaks * (images * offset_tau / (images * offset_tau + 1))
-    slope = slope * speaks * (power * slope_tau / (power * slope_tau + spread))
-    return slope, offset - slope * mean_q
+    return DeviationSums(num_clusters, q.mean(dim=0)).add(q, residual, ids).solve(keep_slope=keep_slope)
 
 
 def _moment(squares: Tensor, weights: Tensor, speaks: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from cat_plugin.accuracy import compare_accuracy
-from cat_plugin.batches import Loader
-from cat_plugin.collect import PairedOutputs, collect_outputs
+from cat_plugin.batches import Loader, model_device
+from cat_plugin.collect import stream_outputs
 from cat_plugin.config import CATConfig
 from cat_plugin.diagnosis import find_warnings
+from cat_plugin.distributed import reduce_sum
 from cat_plugin.fit import Fit, fit_and_score
 from cat_plugin.report import CATReport
+from cat_plugin.store import LogitStore
 from cat_plugin.wrapper import CATWrapper
 
 logger = logging.getLogger(__name__)
@@ -51,17 +53,25 @@ def apply_cat(
         The attached wrapper; its `report` says what was fitted and what it gains.
 
     Raises:
-        CATError: `config` is no CATConfig; and see `collect_outputs`, `fit_cluster_affine` and `compare_accuracy`.
-            Nothing stays attached.
+        CATError: `config` is no CATConfig; and see `cat_plugin.collect.stream_outputs`, `fit_cluster_affine` and
+            `compare_accuracy`. Nothing stays attached.
     """
     config = CATConfig.resolve(config)
     start = time.perf_counter()
-    pairs = collect_outputs(
+    batches = stream_outputs(
         quantized_model, fp_model, calib_loader, features=config.features, batch_size=batch_size, progress=progress
     )
-    collected = time.perf_counter()
-    fit = fit_and_score(pairs.q, pairs.f, config, pairs.h)
-    report = _report(pairs, fit, collected - start, time.perf_counter() - collected)
+    with LogitStore() as store:
+        reused: list[float] = []
+        for batch in batches:
+            store.append(batch.q, batch.f, batch.h)
+            if batch.calibrated is not None:
+                reused.append(batch.calibrated.double().sum().item())
+        collected, device = time.perf_counter(), model_device(quantized_model)
+        fit = fit_and_score(store, config, device)
+        share = sum(reused) / len(store) if reused else None
+        seconds = collected - start, time.perf_counter() - collected
+        report = _report(store, fit, share, device, *seconds)
     cat_model = CATWrapper(quantized_model, fit.correction, report, config)
     if eval_loader is not None:
         try:
@@ -78,18 +88,27 @@ def apply_cat(
     return cat_model
 
 
-def _report(pairs: PairedOutputs, fit: Fit, collect_seconds: float, fit_seconds: float) -> CATReport:
+def _report(
+    store: LogitStore,
+    fit: Fit,
+    reused: float | None,
+    device: torch.device | None,
+    collect_seconds: float,
+    fit_seconds: float,
+) -> CATReport:
     correction = fit.correction
-    sizes = torch.bincount(correction.assign(pairs.q), minlength=correction.num_clusters)
+    sizes = torch.zeros(correction.num_clusters, dtype=torch.int64)
+    for q, _, _ in store.chunks():
+        sizes += torch.bincount(correction.assign(q.to(store.dtype)), minlength=correction.num_clusters)
     return CATReport(
-        images=len(pairs.q),
+        images=fit.images,
         num_clusters=correction.num_clusters,
-        cluster_sizes=tuple(sizes.tolist()),
+        cluster_sizes=tuple(reduce_sum(sizes, device).tolist()),
         held_out=fit.held_out,
         added_parameters=correction.num_parameters,
         added_bytes=correction.num_bytes,
         collect_seconds=collect_seconds,
         fit_seconds=fit_seconds,
         evidence=fit.evidence,
-        warnings=tuple(find_warnings(pairs.q, pairs.f, pairs.reused)),
+        warnings=tuple(find_warnings(fit.q, fit.f, reused)),
     )

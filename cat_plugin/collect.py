@@ -2,16 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cat_plugin.batches import Batch, Loader, iterate_inputs, model_device, num_batches, place
+from cat_plugin.batches import Batch, Loader, iterate_inputs, num_batches, place
 from cat_plugin.diagnosis import image_digests, known_calibration
-from cat_plugin.distributed import gather_rows
 from cat_plugin.errors import CATError
 from cat_plugin.features import FeatureTap
 from cat_plugin.hook import refuse_attached
@@ -25,15 +24,15 @@ class PairedOutputs:
 
     q: (N, C) float32, of the quantized model. f: (N, C) float32, of the full-precision model.
     targets: (N,) int64, or None where the loader has no labels. h: (N, D) float32 features of a layer of the
-    quantized model, or None where none were asked for. reused: share of the images that the quantized model was
-    calibrated on, or None where it does not tell, see `cat_plugin.diagnosis.known_calibration`.
+    quantized model, or None where none were asked for. calibrated: (N,) bool, whether the quantized model was
+    calibrated on an image, or None where it does not tell, see `cat_plugin.diagnosis.known_calibration`.
     """
 
     q: Tensor
     f: Tensor
     targets: Tensor | None = None
     h: Tensor | None = None
-    reused: float | None = None
+    calibrated: Tensor | None = None
 
 
 def collect_outputs(
@@ -45,12 +44,31 @@ def collect_outputs(
     batch_size: int = 64,
     progress: bool = False,
 ) -> PairedOutputs:
-    """Streams `loader` once through both models in evaluation mode and keeps their logits.
+    """The outputs of `stream_outputs`, all together in memory."""
+    batches = list(
+        stream_outputs(quantized_model, fp_model, loader, features=features, batch_size=batch_size, progress=progress)
+    )
+    joined = {}
+    for field in fields(PairedOutputs):
+        parts = [getattr(batch, field.name) for batch in batches]
+        joined[field.name] = None if any(part is None for part in parts) else torch.cat(parts)
+    return PairedOutputs(**joined)
+
+
+def stream_outputs(
+    quantized_model: nn.Module,
+    fp_model: nn.Module,
+    loader: Loader,
+    *,
+    features: str | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Iterator[PairedOutputs]:
+    """Streams `loader` once through both models in evaluation mode and yields their logits, batch by batch.
 
     See `iterate_inputs` for what a loader can be; `batch_size` is used for one stacked tensor only. `features` names a
-    layer of the quantized model whose outputs are kept too, averaged over positions. Where `torch.distributed` is
-    initialised, every process feeds its own images and all of them get those of all. Both models are left as they
-    were found, also when something raises half-way.
+    layer of the quantized model whose outputs are given too, averaged over positions. Both models are left as they
+    were found when the stream ends, also when something raises half-way.
 
     Raises:
         CATError: models that cannot be compared, a loader without images, logits that are not 2-D,
@@ -59,10 +77,8 @@ def collect_outputs(
     """
     check_models(quantized_model, fp_model)
     refuse_attached(quantized_model)
-    pairs: list[tuple[Tensor, Tensor]] = []
-    targets: list[Tensor | None] = []
-    kept: list[Tensor] = []
-    calibration, reused = known_calibration(quantized_model), 0
+    calibration = known_calibration(quantized_model)
+    faults = {name: _Faults(name) for name in ("quantized_model", "fp_model", f"layer {features!r}")}
     models = {"quantized_model": quantized_model, "fp_model": fp_model}
     with inference(models), _captured(quantized_model) as capture, _tapped(quantized_model, features) as tap:
         for inputs, labels in progress_bar(loader, batch_size, progress, "CAT: collecting logits"):
@@ -70,21 +86,15 @@ def collect_outputs(
             q = _to_cpu(extract(capture.take(), "quantized_model"))
             f = run_logits(fp_model, inputs, "fp_model")
             check_same_shape({"quantized_model": q, "fp_model": f})
-            pairs.append((q, f))
-            targets.append(labels)
+            h = None if tap is None else _to_cpu(tap.take())
+            known = None
             if calibration is not None:
-                reused += sum(digest in calibration for digest in image_digests(inputs))
-            if tap is not None:
-                kept.append(_to_cpu(tap.take()))
-    q, f = (torch.cat(part) for part in zip(*pairs, strict=True))
-    h = torch.cat(kept) if kept else None
-    for name, values in (("quantized_model", q), ("fp_model", f), (f"layer {features!r}", h)):
-        if values is not None:
-            check_finite(values, name)
-    labels = None if any(labels is None for labels in targets) else torch.cat(targets)
-    device = model_device(quantized_model)
-    share = None if calibration is None else reused / len(q)
-    return PairedOutputs(*(None if part is None else gather_rows(part, device) for part in (q, f, labels, h)), share)
+                known = torch.tensor([digest in calibration for digest in image_digests(inputs)], dtype=torch.bool)
+            for fault, values in zip(faults.values(), (q, f, h), strict=True):
+                fault.look(values)
+            yield PairedOutputs(q, f, labels, h, known)
+    for fault in faults.values():
+        fault.tell()
 
 
 def progress_bar(loader: Loader, batch_size: int, progress: bool, title: str) -> Iterator[Batch]:
@@ -126,12 +136,31 @@ def check_same_shape(outputs: dict[str, Tensor]) -> None:
 
 def check_finite(logits: Tensor, name: str) -> None:
     """Raises a `CATError` if `logits` (N, C) of the model `name` hold NaN or infinite values."""
-    bad = ~torch.isfinite(logits)
-    if bad.any():
-        raise CATError(
-            f"{name} gave {int(bad.sum())} NaN or infinite logits, in {int(bad.any(dim=1).sum())} of "
-            f"{len(logits)} images; check its scales, and its inputs for values out of range"
-        )
+    faults = _Faults(name)
+    faults.look(logits)
+    faults.tell()
+
+
+class _Faults:
+    """Counts NaN and infinite values of the model `name`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._values = self._images = self._total = 0
+
+    def look(self, logits: Tensor | None) -> None:
+        if logits is not None:
+            bad = ~torch.isfinite(logits)
+            self._values += int(bad.sum())
+            self._images += int(bad.any(dim=1).sum())
+            self._total += len(logits)
+
+    def tell(self) -> None:
+        if self._values:
+            raise CATError(
+                f"{self._name} gave {self._values} NaN or infinite logits, in {self._images} of {self._total} images; "
+                "check its scales, and its inputs for values out of range"
+            )
 
 
 class _Capture:

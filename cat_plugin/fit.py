@@ -10,9 +10,11 @@ from cat_plugin.clustering import fit_clusters
 from cat_plugin.collect import check_finite
 from cat_plugin.config import CATConfig
 from cat_plugin.correction import ClusterAffine
+from cat_plugin.distributed import gather_rows
 from cat_plugin.errors import CATError
 from cat_plugin.metrics import agreement, agreement_gain, kl_divergence
-from cat_plugin.selection import Evidence, Selected, select
+from cat_plugin.selection import Evidence, select
+from cat_plugin.store import LogitStore
 
 FOLDS = 5
 
@@ -52,12 +54,18 @@ class HeldOutScores:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fit:
-    """A correction with what is known of it: the held-out scores (None where images are too few to hold any out), and
-    in `"auto"` mode the evidence that it was chosen by."""
+    """A correction with what is known of it.
+
+    held_out: None where images are too few to hold any out. evidence: what it was chosen by, in `"auto"` mode.
+    images: how many it was fitted on. q, f: (n, C) logits of those that it was judged on.
+    """
 
     correction: ClusterAffine
     held_out: HeldOutScores | None
     evidence: Evidence | None
+    images: int
+    q: Tensor
+    f: Tensor
 
 
 def fit_cluster_affine(
@@ -87,16 +95,29 @@ def fit_cluster_affine(
     config = _check(q, f, config, features)
     if config.mode == "paper":
         return _fit_paper(q, f, config.clusters_for(len(q)), config)
-    return _placed(_select(q, f, config, features).correction, q)
+    return _placed(select(LogitStore.of(q, f, features), config).correction, q)
 
 
-def fit_and_score(q: Tensor, f: Tensor, config: CATConfig | None = None, features: Tensor | None = None) -> Fit:
-    """`fit_cluster_affine` with `held_out_scores`, for the cost of the scores where both need the same fits."""
-    config = _check(q, f, config, features)
-    if config.mode == "paper":
-        return Fit(_fit_paper(q, f, config.clusters_for(len(q)), config), held_out_scores(q, f, config), None)
-    selected = _select(q, f, config, features)
-    return Fit(_placed(selected.correction, q), _scores(q, f, selected), selected.evidence)
+def fit_and_score(store: LogitStore, config: CATConfig, device: torch.device | None = None) -> Fit:
+    """The correction for the logits in `store`, those of all processes together, and `held_out_scores`.
+
+    Args:
+        store: finite logits of both models, and features.
+        device: where processes communicate if their backend works on accelerators only.
+
+    Raises:
+        CATError: in `"paper"` mode there are fewer images than clusters.
+    """
+    if config.mode == "auto":
+        selected = select(store, config, device)
+        judged = selected.evidence.images > 0
+        scores = HeldOutScores.of(selected.f, selected.q, selected.held_out) if judged else None
+        correction = _placed(selected.correction, torch.empty(0, dtype=store.dtype))
+        return Fit(correction, scores, selected.evidence, selected.images, selected.q, selected.f)
+    q, f, _ = store.take(torch.arange(len(store)))
+    q, f = (gather_rows(logits.to(store.dtype), device) for logits in (q, f))
+    correction = _fit_paper(q, f, config.clusters_for(len(q)), config)
+    return Fit(correction, held_out_scores(q, f, config), None, len(q), q, f)
 
 
 def held_out_scores(
@@ -109,7 +130,7 @@ def held_out_scores(
     """
     config = _check(q, f, config, features)
     if config.mode == "auto":
-        return _scores(q, f, _select(q, f, config, features))
+        return fit_and_score(LogitStore.of(q, f, features), config).held_out
     n_images = len(q)
     if n_images < 2:
         return None
@@ -124,18 +145,6 @@ def held_out_scores(
         correction = _fit_paper(q[~held_out], f[~held_out], min(num_clusters, n_train), config)
         out[held_out] = correction(q[held_out])
     return HeldOutScores.of(f, q, out)
-
-
-def _select(q: Tensor, f: Tensor, config: CATConfig, features: Tensor | None) -> Selected:
-    wide = [None if x is None else x.detach().to("cpu", torch.float64, copy=True) for x in (q, f, features)]
-    return select(wide[0], wide[1], config, wide[2])
-
-
-def _scores(q: Tensor, f: Tensor, selected: Selected) -> HeldOutScores | None:
-    if len(selected.rows) == 0:
-        return None
-    q, f = (logits.detach().cpu().double()[selected.rows] for logits in (q, f))
-    return HeldOutScores.of(f, q, selected.held_out)
 
 
 def _fit_paper(q: Tensor, f: Tensor, num_clusters: int, config: CATConfig) -> ClusterAffine:

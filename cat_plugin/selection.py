@@ -15,11 +15,13 @@ from scipy.optimize import minimize, minimize_scalar
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from cat_plugin.affine import fit_affine, fit_deviations, fit_shared
+from cat_plugin.affine import AffineSums, DeviationSums, SharedSums, fit_affine, fit_deviations, fit_shared
 from cat_plugin.clustering import Clusters, cluster, one_cluster
 from cat_plugin.config import CATConfig
 from cat_plugin.correction import ClusterAffine
+from cat_plugin.distributed import gather_rows, reduce_sum, rows_before
 from cat_plugin.divergence import cross_entropy, fit_class_divergence, fit_shared_divergence
+from cat_plugin.store import LogitStore
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,9 @@ MIN_EVIDENCE = -1.0
 they are judged, so an estimate that few images leave near zero is not held against them."""
 MIN_CHANGED = 1.0
 """Percentage of predictions that a correction has to change to be worth having."""
-SELECTION_VALUES = 2**22
-"""Largest number of logits that families are compared on; with more images a part of them is drawn."""
+SELECTION_VALUES = 2**21
+"""Largest number of logits that families are compared on and divergences minimised on; with more images a part of them
+is drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,52 +87,68 @@ class Evidence:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selected:
-    """A correction, the evidence for it, and the cross-fitted outputs it was judged by.
+    """A correction, the evidence for it, and the images that it was judged on.
 
-    rows: (n,) int64, which of the given images these are. held_out: (n, C) float64, their logits, each corrected by
-    maps that were fitted without it.
+    images: how many it was fitted on, in all processes. q, f: (n, C) float64 logits of those it was judged on, and
+    held_out: (n, C) float64, their corrected logits, each by maps that were fitted without it.
     """
 
     correction: ClusterAffine
     evidence: Evidence
-    rows: Tensor
+    images: int
+    q: Tensor
+    f: Tensor
     held_out: Tensor
 
 
-def select(q: Tensor, f: Tensor, config: CATConfig, h: Tensor | None = None) -> Selected:
+def select(store: LogitStore, config: CATConfig, device: torch.device | None = None) -> Selected:
     """Fits all families of maps, weighs them, and decides whether the result is worth having.
 
-    The outcome does not depend on the order of the images.
+    The outcome does not depend on the order of the images, nor on which of several processes has which
+    (`torch.distributed`). Families are weighed, and divergences minimised, on up to `SELECTION_VALUES` logits;
+    the least-squares statistics are those of all images, in passes that take memory for a part of them only.
 
     Args:
-        q: (N, C) float64 logits of the quantized model, on the CPU.
-        f: (N, C) float64 logits of the full-precision model.
+        store: logits (N, C) of both models, and features.
         config: its `num_clusters`, `pca_dim`, `min_cluster_size`, `alpha` and `seed` count.
-        h: (N, D) float64 features of a layer of the quantized model.
+        device: where processes communicate if their backend works on accelerators only.
     """
-    classes = q.shape[1]
-    order = _canonical_order(q, f)
-    if len(q) < MIN_IMAGES:
-        reason = f"{len(q)} images are too few to learn from and to check; give at least {MIN_IMAGES}"
+    q, f, h, n_images = _sample(store, config, device)
+    if n_images < MIN_IMAGES:
+        reason = f"{n_images} images are too few to learn from and to check; give at least {MIN_IMAGES}"
         evidence = Evidence(0, 0.0, 0.0, 0.0, False, reason)
-        return Selected(ClusterAffine.identity(classes), evidence, order[:0], q[:0])
-    generator = torch.Generator().manual_seed(config.seed)
-    shuffled = order[torch.randperm(len(q), generator=generator)]
-    rows = shuffled[: max(SELECTION_VALUES // classes, MIN_IMAGES)]
-    data = _Data.prepare(q[rows], f[rows], None if h is None else h[rows], config)
+        return Selected(ClusterAffine.identity(store.classes), evidence, n_images, q, f, q)
+    data = _Data.prepare(q, f, h, config, config.clusters_for(n_images))
     outputs = _cross_fit(data)
-    outputs = _best_clusterings(outputs, data)
     weights = _weigh(outputs, data)
     held_out = sum(weight * outputs[name].double() for name, weight in weights.items())
     evidence = _judge(outputs, weights, held_out, data)
     if not evidence.accepted:
-        return Selected(ClusterAffine.identity(classes), evidence, rows, data.q)
-    judged = data.q + config.alpha * (held_out - data.q)
-    if len(rows) < len(q):
-        data = _Data.prepare(q[order], f[order], None if h is None else h[order], config, data.clusters_in(weights))
-    maps = data.fit(torch.arange(len(data.q)), set(weights))
-    total = _combine([(weight, maps[name]) for name, weight in weights.items() if weight > 0])
-    return Selected(data.correction(total, config.alpha), evidence, rows, judged)
+        return Selected(ClusterAffine.identity(store.classes), evidence, n_images, q, f, q)
+    names = {name for name, weight in weights.items() if weight > 0}
+    maps = data.fit(torch.arange(len(q)), names) if len(q) == n_images else _fit_all(store, data, names, device)
+    total = _combine([(weights[name], maps[name]) for name in weights if name in names])
+    correction = data.correction(total, config.alpha)
+    return Selected(correction, evidence, n_images, q, f, q + config.alpha * (held_out - q))
+
+
+def _sample(
+    store: LogitStore, config: CATConfig, device: torch.device | None
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """The images of all processes that families are compared on, `(q, f, h)` in a random order, and how many there are.
+
+    The random order is one of sorted images, so that it does not depend on how they came.
+    """
+    keys = gather_rows(store.keys(), device)
+    order = torch.from_numpy(np.lexsort(keys.T.flip(0).numpy()))
+    chosen = order[torch.randperm(len(keys), generator=torch.Generator().manual_seed(config.seed))]
+    chosen = chosen[: max(SELECTION_VALUES // store.classes, MIN_IMAGES)]
+    first = rows_before(len(store), device)
+    places = ((chosen >= first) & (chosen < first + len(store))).nonzero().squeeze(1)
+    taken = [None if part is None else gather_rows(part, device) for part in store.take(chosen[places] - first)]
+    arranged = gather_rows(places, device).argsort()
+    q, f, h = (None if part is None else part[arranged] for part in taken)
+    return q, f, h, len(keys)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,17 +209,13 @@ class _Data:
     teacher: Tensor
 
     @classmethod
-    def prepare(
-        cls, q: Tensor, f: Tensor, h: Tensor | None, config: CATConfig, counts: list[int] | None = None
-    ) -> "_Data":
+    def prepare(cls, q: Tensor, f: Tensor, h: Tensor | None, config: CATConfig, max_clusters: int) -> "_Data":
         basis = _Basis.fit(q, config.pca_dim, config.seed)
         feature_basis = None if h is None else _Basis.fit(h, config.pca_dim, config.seed)
         z = basis(q) if h is None else torch.cat([basis(q), feature_basis(h)], dim=1)
         clusterings = {1: one_cluster(*q.shape)}
-        if counts is None:
-            limit = config.clusters_for(len(q)) if len(basis.directions.T) else 1
-            counts = [count for count in CLUSTER_COUNTS if count <= limit]
-        for count in counts:
+        limit = min(max_clusters, len(q) // 2) if len(basis.directions.T) else 1
+        for count in [count for count in CLUSTER_COUNTS if count <= limit]:
             clusterings[count] = cluster(q.numpy(), basis.mean.numpy(), basis.unwhitened(), count, config.seed)
         temperature = SOFTENING * max(f.std(dim=1).mean().item(), 1e-6) if q.shape[1] > 1 else 1.0
         teacher = (f / temperature).softmax(dim=1)
@@ -212,49 +227,80 @@ class _Data:
         return self.basis.directions.shape[1]
 
     def fit(self, rows: Tensor, wanted: set[str] | None = None) -> dict[str, _Map]:
-        """Maps of all families, or of those in `wanted`, from the images `rows` (n,)."""
-        q, f, z, teacher = self.q[rows], self.f[rows], self.z[rows], self.teacher[rows]
-        classes, none = q.shape[1], self.z.new_zeros(self.z.shape[1], q.shape[1])
-        maps = {IDENTITY: _Map(torch.ones(1, classes).double(), torch.zeros(1, classes).double(), none)}
-
-        def absent(*names: str) -> bool:
-            return wanted is not None and wanted.isdisjoint(names)
-
-        maps[AFFINE] = affine = _Map(*fit_affine(q, f, torch.zeros_like(rows), 1), none)
-        if not absent(DIVERGENCE, *(_with_count(DIVERGENCE_CLUSTERS, count) for count in self.clusterings)):
-            scale, shift = fit_class_divergence(q, teacher, self.temperature, PRIOR)
-            maps[DIVERGENCE] = _Map(scale.unsqueeze(0), shift.unsqueeze(0), none)
-        widths = {"": self.rank} if self.feature_basis is None else {"": self.rank, WITH_FEATURES: z.shape[1]}
-        for suffix, width in widths.items():
-            parts = z[:, :width]
-            maps[SHARED + suffix] = shared = affine.plus_mix(*fit_shared(parts, f - affine.scale * q - affine.shift))
-            if absent(SHARED_DIVERGENCE + suffix):
-                continue
-            ones = torch.cat([parts, parts.new_ones(len(parts), 1)], dim=1)
-            start = q * shared.scale + shared.shift + z @ shared.mix
-            coefficients = fit_shared_divergence(ones, start, teacher, self.temperature, PRIOR)
-            maps[SHARED_DIVERGENCE + suffix] = shared.plus_mix(coefficients[:-1], coefficients[-1])
-        for count, clusters in self.clusterings.items():
-            if count == 1:
-                continue
-            ids = clusters.ids[rows]
-            for name, parent in CLUSTERED.items():
-                if not absent(_with_count(name, count)):
-                    base = maps[parent]
-                    residual = f - q * base.scale - base.shift - z @ base.mix
-                    keep_slope = parent == DIVERGENCE  # least squares would flatten it, see `fit_deviations`
-                    deviations = fit_deviations(q, residual, ids, count, keep_slope=keep_slope)
-                    maps[_with_count(name, count)] = base.plus(*deviations, count)
+        """Maps of all families, or of those in `wanted` and what they deviate from, from the images `rows` (n,)."""
+        maps = self.fit_shared_maps(rows, wanted)
+        for count in self.clusterings:
+            maps |= self.fit_cluster_maps(rows, maps, count, wanted)
         return maps
+
+    def fit_shared_maps(self, rows: Tensor, wanted: set[str] | None = None) -> dict[str, _Map]:
+        """Maps without clusters."""
+        q, f, z = self.q[rows], self.f[rows], self.z[rows]
+        maps = {IDENTITY: self.identity(), AFFINE: self.affine(*fit_affine(q, f, torch.zeros_like(rows), 1))}
+        for suffix, width in self.widths.items():
+            shared = fit_shared(z[:, :width], f - self.output(maps[AFFINE], q, z))
+            maps[SHARED + suffix] = maps[AFFINE].plus_mix(*shared)
+        return maps | self.fit_divergences(rows, maps, wanted)
+
+    def fit_divergences(self, rows: Tensor, maps: dict[str, _Map], wanted: set[str] | None) -> dict[str, _Map]:
+        """Maps that minimise divergences, the low-rank ones starting from those in `maps`."""
+        q, z, teacher = self.q[rows], self.z[rows], self.teacher[rows]
+        found = {}
+        if wanted is None or any(name.startswith(DIVERGENCE) for name in wanted):
+            scale, shift = fit_class_divergence(q, teacher, self.temperature, PRIOR)
+            found[DIVERGENCE] = self.affine(scale.unsqueeze(0), shift.unsqueeze(0))
+        for suffix, width in self.widths.items():
+            if wanted is None or SHARED_DIVERGENCE + suffix in wanted:
+                shared = maps[SHARED + suffix]
+                ones = torch.cat([z[:, :width], z.new_ones(len(z), 1)], dim=1)
+                start = self.output(shared, q, z)
+                coefficients = fit_shared_divergence(ones, start, teacher, self.temperature, PRIOR)
+                found[SHARED_DIVERGENCE + suffix] = shared.plus_mix(coefficients[:-1], coefficients[-1])
+        return found
+
+    def fit_cluster_maps(
+        self, rows: Tensor, maps: dict[str, _Map], count: int, wanted: set[str] | None = None
+    ) -> dict[str, _Map]:
+        """Maps with `count` clusters, deviating from those in `maps`."""
+        if count == 1:
+            return {}
+        q, f, z, ids = self.q[rows], self.f[rows], self.z[rows], self.clusterings[count].ids[rows]
+        found = {}
+        for name, parent in CLUSTERED.items():
+            if wanted is None or _with_count(name, count) in wanted:
+                residual = f - self.output(maps[parent], q, z)
+                # Least squares would flatten the slope of a divergence's map, see `fit_deviations`.
+                deviations = fit_deviations(q, residual, ids, count, keep_slope=parent == DIVERGENCE)
+                found[_with_count(name, count)] = maps[parent].plus(*deviations, count)
+        return found
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Number of components that low-rank maps read, by the ending of their name."""
+        logits = {"": self.rank}
+        return logits if self.feature_basis is None else {**logits, WITH_FEATURES: self.z.shape[1]}
+
+    def affine(self, scale: Tensor, shift: Tensor) -> _Map:
+        """The map without a low-rank part; scale and shift are (1, C)."""
+        return _Map(scale, shift, self.z.new_zeros(self.z.shape[1], self.q.shape[1]))
+
+    def identity(self) -> _Map:
+        ones = torch.ones(1, self.q.shape[1], dtype=torch.float64)
+        return self.affine(ones, torch.zeros_like(ones))
+
+    def components(self, q: Tensor, h: Tensor | None) -> Tensor:
+        """(n, R + S) components of other images' logits and features."""
+        return self.basis(q) if h is None else torch.cat([self.basis(q), self.feature_basis(h)], dim=1)
+
+    @staticmethod
+    def output(affine_map: _Map, q: Tensor, z: Tensor) -> Tensor:
+        """Output (n, C) of a map without clusters for logits `q` and components `z`."""
+        return q * affine_map.scale + affine_map.shift + z @ affine_map.mix
 
     def apply(self, affine_map: _Map, rows: Tensor) -> Tensor:
         """Output (n, C) of a map for the images `rows` (n,)."""
         ids = self.clusterings[affine_map.clusters].ids[rows]
         return self.q[rows] * affine_map.scale[ids] + affine_map.shift[ids] + self.z[rows] @ affine_map.mix
-
-    def clusters_in(self, names: dict[str, float]) -> list[int]:
-        """Numbers of clusters that the families `names` have."""
-        return [count for count in self.clusterings if any(name.endswith(f"K={count}") for name in names)]
 
     def correction(self, total: _Map, alpha: float) -> ClusterAffine:
         """The module that moves by `alpha` towards the output of `total`."""
@@ -275,41 +321,69 @@ def _with_count(name: str, count: int) -> str:
     return f"{name}, K={count}"
 
 
-def _canonical_order(q: Tensor, f: Tensor) -> Tensor:
-    """Indices (N,) that sort the images by their logits."""
-    keys = torch.cat([q[:, :3], f[:, :3]], dim=1).T.flip(0)
-    return torch.from_numpy(np.lexsort(keys.numpy()))
-
-
 def _cross_fit(data: _Data) -> dict[str, Tensor]:
     """(N, C) float32 outputs of every family, each image by a map that was fitted without it.
 
-    The components and clusterings are those of all images, which says nothing of their full-precision logits. Few
-    images are cut into more parts, so that the maps judged are nearly those of all images.
+    Of the clusterings, only the one that brings a family nearest to full precision is kept. The components and
+    clusterings are those of all images, which says nothing of their full-precision logits. Few images are cut into
+    more parts, so that the maps judged are nearly those of all images.
     """
     n_images = len(data.q)
     folds = 10 if n_images <= 512 else 5
-    outputs: dict[str, Tensor] = {}
-    for fold in range(folds):
-        held_out = torch.arange(fold, n_images, folds)
-        kept = torch.ones(n_images, dtype=torch.bool)
-        kept[held_out] = False
-        for name, affine_map in data.fit(kept.nonzero().squeeze(1)).items():
-            output = outputs.setdefault(name, torch.empty(data.q.shape, dtype=torch.float32))
-            output[held_out] = data.apply(affine_map, held_out).float()
-    return outputs
+    parts = [torch.arange(fold, n_images, folds) for fold in range(folds)]
+    others = [torch.cat([part for part in parts if part is not held_out]).sort().values for held_out in parts]
+    maps = [data.fit_shared_maps(rows) for rows in others]
 
+    def outputs_of(fold_maps: list[dict[str, _Map]]) -> dict[str, Tensor]:
+        outputs = {name: torch.empty(data.q.shape, dtype=torch.float32) for name in fold_maps[0]}
+        for held_out, found in zip(parts, fold_maps, strict=True):
+            for name, affine_map in found.items():
+                outputs[name][held_out] = data.apply(affine_map, held_out).float()
+        return outputs
 
-def _best_clusterings(outputs: dict[str, Tensor], data: _Data) -> dict[str, Tensor]:
-    """`outputs` without the clusterings other than the one that brings a family nearest to full precision."""
-    values = {}
+    best, best_value = {}, math.inf
     for count in data.clusterings:
-        names = [_with_count(name, count) for name in CLUSTERED]
-        if names[0] in outputs:
-            values[count] = min(_divergence(outputs[name].double(), data.f, 1.0).mean().item() for name in names)
-    best = min(values, key=values.get, default=None)
-    dropped = {_with_count(name, count) for count in values if count != best for name in CLUSTERED}
-    return {name: output for name, output in outputs.items() if name not in dropped}
+        if count > 1:
+            folded = zip(others, maps, strict=True)
+            outputs = outputs_of([data.fit_cluster_maps(rows, found, count) for rows, found in folded])
+            value = min(_divergence(output.double(), data.f, 1.0).mean().item() for output in outputs.values())
+            if value < best_value:
+                best, best_value = outputs, value
+    return outputs_of(maps) | best
+
+
+def _fit_all(store: LogitStore, data: _Data, names: set[str], device: torch.device | None) -> dict[str, _Map]:
+    """The maps `names`, least squares on all images of all processes, divergences on those of `data`."""
+    rows, classes = torch.arange(len(data.q)), store.classes
+    affine = AffineSums(data.q.mean(dim=0), data.f.mean(dim=0))
+    for q, f, _ in store.chunks():
+        affine.add(q, f)
+    affine.sums = reduce_sum(affine.sums, device)
+    maps = {IDENTITY: data.identity(), AFFINE: data.affine(*affine.solve())}
+
+    shared = {suffix: SharedSums(width, classes) for suffix, width in data.widths.items()}
+    for q, f, h in store.chunks():
+        z = data.components(q, h)
+        for suffix, sums in shared.items():
+            sums.add(z[:, : data.widths[suffix]], f - data.output(maps[AFFINE], q, z))
+    for suffix, sums in shared.items():
+        sums.sums, sums.power = reduce_sum(sums.sums, device), reduce_sum(sums.power, device)
+        maps[SHARED + suffix] = maps[AFFINE].plus_mix(*sums.solve())
+    maps |= data.fit_divergences(rows, maps, names)
+
+    counts = {count for count in data.clusterings for name in CLUSTERED if _with_count(name, count) in names}
+    for count in counts:
+        clusters = data.clusterings[count]
+        clustered = {name: DeviationSums(count, data.q.mean(dim=0)) for name in CLUSTERED if CLUSTERED[name] in maps}
+        for q, f, h in store.chunks():
+            z, ids = data.components(q, h), (q @ clusters.weight + clusters.bias).argmax(dim=1)
+            for name, sums in clustered.items():
+                sums.add(q, f - data.output(maps[CLUSTERED[name]], q, z), ids)
+        for name, sums in clustered.items():
+            sums.counts, sums.sums = reduce_sum(sums.counts, device), reduce_sum(sums.sums, device)
+            deviations = sums.solve(keep_slope=CLUSTERED[name] == DIVERGENCE)
+            maps[_with_count(name, count)] = maps[CLUSTERED[name]].plus(*deviations, count)
+    return maps
 
 
 def _weigh(outputs: dict[str, Tensor], data: _Data) -> dict[str, float]:
@@ -318,7 +392,9 @@ def _weigh(outputs: dict[str, Tensor], data: _Data) -> dict[str, float]:
     Away from equal shares for the trusted families, weights are pulled back: few images cannot tell families apart.
     """
     names = list(outputs)
-    stacked = torch.stack([output - output.mean(dim=1, keepdim=True) for output in outputs.values()]).double()
+    stacked = torch.empty(len(names), *data.q.shape, dtype=torch.float64)
+    for part, output in zip(stacked, outputs.values(), strict=True):
+        torch.sub(output, output.mean(dim=1, keepdim=True), out=part)
     teacher = data.f.softmax(dim=1)
     trusted = np.array([float(name in TRUSTED) for name in names])
     trusted /= trusted.sum()
@@ -341,11 +417,13 @@ def _dispersion(stacked: Tensor, predicted: Tensor, teacher: Tensor) -> float:
 
     1 where targets are drawn from the predictions; less where the teacher's soft predictions tell more than a label.
     """
-    slopes = torch.einsum("mnc,nc->nm", stacked, predicted - teacher)
-    curvature = torch.stack(
-        [(predicted * part.square()).sum(dim=1) - (predicted * part).sum(dim=1).square() for part in stacked]
-    ).mean(dim=1)
-    return min((slopes.var(dim=0).sum() / curvature.sum().clamp(min=1e-12)).item(), 1.0)
+    variance = curvature = 0.0
+    for part in stacked:
+        weighted = predicted * part
+        mean = weighted.sum(dim=1)
+        variance += (mean - (teacher * part).sum(dim=1)).var().item()
+        curvature += ((weighted * part).sum(dim=1) - mean.square()).mean().item()
+    return min(variance / max(curvature, 1e-12), 1.0)
 
 
 def _judge(outputs: dict[str, Tensor], weights: dict[str, float], held_out: Tensor, data: _Data) -> Evidence:

@@ -3,12 +3,21 @@ import dataclasses
 import pytest
 import torch
 
-from cat_plugin import CATConfig, ClusterAffine, fit_cluster_affine
+from cat_plugin import CATConfig, ClusterAffine, fit_cluster_affine, store
 from cat_plugin import selection as module
-from cat_plugin.selection import IDENTITY, select
+from cat_plugin.selection import IDENTITY
+from cat_plugin.store import LogitStore
 from tests.cat_plugin.helpers import paired_logits
 
 CONFIG = CATConfig(pca_dim=6)
+
+
+def select(q, f, config):
+    return module.select(LogitStore.of(q, f), config)
+
+
+def prepare(q, f, h=None, max_clusters=16):
+    return module._Data.prepare(q, f, h, CONFIG, max_clusters)
 
 
 def agreement(out, f):
@@ -56,14 +65,14 @@ def test_nothing_planted_gives_the_identity(noise, seed):
     assert not selected.evidence.accepted
     assert "nothing to gain" in selected.evidence.reason
     assert torch.equal(selected.correction(fresh), fresh)
-    assert torch.equal(selected.held_out, q[selected.rows])
+    assert torch.equal(selected.held_out, selected.q)
 
 
 def test_correction_is_the_weighted_sum_of_the_maps():
     q, f = paired_logits(300, 12)
     selected = select(q, f, CONFIG)
-    q, f = q[selected.rows], f[selected.rows]
-    data = module._Data.prepare(q, f, None, CONFIG)
+    q, f = selected.q, selected.f
+    data = prepare(q, f, max_clusters=CONFIG.clusters_for(300))
     weights = {candidate.name: candidate.weight for candidate in selected.evidence.candidates}
     rows = torch.arange(len(q))
     maps = data.fit(rows)
@@ -86,7 +95,7 @@ def test_order_of_the_images_does_not_matter():
 
 def test_held_out_outputs_do_not_see_their_own_target():
     q, f = paired_logits(200, 6)
-    data = module._Data.prepare(q, f, None, CONFIG)
+    data = prepare(q, f, max_clusters=4)
     outputs = module._cross_fit(data)
     altered = f.clone()
     altered[17] = torch.tensor([50.0, -50.0, 30.0, 0.0, 0.0, 9.0])
@@ -103,7 +112,7 @@ def test_each_family_equals_its_module():
     """The map in terms of whitened components, and the module in terms of logits, are the same function."""
     q, f = paired_logits(300, 12)
     h = torch.cat([f[:, :3] * 2 + 1, torch.randn(300, 4, generator=torch.Generator().manual_seed(3)).double()], dim=1)
-    data = module._Data.prepare(q, f, h, CONFIG)
+    data = prepare(q, f, h)
     rows = torch.arange(300)
     maps = data.fit(rows)
     assert len(maps) == 7 + 3 * (len(data.clusterings) - 1)
@@ -116,7 +125,7 @@ def test_each_family_equals_its_module():
 
 def test_only_wanted_families_are_fitted_alike():
     q, f = paired_logits(300, 12)
-    data = module._Data.prepare(q, f, None, CONFIG)
+    data = prepare(q, f)
     rows = torch.arange(300)
     everything = data.fit(rows)
     for name, affine_map in everything.items():
@@ -172,22 +181,36 @@ def test_outputs_that_do_not_vary(constant):
     assert torch.isfinite(fit_cluster_affine(q, paired_logits(100, 5)[1])(q)).all()
 
 
-def test_more_images_than_families_are_compared_on(monkeypatch):
-    """The correction is fitted on all images, also where the families are compared on a part of them."""
+def test_streamed_fit_equals_the_one_in_memory(monkeypatch):
+    """Least squares are those of all images, in memory and from files, though families are compared on a part."""
+    (q, f, _), (fresh, target, _) = planted(900, 12, 4, noise=0.1)
+    monkeypatch.setattr(module, "SELECTION_VALUES", 12 * 300)
+    monkeypatch.setattr(store, "CHUNK_VALUES", 24 * 170)
+    stores = [LogitStore(), LogitStore(memory_values=5000)]
+    for one in stores:
+        for start in range(0, 900, 64):
+            one.append(q[start : start + 64].float(), f[start : start + 64].float())
+    memory, files = (module.select(one, CONFIG) for one in stores)
+    assert memory.evidence.images == len(memory.q) == 300
+    assert memory.images == 900
+    for a, b in zip(memory.correction.buffers(), files.correction.buffers(), strict=True):
+        assert torch.equal(a, b)
+    assert agreement(memory.correction(fresh), target) > agreement(fresh, target) + 3
+
+
+def test_all_images_count_where_families_are_compared_on_a_part(monkeypatch):
     q, f = paired_logits(900, 6)
-    monkeypatch.setattr(module, "SELECTION_VALUES", 6 * 300)
-    selected = select(q, f, CONFIG)
-    assert selected.evidence.images == len(selected.rows) == len(selected.held_out) == 300
-    seen = []
-    monkeypatch.setattr(module._Data, "fit", spy(module._Data.fit, seen))
-    select(q, f, CONFIG)
-    assert seen[-1] == 900
-    assert set(seen[:-1]) == {270}
-
-
-def spy(fit, seen):
-    def wrapped(self, rows, wanted=None):
-        seen.append(len(rows))
-        return fit(self, rows, wanted)
-
-    return wrapped
+    data = prepare(q[:300], f[:300])
+    names = {*data.fit(torch.arange(300))}
+    streamed = module._fit_all(LogitStore.of(q, f), data, names, None)
+    monkeypatch.setattr(module._Data, "fit_divergences", lambda self, rows, maps, wanted: divergences)
+    divergences = {name: streamed[name] for name in names if name.startswith("KL") and "clusters" not in name}
+    ids = {count: (q @ c.weight + c.bias).argmax(dim=1) for count, c in data.clusterings.items()}
+    clusterings = {n: dataclasses.replace(c, ids=ids[n]) for n, c in data.clusterings.items()}
+    teacher = (f / data.temperature).softmax(dim=1)
+    everything = dataclasses.replace(data, q=q, f=f, z=data.basis(q), teacher=teacher, clusterings=clusterings)
+    expected = everything.fit(torch.arange(900))
+    assert streamed.keys() == expected.keys()
+    for name, affine_map in expected.items():
+        for part in ("scale", "shift", "mix"):
+            torch.testing.assert_close(getattr(streamed[name], part), getattr(affine_map, part), msg=f"{name} {part}")
