@@ -43,9 +43,9 @@ SOFTENING = 0.5
 matching the largest logit (0) and matching all alike (infinity)."""
 PRIOR, WEIGHT_PRIOR = 10.0, 20.0
 """Strengths of the pull of a divergence's parameters to 0, and of weights to those of the trusted families."""
-MIN_EVIDENCE = -1.0
-"""Held-out gain, in standard errors, below which the identity is returned. Families are pulled to simple maps before
-they are judged, so an estimate that few images leave near zero is not held against them."""
+MIN_EVIDENCE = -1.5
+"""Held-out gain, in standard errors, of KL and of agreement, below which the identity is returned. Maps that few images
+judge were fitted on still fewer, so their estimate is low, and one next to zero is not held against them."""
 MIN_CHANGED = 1.0
 """Percentage of predictions that a correction has to change to be worth having."""
 SELECTION_VALUES = 2**21
@@ -440,15 +440,21 @@ def _judge(outputs: dict[str, Tensor], weights: dict[str, float], held_out: Tens
         for name, output in outputs.items()
     )
     kl_gain, error = gain(held_out)
-    changed = 100.0 * (held_out.argmax(dim=1) != data.q.argmax(dim=1)).double().mean().item()
-    if not kl_gain > MIN_EVIDENCE * error:
-        reason = "nothing to gain: held-out outputs do not come nearer to full precision"
-    elif changed < MIN_CHANGED:
-        reason = f"nothing to gain: a correction would change {changed:.2f} % of the predictions"
+    target, before, after = (logits.argmax(dim=1) for logits in (data.f, data.q, held_out))
+    changed = 100.0 * (after != before).double().mean().item()
+    won, lost = int(((after == target) & (before != target)).sum()), int(((before == target) & (after != target)).sum())
+    faults = {
+        f"KL(FP || output) falls by {kl_gain:.4f} +- {error:.4f} nats": not kl_gain > MIN_EVIDENCE * error,
+        f"{won} predictions come to agree with FP, and {lost} no longer do": won - lost
+        < MIN_EVIDENCE * math.sqrt(won + lost),
+        f"a correction would change {changed:.2f} % of the predictions": changed < MIN_CHANGED,
+    }
+    found = [fault for fault, given in faults.items() if given]
+    if found:
+        reason = f"nothing to gain: on held-out images, {'; '.join(found)}"
     else:
-        reason = f"held-out outputs come nearer to full precision, {changed:.2f} % of the predictions change"
-    accepted = kl_gain > MIN_EVIDENCE * error and changed >= MIN_CHANGED
-    return Evidence(len(data.q), kl_gain, error, changed, accepted, reason, candidates)
+        reason = f"on held-out images, {'; '.join(fault for fault in list(faults)[:2])}"
+    return Evidence(len(data.q), kl_gain, error, changed, not found, reason, candidates)
 
 
 def _combine(parts: list[tuple[float, _Map]]) -> _Map:
