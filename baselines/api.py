@@ -135,7 +135,7 @@ def quantize(
 
 def _image_digests(images: Tensor) -> list[str]:
     """SHA-256 of the float32 bytes of each image, the first 16 hexadecimal digits: tells others which were used."""
-    flat = images.detach().to("cpu", torch.float32).contiguous().flatten(1)
+    flat = images.detach().to("cpu", torch.float32).contiguous().reshape(len(images), -1)
     return [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in flat]
 
 

@@ -1,5 +1,6 @@
 """The main entry point."""
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -12,7 +13,7 @@ from cat_plugin.batches import Loader, model_device
 from cat_plugin.collect import stream_outputs
 from cat_plugin.config import CATConfig
 from cat_plugin.diagnosis import find_warnings
-from cat_plugin.distributed import reduce_sum
+from cat_plugin.distributed import Processes
 from cat_plugin.fit import Fit, fit_and_score
 from cat_plugin.report import CATReport
 from cat_plugin.store import LogitStore
@@ -61,17 +62,19 @@ def apply_cat(
     batches = stream_outputs(
         quantized_model, fp_model, calib_loader, features=config.features, batch_size=batch_size, progress=progress
     )
+    processes = Processes.all(model_device(quantized_model) if isinstance(quantized_model, nn.Module) else None)
     with LogitStore() as store:
         reused: list[float] = []
-        for batch in batches:
-            store.append(batch.q, batch.f, batch.h)
-            if batch.calibrated is not None:
-                reused.append(batch.calibrated.double().sum().item())
-        collected, device = time.perf_counter(), model_device(quantized_model)
-        fit = fit_and_score(store, config, device)
-        share = sum(reused) / len(store) if reused else None
+        with processes.together(), contextlib.closing(batches):  # closed at once if anything raises
+            for batch in batches:
+                store.append(batch.q, batch.f, batch.h)
+                if batch.calibrated is not None:
+                    reused.append(batch.calibrated.double().sum().item())
+        collected = time.perf_counter()
+        fit = fit_and_score(store, config, processes)
+        share = processes.sum(torch.tensor(sum(reused))).item() / fit.images if reused else None
         seconds = collected - start, time.perf_counter() - collected
-        report = _report(store, fit, share, device, *seconds)
+        report = _report(store, fit, share, processes, *seconds)
     cat_model = CATWrapper(quantized_model, fit.correction, report, config)
     if eval_loader is not None:
         try:
@@ -92,7 +95,7 @@ def _report(
     store: LogitStore,
     fit: Fit,
     reused: float | None,
-    device: torch.device | None,
+    processes: Processes,
     collect_seconds: float,
     fit_seconds: float,
 ) -> CATReport:
@@ -103,12 +106,12 @@ def _report(
     return CATReport(
         images=fit.images,
         num_clusters=correction.num_clusters,
-        cluster_sizes=tuple(reduce_sum(sizes, device).tolist()),
+        cluster_sizes=tuple(processes.sum(sizes).tolist()),
         held_out=fit.held_out,
         added_parameters=correction.num_parameters,
         added_bytes=correction.num_bytes,
         collect_seconds=collect_seconds,
         fit_seconds=fit_seconds,
         evidence=fit.evidence,
-        warnings=tuple(find_warnings(fit.q, fit.f, reused)),
+        warnings=tuple(find_warnings(fit.f, fit.images, fit.repeated, reused)),
     )

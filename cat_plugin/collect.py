@@ -87,6 +87,11 @@ def stream_outputs(
             f = run_logits(fp_model, inputs, "fp_model")
             check_same_shape({"quantized_model": q, "fp_model": f})
             h = None if tap is None else _to_cpu(tap.take())
+            if h is not None and len(h) != len(q):
+                raise CATError(
+                    f"layer {features!r} gave {len(h)} rows for {len(q)} images (windows or tokens may be rows there); "
+                    "name a layer that gives one row an image"
+                )
             known = None
             if calibration is not None:
                 known = torch.tensor([digest in calibration for digest in image_digests(inputs)], dtype=torch.bool)

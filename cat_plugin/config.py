@@ -21,7 +21,8 @@ class CATConfig:
     mode              `"auto"`: maps of several families are weighed against each other and
                       against leaving the model alone on held-out images, see
                       `cat_plugin.selection`; `"paper"`: the published recipe
-    num_clusters      K, the largest number of clusters of the quantized model's logits
+    num_clusters      K, the number of clusters of the quantized model's logits; in `"auto"` the
+                      largest of 4, 8, 16, ... 128 that is tried
     pca_dim           principal components of the logits that are kept: for clustering where
                       there are more classes than this, and in `"auto"` for the shared map
     alpha             0 to 1, how far an output moves from the quantized to the corrected logits
@@ -90,8 +91,10 @@ class CATConfig:
         """Number of clusters to fit on `n_images` images; in `"auto"` the largest that is tried.
 
         Raises:
-            CATError: there are fewer images than clusters and no `min_cluster_size` that lowers K.
+            CATError: in `"paper"` mode, there are fewer images than clusters and no `min_cluster_size` that lowers K.
         """
+        if self.mode == "auto" and self.min_cluster_size is None:
+            return min(n_images, self.num_clusters)
         if self.min_cluster_size is not None:
             return min(max(n_images // self.min_cluster_size, 1), self.num_clusters)
         if n_images < self.num_clusters:

@@ -1,5 +1,6 @@
 """Features of an intermediate layer that may feed the correction beside the logits."""
 
+import threading
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ class FeatureTap:
     """Forward hook that keeps the last output of the layer `name`, averaged over positions.
 
     Kept of an output (N, D) is the output itself, of (N, T, D), a sequence, the mean over T, and of (N, D, ...) that
-    over all further dimensions.
+    over all further dimensions; of layers that give channels last, name one behind the pooling.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._handle: RemovableHandle | None = None
-        self._kept: list[Tensor] = []
+        self._kept = threading.local()  # a model may run in several threads
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
@@ -28,7 +29,7 @@ class FeatureTap:
         wide = output.detach().to(torch.float64 if output.dtype == torch.float64 else torch.float32)
         if wide.ndim == 3:
             wide = wide.mean(dim=1)
-        self._kept = [wide.flatten(2).mean(dim=2) if wide.ndim > 2 else wide]
+        self._kept.features = wide.flatten(2).mean(dim=2) if wide.ndim > 2 else wide.clone()
 
     def attach(self, model: nn.Module) -> "FeatureTap":
         """Registers the hook on the layer of `model`.
@@ -55,9 +56,14 @@ class FeatureTap:
         Raises:
             CATError: the layer has not run since they were last taken.
         """
-        if not self._kept:
+        kept = getattr(self._kept, "features", None)
+        if kept is None:
             raise CATError(f"layer {self.name!r} did not run in this forward pass, so it cannot give features")
-        return self._kept.pop()
+        self._kept.features = None
+        return kept
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": []}
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _kept=threading.local())

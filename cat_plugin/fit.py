@@ -10,10 +10,10 @@ from cat_plugin.clustering import fit_clusters
 from cat_plugin.collect import check_finite
 from cat_plugin.config import CATConfig
 from cat_plugin.correction import ClusterAffine
-from cat_plugin.distributed import gather_rows
+from cat_plugin.distributed import Processes
 from cat_plugin.errors import CATError
 from cat_plugin.metrics import agreement, agreement_gain, kl_divergence
-from cat_plugin.selection import Evidence, select
+from cat_plugin.selection import ALONE, Evidence, select
 from cat_plugin.store import LogitStore
 
 FOLDS = 5
@@ -57,13 +57,15 @@ class Fit:
     """A correction with what is known of it.
 
     held_out: None where images are too few to hold any out. evidence: what it was chosen by, in `"auto"` mode.
-    images: how many it was fitted on. q, f: (n, C) logits of those that it was judged on.
+    images: how many it was fitted on, and repeated: how many of them repeat another. q, f: (n, C) logits of those
+    that it was judged on.
     """
 
     correction: ClusterAffine
     held_out: HeldOutScores | None
     evidence: Evidence | None
     images: int
+    repeated: int
     q: Tensor
     f: Tensor
 
@@ -98,26 +100,27 @@ def fit_cluster_affine(
     return _placed(select(LogitStore.of(q, f, features), config).correction, q)
 
 
-def fit_and_score(store: LogitStore, config: CATConfig, device: torch.device | None = None) -> Fit:
+def fit_and_score(store: LogitStore, config: CATConfig, processes: Processes = ALONE) -> Fit:
     """The correction for the logits in `store`, those of all processes together, and `held_out_scores`.
 
     Args:
         store: finite logits of both models, and features.
-        device: where processes communicate if their backend works on accelerators only.
+        processes: that call this function, each with images of its own.
 
     Raises:
         CATError: in `"paper"` mode there are fewer images than clusters.
     """
     if config.mode == "auto":
-        selected = select(store, config, device)
+        selected = select(store, config, processes)
         judged = selected.evidence.images > 0
         scores = HeldOutScores.of(selected.f, selected.q, selected.held_out) if judged else None
         correction = _placed(selected.correction, torch.empty(0, dtype=store.dtype))
-        return Fit(correction, scores, selected.evidence, selected.images, selected.q, selected.f)
+        return Fit(correction, scores, selected.evidence, selected.images, selected.repeated, selected.q, selected.f)
     q, f, _ = store.take(torch.arange(len(store)))
-    q, f = (gather_rows(logits.to(store.dtype), device) for logits in (q, f))
+    q, f = (processes.gather_rows(logits.to(store.dtype)) for logits in (q, f))
+    repeated = len(q) - len(torch.unique(torch.cat([q, f], dim=1), dim=0))
     correction = _fit_paper(q, f, config.clusters_for(len(q)), config)
-    return Fit(correction, held_out_scores(q, f, config), None, len(q), q, f)
+    return Fit(correction, held_out_scores(q, f, config), None, len(q), repeated, q, f)
 
 
 def held_out_scores(

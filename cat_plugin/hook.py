@@ -28,9 +28,9 @@ class CATHook:
         self._disabled = 0
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        features = () if self._tap is None else (self._tap.take(),)
         if self._disabled:
             return output
+        features = () if self._tap is None else (self._tap.take(),)
         logits = extract(output, type(module).__name__)
         if self.correction.scale.device != logits.device:
             self.correction.to(logits.device)

@@ -19,7 +19,7 @@ from cat_plugin.affine import AffineSums, DeviationSums, SharedSums, fit_affine,
 from cat_plugin.clustering import Clusters, cluster, one_cluster
 from cat_plugin.config import CATConfig
 from cat_plugin.correction import ClusterAffine
-from cat_plugin.distributed import gather_rows, reduce_sum, rows_before
+from cat_plugin.distributed import Processes
 from cat_plugin.divergence import cross_entropy, fit_class_divergence, fit_shared_divergence
 from cat_plugin.store import LogitStore
 
@@ -31,6 +31,8 @@ CLUSTERS, SHARED_CLUSTERS, DIVERGENCE_CLUSTERS = "clusters", "low rank + cluster
 CLUSTERED = {CLUSTERS: AFFINE, SHARED_CLUSTERS: SHARED, DIVERGENCE_CLUSTERS: DIVERGENCE}
 """Families of cluster maps, and the shared map that they deviate from."""
 WITH_FEATURES = " + features"
+
+ALONE = Processes()
 
 TRUSTED = (DIVERGENCE, SHARED_DIVERGENCE)
 """The families among which the weight is divided until held-out images say otherwise."""
@@ -89,66 +91,73 @@ class Evidence:
 class Selected:
     """A correction, the evidence for it, and the images that it was judged on.
 
-    images: how many it was fitted on, in all processes. q, f: (n, C) float64 logits of those it was judged on, and
-    held_out: (n, C) float64, their corrected logits, each by maps that were fitted without it.
+    images: how many it was fitted on, in all processes, and repeated: how many of them repeat another. q, f: (n, C)
+    float64 logits of those it was judged on, and held_out: (n, C) float64, their corrected logits, each by maps that
+    were fitted without it.
     """
 
     correction: ClusterAffine
     evidence: Evidence
     images: int
+    repeated: int
     q: Tensor
     f: Tensor
     held_out: Tensor
 
 
-def select(store: LogitStore, config: CATConfig, device: torch.device | None = None) -> Selected:
+def select(store: LogitStore, config: CATConfig, processes: Processes = ALONE) -> Selected:
     """Fits all families of maps, weighs them, and decides whether the result is worth having.
 
-    The outcome does not depend on the order of the images, nor on which of several processes has which
-    (`torch.distributed`). Families are weighed, and divergences minimised, on up to `SELECTION_VALUES` logits;
-    the least-squares statistics are those of all images, in passes that take memory for a part of them only.
+    The outcome does not depend on the order of the images, nor on which process has which. Images that repeat
+    another one (in the outputs of both models, to about five digits) count once, since they would be held out and
+    fitted at a time. Families are weighed, and divergences minimised, on up to `SELECTION_VALUES` logits; the
+    least-squares statistics are those of all images, in passes that take memory for a part of them only.
 
     Args:
         store: logits (N, C) of both models, and features.
         config: its `num_clusters`, `pca_dim`, `min_cluster_size`, `alpha` and `seed` count.
-        device: where processes communicate if their backend works on accelerators only.
+        processes: that call this function, each with images of its own.
     """
-    q, f, h, n_images = _sample(store, config, device)
+    q, f, h, n_images, repeated = _sample(store, config, processes)
     if n_images < MIN_IMAGES:
         reason = f"{n_images} images are too few to learn from and to check; give at least {MIN_IMAGES}"
         evidence = Evidence(0, 0.0, 0.0, 0.0, False, reason)
-        return Selected(ClusterAffine.identity(store.classes), evidence, n_images, q, f, q)
+        return Selected(ClusterAffine.identity(store.classes), evidence, n_images + repeated, repeated, q, f, q)
     data = _Data.prepare(q, f, h, config, config.clusters_for(n_images))
     outputs = _cross_fit(data)
     weights = _weigh(outputs, data)
     held_out = sum(weight * outputs[name].double() for name, weight in weights.items())
-    evidence = _judge(outputs, weights, held_out, data)
+    weights, evidence = processes.agree((weights, _judge(outputs, weights, held_out, data)))
     if not evidence.accepted:
-        return Selected(ClusterAffine.identity(store.classes), evidence, n_images, q, f, q)
+        return Selected(ClusterAffine.identity(store.classes), evidence, n_images + repeated, repeated, q, f, q)
     names = {name for name, weight in weights.items() if weight > 0}
-    maps = data.fit(torch.arange(len(q)), names) if len(q) == n_images else _fit_all(store, data, names, device)
+    maps = data.fit(torch.arange(len(q)), names) if len(q) == n_images else _fit_all(store, data, names, processes)
     total = _combine([(weights[name], maps[name]) for name in weights if name in names])
-    correction = data.correction(total, config.alpha)
-    return Selected(correction, evidence, n_images, q, f, q + config.alpha * (held_out - q))
+    correction = processes.agree(data.correction(total, config.alpha))
+    judged = q + config.alpha * (held_out - q)
+    return Selected(correction, evidence, n_images + repeated, repeated, q, f, judged)
 
 
 def _sample(
-    store: LogitStore, config: CATConfig, device: torch.device | None
-) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """The images of all processes that families are compared on, `(q, f, h)` in a random order, and how many there are.
+    store: LogitStore, config: CATConfig, processes: Processes
+) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
+    """The images of all processes that families are compared on, `(q, f, h)` in a random order; how many different
+    ones there are; and how many repeat another.
 
     The random order is one of sorted images, so that it does not depend on how they came.
     """
-    keys = gather_rows(store.keys(), device)
+    keys = processes.gather_rows(store.keys())
     order = torch.from_numpy(np.lexsort(keys.T.flip(0).numpy()))
-    chosen = order[torch.randperm(len(keys), generator=torch.Generator().manual_seed(config.seed))]
+    repeats = (keys[order].diff(dim=0).abs() <= 1e-5 * keys.abs().mean(dim=0)).all(dim=1)
+    order = order[torch.cat([torch.ones(min(len(keys), 1), dtype=torch.bool), ~repeats])]
+    chosen = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(config.seed))]
     chosen = chosen[: max(SELECTION_VALUES // store.classes, MIN_IMAGES)]
-    first = rows_before(len(store), device)
-    places = ((chosen >= first) & (chosen < first + len(store))).nonzero().squeeze(1)
-    taken = [None if part is None else gather_rows(part, device) for part in store.take(chosen[places] - first)]
-    arranged = gather_rows(places, device).argsort()
+    before = processes.rows_before(len(store))
+    places = ((chosen >= before) & (chosen < before + len(store))).nonzero().squeeze(1)
+    taken = [None if part is None else processes.gather_rows(part) for part in store.take(chosen[places] - before)]
+    arranged = processes.gather_rows(places).argsort()
     q, f, h = (None if part is None else part[arranged] for part in taken)
-    return q, f, h, len(keys)
+    return q, f, h, len(order), len(keys) - len(order)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -352,13 +361,13 @@ def _cross_fit(data: _Data) -> dict[str, Tensor]:
     return outputs_of(maps) | best
 
 
-def _fit_all(store: LogitStore, data: _Data, names: set[str], device: torch.device | None) -> dict[str, _Map]:
+def _fit_all(store: LogitStore, data: _Data, names: set[str], processes: Processes) -> dict[str, _Map]:
     """The maps `names`, least squares on all images of all processes, divergences on those of `data`."""
     rows, classes = torch.arange(len(data.q)), store.classes
     affine = AffineSums(data.q.mean(dim=0), data.f.mean(dim=0))
     for q, f, _ in store.chunks():
         affine.add(q, f)
-    affine.sums = reduce_sum(affine.sums, device)
+    affine.sums = processes.sum(affine.sums)
     maps = {IDENTITY: data.identity(), AFFINE: data.affine(*affine.solve())}
 
     shared = {suffix: SharedSums(width, classes) for suffix, width in data.widths.items()}
@@ -367,7 +376,7 @@ def _fit_all(store: LogitStore, data: _Data, names: set[str], device: torch.devi
         for suffix, sums in shared.items():
             sums.add(z[:, : data.widths[suffix]], f - data.output(maps[AFFINE], q, z))
     for suffix, sums in shared.items():
-        sums.sums, sums.power = reduce_sum(sums.sums, device), reduce_sum(sums.power, device)
+        sums.sums, sums.power = processes.sum(sums.sums), processes.sum(sums.power)
         maps[SHARED + suffix] = maps[AFFINE].plus_mix(*sums.solve())
     maps |= data.fit_divergences(rows, maps, names)
 
@@ -380,7 +389,7 @@ def _fit_all(store: LogitStore, data: _Data, names: set[str], device: torch.devi
             for name, sums in clustered.items():
                 sums.add(q, f - data.output(maps[CLUSTERED[name]], q, z), ids)
         for name, sums in clustered.items():
-            sums.counts, sums.sums = reduce_sum(sums.counts, device), reduce_sum(sums.sums, device)
+            sums.counts, sums.sums = processes.sum(sums.counts), processes.sum(sums.sums)
             deviations = sums.solve(keep_slope=CLUSTERED[name] == DIVERGENCE)
             maps[_with_count(name, count)] = maps[CLUSTERED[name]].plus(*deviations, count)
     return maps
@@ -476,9 +485,10 @@ def _divergence(output: Tensor, f: Tensor, temperature: float) -> Tensor:
 def _best_scale(logits: Tensor, teacher: Tensor) -> float:
     """The factor of `logits` (N, C) that brings their softmax nearest to `teacher` on average."""
     inner = (teacher * logits).sum(dim=1).mean()
+    unit = logits.var(dim=1, correction=0).mean().sqrt().clamp(min=1e-12).log().item()
     found = minimize_scalar(
         lambda log_scale: ((math.exp(log_scale) * logits).logsumexp(dim=1).mean() - math.exp(log_scale) * inner).item(),
-        bounds=(math.log(0.05), math.log(20)),
+        bounds=(math.log(0.01) - unit, math.log(1000) - unit),
         method="bounded",
         options={"xatol": 1e-3},
     )

@@ -1,6 +1,7 @@
 """Paired logits between the models and the fit: in memory, or in a temporary folder where they are too many."""
 
 import logging
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cat_plugin.errors import CATError
+
 logger = logging.getLogger(__name__)
 
 MEMORY_VALUES = 2**25
 """Numbers that are held in memory, an eighth of a gigabyte in float32, before they go to files."""
 CHUNK_VALUES = 2**21
 """Numbers that a chunk holds."""
-KEYS = 3
 
 
 class LogitStore:
@@ -25,7 +27,7 @@ class LogitStore:
     are kept in float32 in files of a temporary folder, which `close` deletes, so that memory does not grow with N.
     """
 
-    def __init__(self, memory_values: int = MEMORY_VALUES) -> None:
+    def __init__(self, memory_values: float = MEMORY_VALUES) -> None:
         self._memory_values = memory_values
         self._parts: list[tuple[Tensor, ...]] = []
         self._keys: list[Tensor] = []
@@ -37,15 +39,21 @@ class LogitStore:
     @classmethod
     def of(cls, q: Tensor, f: Tensor, h: Tensor | None = None) -> "LogitStore":
         """A store in memory of logits (N, C) twice, and features (N, D)."""
-        store = cls(memory_values=q.numel() * 4)
+        store = cls(memory_values=math.inf)
         store.append(q, f, h)
         return store
 
     def append(self, q: Tensor, f: Tensor, h: Tensor | None = None) -> None:
         """Adds the logits of a batch (n, C) twice, and its features (n, D), on any device."""
         parts = tuple(part.detach().cpu() for part in (q, f, h) if part is not None)
-        self._keys.append(torch.cat([part[:, :KEYS].double() for part in parts[:2]], dim=1))
-        self._widths = tuple(part.shape[1] for part in parts)
+        widths = tuple(part.shape[1] for part in parts)
+        if any(len(part) != len(parts[0]) for part in parts) or self._widths not in ((), widths):
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            raise CATError(
+                f"a batch has logits and features of shapes {shapes}; expected one row an image, always as wide"
+            )
+        self._keys.append(torch.stack([(part.double() * self._mixture(part.shape[1])).sum(1) for part in parts[:2]], 1))
+        self._widths = widths
         self._dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self._length += len(q)
         if self._folder is not None:
@@ -69,8 +77,8 @@ class LogitStore:
         return self._dtype
 
     def keys(self) -> Tensor:
-        """(N, 6) float64: the first three logits of each model, by which images are put in order."""
-        return torch.cat(self._keys)
+        """(N, 2) float64: a mixture of the logits of each model, by which images are told apart and put in order."""
+        return torch.cat(self._keys) if self._keys else torch.empty(0, 2, dtype=torch.float64)
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """All rows in order, `(q, f, h)`, as many at a time as memory takes."""
@@ -101,6 +109,10 @@ class LogitStore:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @staticmethod
+    def _mixture(width: int) -> Tensor:
+        return torch.randn(width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def _spill(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="cat-logits-")

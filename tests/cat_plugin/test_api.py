@@ -133,3 +133,20 @@ def test_public_names():
         "fit_cluster_affine",
     }
     assert cat_plugin.__version__ == "0.1.0"
+
+
+def test_failure_between_batches_leaves_nothing_behind(pair, monkeypatch):
+    before = state_of(*pair)
+
+    def full(self, *parts):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("cat_plugin.store.LogitStore.append", full)
+    try:
+        apply_cat(*pair, images())
+    except OSError as error:  # the models are restored while the error is still at hand
+        assert state_of(*pair) == before
+        assert torch.is_grad_enabled()
+        assert "no space left" in str(error)
+    else:
+        pytest.fail("nothing was raised")

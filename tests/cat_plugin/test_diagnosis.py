@@ -7,30 +7,26 @@ from cat_plugin import apply_cat
 from cat_plugin.diagnosis import find_warnings, image_digests
 from tests.cat_plugin.helpers import images, model_pair, paired_logits
 
-Q, F = paired_logits(400, 10)
+_, F = paired_logits(400, 10)
 
 
 def test_nothing_to_say_of_a_random_sample():
-    assert find_warnings(Q, F) == []
-    assert find_warnings(Q, F, reused=0.2) == []
+    assert find_warnings(F, 400) == []
+    assert find_warnings(F, 400, repeated=3, reused=0.2) == []
+    assert find_warnings(F[:50], 40_000) == []  # the classes of a sample of many images
 
 
 @pytest.mark.parametrize(
-    ("q", "f", "reused", "message"),
+    ("f", "n_images", "repeated", "reused", "message"),
     [
-        (Q[:100], F[:100], None, "100 images are few"),
-        (Q.repeat(2, 1), F.repeat(2, 1), None, "400 of 800 images repeat others"),
-        (
-            Q,
-            F - 100 * (torch.arange(10) > 3),
-            None,
-            "of 10 classes for these images, where a random sample has about 10",
-        ),
-        (Q, F, 0.9, "90% of the images are those that the quantization was calibrated on"),
+        (F, 100, 0, None, "100 images are few"),
+        (F, 800, 400, None, "400 of 800 images repeat others"),
+        (F - 100 * (torch.arange(10) > 3), 400, 0, None, "of 10 classes for these images, where a random sample has"),
+        (F, 400, 0, 0.9, "90% of the images are those that the quantization was calibrated on"),
     ],
 )
-def test_warnings(q, f, reused, message):
-    found = find_warnings(q, f, reused)
+def test_warnings(f, n_images, repeated, reused, message):
+    found = find_warnings(f, n_images, repeated, reused)
     assert len(found) == 1
     assert message in found[0]
 

@@ -1,4 +1,6 @@
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -89,3 +91,46 @@ def test_correction_without_its_features():
         CATWrapper(quantized, correction)
     CATWrapper(quantized, correction, config=CONFIG)
     assert quantized(x).shape == (400, 10)
+
+
+class Rows(nn.Module):
+    """A layer inside that sees two rows an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = nn.Linear(3, 4), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.last(self.inner(x.reshape(-1, 3)).reshape(len(x), -1))
+
+
+def test_layer_that_gives_other_rows():
+    with pytest.raises(CATError, match="layer 'inner' gave 128 rows for 64 images"):
+        apply_cat(Rows(), Rows(), images(), config=CATConfig(features="inner"))
+
+
+def test_features_of_several_threads_do_not_mix():
+    quantized, fp = damaged_pair()
+    x = images(400)
+    apply_cat(quantized, fp, x, config=CONFIG)
+    parts = x.split(25)
+    with torch.no_grad():
+        expected = [quantized(part) for part in parts]
+
+    def run(part):
+        with torch.no_grad():
+            return quantized(part)
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            for out, wanted in zip(pool.map(run, parts), expected, strict=True):
+                torch.testing.assert_close(out, wanted)
+
+
+def test_hooked_model_can_be_pickled():
+    quantized, fp = damaged_pair()
+    apply_cat(quantized, fp, images(400), config=CONFIG)
+    clone = pickle.loads(pickle.dumps(quantized))
+    x = images(9, seed=2)
+    with torch.no_grad():
+        torch.testing.assert_close(clone(x), quantized(x))

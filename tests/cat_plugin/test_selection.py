@@ -202,7 +202,7 @@ def test_all_images_count_where_families_are_compared_on_a_part(monkeypatch):
     q, f = paired_logits(900, 6)
     data = prepare(q[:300], f[:300])
     names = {*data.fit(torch.arange(300))}
-    streamed = module._fit_all(LogitStore.of(q, f), data, names, None)
+    streamed = module._fit_all(LogitStore.of(q, f), data, names, module.ALONE)
     monkeypatch.setattr(module._Data, "fit_divergences", lambda self, rows, maps, wanted: divergences)
     divergences = {name: streamed[name] for name in names if name.startswith("KL") and "clusters" not in name}
     ids = {count: (q @ c.weight + c.bias).argmax(dim=1) for count, c in data.clusterings.items()}
@@ -214,3 +214,106 @@ def test_all_images_count_where_families_are_compared_on_a_part(monkeypatch):
     for name, affine_map in expected.items():
         for part in ("scale", "shift", "mix"):
             torch.testing.assert_close(getattr(streamed[name], part), getattr(affine_map, part), msg=f"{name} {part}")
+
+
+@pytest.mark.parametrize("copies", [2, 5])
+def test_repeated_images_count_once(copies):
+    """Copies of an image would be fitted and held out at a time."""
+    (q, f, _), (fresh, _, _) = planted(128, 10, 4, noise=0.6, strength=0.0)
+    jitter = 1 + 1e-7 * torch.randn(copies * 128, 10, generator=torch.Generator().manual_seed(0)).double()
+    once = select(q, f, CATConfig())
+    many = select(q.repeat(copies, 1) * jitter, f.repeat(copies, 1), CATConfig())
+    assert (once.repeated, many.repeated, many.images) == (0, (copies - 1) * 128, copies * 128)
+    assert once.evidence.images == many.evidence.images == 128
+    torch.testing.assert_close(many.correction(fresh), once.correction(fresh), atol=1e-3, rtol=1e-3)
+
+
+def judged(held_out, q, f):
+    data = prepare(q, f)
+    return module._judge({IDENTITY: q, "other": held_out}, {IDENTITY: 0.0, "other": 1.0}, held_out, data)
+
+
+def test_evidence_against_a_correction():
+    q, f = paired_logits(200, 6)
+    closer, wrong = q + 0.5 * (f - q), f.roll(1, dims=1)
+    assert judged(closer, q, f).accepted
+    worse = judged(wrong, q, f)
+    assert not worse.accepted
+    assert worse.kl_gain < module.MIN_EVIDENCE * worse.kl_gain_error
+    assert "nothing to gain" in worse.reason
+
+
+def test_agreement_that_falls_speaks_against_a_correction():
+    """All logits come nearer to FP except for the two largest, which change places in a tenth of the images."""
+    _, f = paired_logits(400, 6)
+    q, out = 5 * (f / 5).tanh(), f.clone()
+    top = f.topk(2, dim=1).indices
+    rows = torch.arange(0, 400, 10)
+    middle = (f[rows, top[rows, 0]] + f[rows, top[rows, 1]]) / 2
+    out[rows, top[rows, 0]], out[rows, top[rows, 1]] = middle - 1e-3, middle + 1e-3
+    evidence = judged(out, q, f)
+    assert evidence.kl_gain > module.MIN_EVIDENCE * evidence.kl_gain_error
+    assert not evidence.accepted
+    assert "no longer do" in evidence.reason
+
+
+def test_change_that_is_not_worth_having():
+    q, f = paired_logits(200, 6)
+    evidence = judged(q * 1.1 + 0.01 * (f - q), q, f)
+    assert evidence.changed < module.MIN_CHANGED
+    assert not evidence.accepted
+    assert "would change 0.00 % of the predictions" in evidence.reason
+
+
+def test_weights_go_to_what_predicts_held_out_images():
+    """With images enough, the weights are those of an unconstrained minimiser that knows nothing of priors."""
+    q, f = paired_logits(4000, 6)
+    data = prepare(q, f, max_clusters=1)
+    noise = torch.randn(4000, 6, generator=torch.Generator().manual_seed(5)).double()
+    outputs = {"affine": 0.5 * f + noise, "KL per class": noise.roll(1, 0), "KL low rank": q - noise, IDENTITY: q}
+    weights = module._weigh(outputs, data)
+    free = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([free], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+
+    def closure():
+        optimizer.zero_grad()
+        out = sum(weight**2 * output for weight, output in zip(free + 0.5, outputs.values(), strict=True))
+        loss = torch.nn.functional.cross_entropy(out, f.softmax(dim=1))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    expected = (free.detach() + 0.5) ** 2
+    torch.testing.assert_close(torch.tensor(list(weights.values())).double(), expected, atol=0.05, rtol=0)
+
+
+def test_few_images_keep_the_trusted_families():
+    q, f = paired_logits(30, 6)
+    data = prepare(q, f, max_clusters=1)
+    outputs = {"affine": q, "KL per class": q + 0.01, "KL low rank": q - 0.01, IDENTITY: q + 1}
+    weights = module._weigh(outputs, data)
+    total = sum(weights.values())
+    assert weights["KL per class"] / total == pytest.approx(0.5, abs=0.01)
+    assert weights["KL low rank"] / total == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_scale_of_the_logits(scale):
+    (q, f, _), (fresh, target, _) = planted(600, 12, 4, noise=0.1)
+    gain = agreement(fit_cluster_affine(q * scale, f * scale)(fresh * scale), target) - agreement(fresh, target)
+    assert gain > 5
+
+
+@pytest.mark.parametrize("n_images", [20, 40])
+def test_any_number_of_clusters_may_be_asked_for(n_images):
+    q, f = paired_logits(n_images, 10)
+    assert torch.isfinite(fit_cluster_affine(q, f, CATConfig(min_cluster_size=None))(q)).all()
+
+
+def test_logits_that_partly_agree_are_put_in_order():
+    q, f = paired_logits(300, 8)
+    q[:, :4], f[:, :4] = 1.0, 2.0
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    first, second = fit_cluster_affine(q, f, CONFIG), fit_cluster_affine(q[order], f[order], CONFIG)
+    for a, b in zip(first.buffers(), second.buffers(), strict=True):
+        assert torch.equal(a, b)

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cat_plugin import CATError
 from cat_plugin import store as module
 from cat_plugin.store import LogitStore
 
@@ -23,7 +24,6 @@ def test_rows_come_back_as_they_went(filled):
         for part, expected in zip(filled.take(rows), (Q, F, H), strict=True):
             assert part.dtype == torch.float64
             assert torch.equal(part, expected[rows].double())
-    assert torch.equal(filled.keys(), torch.cat([Q[:, :3], F[:, :3]], dim=1).double())
 
 
 def test_chunks_are_all_rows_in_order(filled, monkeypatch):
@@ -47,3 +47,25 @@ def test_float64_stays_float64():
     store = LogitStore.of(Q.double() / 3, F.double())
     assert store.dtype == torch.float64
     assert torch.equal(store.take(torch.arange(100))[0], Q.double() / 3)
+
+
+def test_keys_tell_images_apart_by_all_their_logits():
+    changed = Q.clone()
+    changed[7, 4] += 0.01
+    keys, others = (LogitStore.of(q, F).keys() for q in (Q, changed))
+    assert keys.shape == (100, 2)
+    assert (keys != others).any(dim=1).nonzero().tolist() == [[7]]
+    assert len(keys.unique(dim=0)) == 100
+
+
+def test_wide_features_stay_in_memory():
+    store = LogitStore.of(Q.double(), F.double(), torch.randn(100, 300, dtype=torch.float64))
+    assert store._folder is None
+
+
+@pytest.mark.parametrize("h", [H[:50], H[:, :2]], ids=["rows", "width"])
+def test_batches_that_do_not_fit_together(h):
+    store = LogitStore()
+    store.append(Q, F, H)
+    with pytest.raises(CATError, match="expected one row an image, always as wide"):
+        store.append(Q[: len(h)] if h.shape[1] == 2 else Q, F[: len(h)] if h.shape[1] == 2 else F, h)
