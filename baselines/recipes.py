@@ -160,7 +160,7 @@ QDROP = Recipe(
 PD_QUANT = replace(
     QDROP,  # which the authors' code is built on
     # arXiv 2212.07048; weight 1 / lamb_r and T are the defaults of the authors' main_imagenet.py, for 1,000 classes.
-    # On CIFAR-10 that weight learns the calibration images by heart, hence weight_for. ResNet-20, W2A2, 300 steps, KL to
+    # On CIFAR-10 it learns the calibration images by heart, hence weight_for. ResNet-20, W2A2, 300 steps, KL to
     # the FP predictions on the calibration images and on other training images: QDrop .31 and .40; weight 10 without
     # correction .10 and .45; weight 1 with correction .21 and .38 (1,000 steps: QDrop .25 and .34, this .18 and .34).
     # The authors take the whole batch; half of it costs half as much.
