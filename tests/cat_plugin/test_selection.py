@@ -52,7 +52,7 @@ def planted(n_images, n_classes, n_clusters, noise, strength=0.5, seed=0):
 def test_planted_cluster_map_is_recovered(n_images, n_classes, n_clusters):
     (q, f, _), (fresh, target, perfect) = planted(n_images, n_classes, n_clusters, noise=0.1)
     gain = agreement(perfect, target) - agreement(fresh, target)
-    assert gain > 10
+    assert gain > 5
     out = fit_cluster_affine(q, f)(fresh)
     assert agreement(out, target) - agreement(fresh, target) >= 0.8 * gain
 
