@@ -21,7 +21,7 @@ def find_warnings(f: Tensor, n_images: int, repeated: int = 0, reused: float | N
     sampled, n_classes = f.shape
     found = []
     if n_images - repeated < FEW_IMAGES:
-        found.append(f"{n_images - repeated} images are few: corrections gain from about a thousand")
+        found.append(f"{n_images - repeated} different images are few: corrections gain from about a thousand")
     if repeated > REPEATED_SHARE * n_images:
         found.append(f"{repeated} of {n_images} images repeat others and do not count; give different ones")
     seen = len(f.argmax(dim=1).unique())
@@ -29,7 +29,8 @@ def find_warnings(f: Tensor, n_images: int, repeated: int = 0, reused: float | N
     if seen < expected / 2:
         found.append(
             f"FP predicts {seen} of {n_classes} classes for these images, where a random sample has about "
-            f"{expected:.0f}; shuffle them, so that the correction is not fitted to a few classes"
+            f"{expected:.0f}; shuffle them, so that the correction is not fitted to a few classes (or look at "
+            "preprocessing and the FP weights)"
         )
     if reused is not None and reused >= REUSED_SHARE:
         found.append(

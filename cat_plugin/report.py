@@ -87,7 +87,7 @@ class CATReport:
         outcome = clusters if evidence.accepted else "the model is left as it is"
         lines = [f"CAT fitted on {self.images:,} images: {outcome}", f"  {evidence.reason}"]
         if evidence.candidates:
-            lines.append("  tried (fall of the held-out KL in nats, share of the weight):")
+            lines.append("  tried (fall of the held-out softened KL in nats, share of the weight):")
         for candidate in evidence.candidates:
             figures = f"{candidate.kl_gain:+.4f} +- {candidate.kl_gain_error:.4f}  {candidate.weight:5.0%}"
             lines.append(f"    {candidate.name:<30}{figures}")

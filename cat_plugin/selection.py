@@ -45,9 +45,8 @@ SOFTENING = 0.5
 matching the largest logit (0) and matching all alike (infinity)."""
 PRIOR, WEIGHT_PRIOR = 10.0, 20.0
 """Strengths of the pull of a divergence's parameters to 0, and of weights to those of the trusted families."""
-MIN_EVIDENCE = -1.5
-"""Held-out gain, in standard errors, of KL and of agreement, below which the identity is returned. Maps that few images
-judge were fitted on still fewer, so their estimate is low, and one next to zero is not held against them."""
+MIN_AGREEMENT = -1.0
+"""Held-out gain in agreement, in standard errors, below which the identity is returned, also where KL falls."""
 MIN_CHANGED = 1.0
 """Percentage of predictions that a correction has to change to be worth having."""
 SELECTION_VALUES = 2**21
@@ -453,9 +452,9 @@ def _judge(outputs: dict[str, Tensor], weights: dict[str, float], held_out: Tens
     changed = 100.0 * (after != before).double().mean().item()
     won, lost = int(((after == target) & (before != target)).sum()), int(((before == target) & (after != target)).sum())
     faults = {
-        f"KL(FP || output) falls by {kl_gain:.4f} +- {error:.4f} nats": not kl_gain > MIN_EVIDENCE * error,
+        f"softened KL {_falls(kl_gain)} by {abs(kl_gain):.4f} +- {error:.4f} nats": not kl_gain > 0,
         f"{won} predictions come to agree with FP, and {lost} no longer do": won - lost
-        < MIN_EVIDENCE * math.sqrt(won + lost),
+        < MIN_AGREEMENT * math.sqrt(won + lost),
         f"a correction would change {changed:.2f} % of the predictions": changed < MIN_CHANGED,
     }
     found = [fault for fault, given in faults.items() if given]
@@ -464,6 +463,10 @@ def _judge(outputs: dict[str, Tensor], weights: dict[str, float], held_out: Tens
     else:
         reason = f"on held-out images, {'; '.join(fault for fault in list(faults)[:2])}"
     return Evidence(len(data.q), kl_gain, error, changed, not found, reason, candidates)
+
+
+def _falls(gain: float) -> str:
+    return "falls" if gain > 0 else "does not fall, it changes"
 
 
 def _combine(parts: list[tuple[float, _Map]]) -> _Map:

@@ -60,7 +60,7 @@ def test_report_of_one_image(pair):
     assert "the images are too few to split" in str(report)
     assert "the model is left as it is\n  1 images are too few to learn from" in str(report)
     assert "left as it is" in report.summary()
-    assert report.warnings == ("1 images are few: corrections gain from about a thousand",)
+    assert report.warnings == ("1 different images are few: corrections gain from about a thousand",)
 
 
 def test_two_runs_are_identical():

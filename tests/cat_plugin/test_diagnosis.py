@@ -19,7 +19,7 @@ def test_nothing_to_say_of_a_random_sample():
 @pytest.mark.parametrize(
     ("f", "n_images", "repeated", "reused", "message"),
     [
-        (F, 100, 0, None, "100 images are few"),
+        (F, 100, 0, None, "100 different images are few"),
         (F, 800, 400, None, "400 of 800 images repeat others"),
         (F - 100 * (torch.arange(10) > 3), 400, 0, None, "of 10 classes for these images, where a random sample has"),
         (F, 400, 0, 0.9, "90% of the images are those that the quantization was calibrated on"),

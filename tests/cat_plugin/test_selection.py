@@ -239,8 +239,9 @@ def test_evidence_against_a_correction():
     assert judged(closer, q, f).accepted
     worse = judged(wrong, q, f)
     assert not worse.accepted
-    assert worse.kl_gain < module.MIN_EVIDENCE * worse.kl_gain_error
+    assert worse.kl_gain < 0
     assert "nothing to gain" in worse.reason
+    assert "softened KL does not fall" in worse.reason
 
 
 def test_agreement_that_falls_speaks_against_a_correction():
@@ -252,7 +253,7 @@ def test_agreement_that_falls_speaks_against_a_correction():
     middle = (f[rows, top[rows, 0]] + f[rows, top[rows, 1]]) / 2
     out[rows, top[rows, 0]], out[rows, top[rows, 1]] = middle - 1e-3, middle + 1e-3
     evidence = judged(out, q, f)
-    assert evidence.kl_gain > module.MIN_EVIDENCE * evidence.kl_gain_error
+    assert evidence.kl_gain > 0
     assert not evidence.accepted
     assert "no longer do" in evidence.reason
 
