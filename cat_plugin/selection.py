@@ -47,6 +47,8 @@ PRIOR, WEIGHT_PRIOR = 10.0, 20.0
 """Strengths of the pull of a divergence's parameters to 0, and of weights to those of the trusted families."""
 MIN_AGREEMENT = -1.0
 """Held-out gain in agreement, in standard errors, below which the identity is returned, also where KL falls."""
+SHARES = (1.0, 0.75, 0.5, 0.25)
+"""Of the way from the quantized model to the average of the maps."""
 MIN_CHANGED = 1.0
 """Percentage of predictions that a correction has to change to be worth having."""
 SELECTION_VALUES = 2**21
@@ -124,7 +126,7 @@ def select(store: LogitStore, config: CATConfig, processes: Processes = ALONE) -
         return Selected(ClusterAffine.identity(store.classes), evidence, n_images + repeated, repeated, q, f, q)
     data = _Data.prepare(q, f, h, config, config.clusters_for(n_images))
     outputs = _cross_fit(data)
-    weights = _weigh(outputs, data)
+    weights = _temper(_weigh(outputs, data), outputs, data)
     held_out = sum(weight * outputs[name].double() for name, weight in weights.items())
     weights, evidence = processes.agree((weights, _judge(outputs, weights, held_out, data)))
     if not evidence.accepted:
@@ -418,6 +420,24 @@ def _weigh(outputs: dict[str, Tensor], data: _Data) -> dict[str, float]:
 
     found = minimize(value_and_gradient, scale * trusted, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(names))
     return {name: float(weight) for name, weight in zip(names, found.x, strict=True)}
+
+
+def _temper(weights: dict[str, float], outputs: dict[str, Tensor], data: _Data) -> dict[str, float]:
+    """`weights`, moved towards the identity as far as held-out images ask, in steps of a quarter.
+
+    Few images give a direction sooner than a distance.
+    """
+    total = sum(weights.values())
+    output = sum(weight * outputs[name].double() for name, weight in weights.items())
+    plain = total * data.q
+
+    def divergence(share: float) -> float:
+        return _divergence(plain + share * (output - plain), data.f, data.temperature).mean().item()
+
+    share = min(SHARES, key=divergence)
+    tempered = {name: share * weight for name, weight in weights.items()}
+    tempered[IDENTITY] += (1 - share) * total
+    return tempered
 
 
 def _dispersion(stacked: Tensor, predicted: Tensor, teacher: Tensor) -> float:

@@ -318,3 +318,12 @@ def test_logits_that_partly_agree_are_put_in_order():
     first, second = fit_cluster_affine(q, f, CONFIG), fit_cluster_affine(q[order], f[order], CONFIG)
     for a, b in zip(first.buffers(), second.buffers(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_weights_move_towards_the_identity_as_held_out_images_ask():
+    q, f = paired_logits(200, 6)
+    data = prepare(q, f)
+    for reach, share in ((1.0, 1.0), (2.0, 0.5), (4.0, 0.25), (-1.0, 0.25)):
+        outputs = {IDENTITY: q, "other": q + reach * (f - q)}  # the goal lies a part of the way, or behind
+        weights = module._temper({IDENTITY: 0.0, "other": 2.0}, outputs, data)
+        assert weights == {IDENTITY: pytest.approx(2.0 * (1 - share)), "other": pytest.approx(2.0 * share)}
