@@ -10,7 +10,6 @@ import os
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +102,7 @@ def quantize(
         raise ValueError(f"method={method!r} should be one of {', '.join(METHODS)}")
     recipe = RECIPES[method]
     if error_weighting is not None:
-        recipe = replace(recipe, error_weighting=error_weighting)
+        recipe = dataclasses.replace(recipe, error_weighting=error_weighting)
     spec = QuantSpec(w_bits=w_bits, a_bits=a_bits, range_method=range_method)
     if (iters is not None and iters < 0) or batch_size < 1:
         raise ValueError(f"iters={iters} should be at least 0 and batch_size={batch_size} at least 1")

@@ -23,12 +23,15 @@ def fit_affine(q: Tensor, f: Tensor, ids: Tensor, num_clusters: int) -> tuple[Te
     """
     q, f = q.double(), f.double()
     counts = torch.bincount(ids, minlength=num_clusters)
-    mean_q, mean_f = (_cluster_sum(values, ids, counts) / counts.clamp(min=1).unsqueeze(1) for values in (q, f))
+    divisor = counts.clamp(min=1).unsqueeze(1)
+
+    def cluster_mean(values: Tensor) -> Tensor:
+        return values.new_zeros(num_clusters, values.shape[1]).index_add_(0, ids, values) / divisor
+
+    mean_q, mean_f = cluster_mean(q), cluster_mean(f)
     # Centred first: E[q^2] - E[q]^2 would lose every digit when the mean is far from zero.
     centred_q, centred_f = q - mean_q[ids], f - mean_f[ids]
-    divisor = counts.clamp(min=1).unsqueeze(1)
-    covariance = _cluster_sum(centred_q * centred_f, ids, counts) / divisor
-    gamma = covariance / (_cluster_sum(centred_q.square(), ids, counts) / divisor).clamp(min=MIN_VARIANCE)
+    gamma = cluster_mean(centred_q * centred_f) / cluster_mean(centred_q.square()).clamp(min=MIN_VARIANCE)
     gamma[counts == 0] = 1.0  # means are 0 there, so the offset is 0
     return gamma, mean_f - gamma * mean_q
 
@@ -179,8 +182,3 @@ def fit_deviations(
 def _moment(squares: Tensor, weights: Tensor, speaks: Tensor) -> Tensor:
     """Variance t, at least 0, from squares whose expectation is `1 + t * weights`."""
     return ((squares - 1) * speaks).sum().clamp(min=0) / (weights * speaks).sum().clamp(min=MIN_VARIANCE)
-
-
-def _cluster_sum(values: Tensor, ids: Tensor, counts: Tensor) -> Tensor:
-    """(K, C) sums of `values` (N, C) over the images of each cluster."""
-    return values.new_zeros(len(counts), values.shape[1]).index_add_(0, ids, values)

@@ -128,11 +128,10 @@ class ClusterAffine(nn.Module):
         if self.num_clusters > 1:
             scale, shift = scale[ids], shift[ids]
         out = q.to(dtype) * scale + shift
-        if self.mix is not None:
-            with _full_precision(q):
+        with _full_precision(q):
+            if self.mix is not None:
                 out = out + (q.to(dtype) @ self.project.to(dtype)) @ self.mix.to(dtype)
-        if self.feature_mix is not None:
-            with _full_precision(q):
+            if self.feature_mix is not None:
                 out = out + h.to(dtype) @ self.feature_mix.to(dtype)
         return out.to(q.dtype)
 

@@ -83,3 +83,6 @@ class Processes:
         lengths = [torch.empty_like(length) for _ in range(distributed.get_world_size())]
         distributed.all_gather(lengths, length)
         return [int(length) for length in lengths]
+
+
+ALONE = Processes()

@@ -10,10 +10,10 @@ from cat_plugin.clustering import fit_clusters
 from cat_plugin.collect import check_finite
 from cat_plugin.config import CATConfig
 from cat_plugin.correction import ClusterAffine
-from cat_plugin.distributed import Processes
+from cat_plugin.distributed import ALONE, Processes
 from cat_plugin.errors import CATError
 from cat_plugin.metrics import agreement, agreement_gain, kl_divergence
-from cat_plugin.selection import ALONE, Evidence, select
+from cat_plugin.selection import Evidence, select
 from cat_plugin.store import LogitStore
 
 FOLDS = 5

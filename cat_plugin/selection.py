@@ -6,7 +6,6 @@ images that they were not fitted on. Where held-out images show no gain, the ide
 """
 
 import dataclasses
-import logging
 import math
 
 import numpy as np
@@ -19,11 +18,9 @@ from cat_plugin.affine import AffineSums, DeviationSums, SharedSums, fit_affine,
 from cat_plugin.clustering import Clusters, cluster, one_cluster
 from cat_plugin.config import CATConfig
 from cat_plugin.correction import ClusterAffine
-from cat_plugin.distributed import Processes
+from cat_plugin.distributed import ALONE, Processes
 from cat_plugin.divergence import cross_entropy, fit_class_divergence, fit_shared_divergence
 from cat_plugin.store import LogitStore
-
-logger = logging.getLogger(__name__)
 
 IDENTITY, AFFINE, SHARED = "identity", "affine", "low rank"
 DIVERGENCE, SHARED_DIVERGENCE = "KL per class", "KL low rank"
@@ -31,8 +28,6 @@ CLUSTERS, SHARED_CLUSTERS, DIVERGENCE_CLUSTERS = "clusters", "low rank + cluster
 CLUSTERED = {CLUSTERS: AFFINE, SHARED_CLUSTERS: SHARED, DIVERGENCE_CLUSTERS: DIVERGENCE}
 """Families of cluster maps, and the shared map that they deviate from."""
 WITH_FEATURES = " + features"
-
-ALONE = Processes()
 
 TRUSTED = (DIVERGENCE, SHARED_DIVERGENCE)
 """The families among which the weight is divided until held-out images say otherwise."""
@@ -202,6 +197,10 @@ class _Basis:
         return (self.directions / self.directions.norm(dim=0)).numpy()
 
 
+def _components(basis: _Basis, feature_basis: _Basis | None, q: Tensor, h: Tensor | None) -> Tensor:
+    return basis(q) if h is None else torch.cat([basis(q), feature_basis(h)], dim=1)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Data:
     """Images with what all families share: principal components, clusterings, and the teacher's softened predictions.
@@ -222,11 +221,12 @@ class _Data:
     def prepare(cls, q: Tensor, f: Tensor, h: Tensor | None, config: CATConfig, max_clusters: int) -> "_Data":
         basis = _Basis.fit(q, config.pca_dim, config.seed)
         feature_basis = None if h is None else _Basis.fit(h, config.pca_dim, config.seed)
-        z = basis(q) if h is None else torch.cat([basis(q), feature_basis(h)], dim=1)
+        z = _components(basis, feature_basis, q, h)
         clusterings = {1: one_cluster(*q.shape)}
         limit = min(max_clusters, len(q) // 2) if len(basis.directions.T) else 1
-        for count in [count for count in CLUSTER_COUNTS if count <= limit]:
-            clusterings[count] = cluster(q.numpy(), basis.mean.numpy(), basis.unwhitened(), count, config.seed)
+        for count in CLUSTER_COUNTS:
+            if count <= limit:
+                clusterings[count] = cluster(q.numpy(), basis.mean.numpy(), basis.unwhitened(), count, config.seed)
         temperature = SOFTENING * max(f.std(dim=1).mean().item(), 1e-6) if q.shape[1] > 1 else 1.0
         teacher = (f / temperature).softmax(dim=1)
         return cls(q, f, z, basis, feature_basis, clusterings, temperature, teacher)
@@ -300,7 +300,7 @@ class _Data:
 
     def components(self, q: Tensor, h: Tensor | None) -> Tensor:
         """(n, R + S) components of other images' logits and features."""
-        return self.basis(q) if h is None else torch.cat([self.basis(q), self.feature_basis(h)], dim=1)
+        return _components(self.basis, self.feature_basis, q, h)
 
     @staticmethod
     def output(affine_map: _Map, q: Tensor, z: Tensor) -> Tensor:
@@ -351,12 +351,12 @@ def _cross_fit(data: _Data) -> dict[str, Tensor]:
                 outputs[name][held_out] = data.apply(affine_map, held_out).float()
         return outputs
 
-    best, best_value = {}, math.inf
+    best, best_value, unsoftened = {}, math.inf, data.f.softmax(dim=1)
     for count in data.clusterings:
         if count > 1:
             folded = zip(others, maps, strict=True)
             outputs = outputs_of([data.fit_cluster_maps(rows, found, count) for rows, found in folded])
-            value = min(_divergence(output.double(), data.f, 1.0).mean().item() for output in outputs.values())
+            value = min(_divergence(output.double(), unsoftened, 1.0).mean().item() for output in outputs.values())
             if value < best_value:
                 best, best_value = outputs, value
     return outputs_of(maps) | best
@@ -432,7 +432,7 @@ def _temper(weights: dict[str, float], outputs: dict[str, Tensor], data: _Data) 
     plain = total * data.q
 
     def divergence(share: float) -> float:
-        return _divergence(plain + share * (output - plain), data.f, data.temperature).mean().item()
+        return _divergence(plain + share * (output - plain), data.teacher, data.temperature).mean().item()
 
     share = min(SHARES, key=divergence)
     tempered = {name: share * weight for name, weight in weights.items()}
@@ -455,11 +455,10 @@ def _dispersion(stacked: Tensor, predicted: Tensor, teacher: Tensor) -> float:
 
 
 def _judge(outputs: dict[str, Tensor], weights: dict[str, float], held_out: Tensor, data: _Data) -> Evidence:
-    temperature = data.temperature
-    plain = _divergence(data.q, data.f, temperature)
+    plain = _divergence(data.q, data.teacher, data.temperature)
 
     def gain(output: Tensor) -> tuple[float, float]:
-        gains = plain - _divergence(output, data.f, temperature)
+        gains = plain - _divergence(output, data.teacher, data.temperature)
         return gains.mean().item(), gains.std().item() / math.sqrt(len(gains))
 
     total = sum(weights.values())
@@ -498,9 +497,9 @@ def _combine(parts: list[tuple[float, _Map]]) -> _Map:
     return _Map(scale, shift, sum(weight * part.mix for weight, part in parts), clusters)
 
 
-def _divergence(output: Tensor, f: Tensor, temperature: float) -> Tensor:
-    """(N,) cross-entropy of softened predictions at the scale of `output` (N, C) that makes its mean smallest."""
-    teacher = (f / temperature).softmax(dim=1)
+def _divergence(output: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """(N,) cross-entropy of predictions against those of the teacher, (N, C), softened by the same temperature, at the
+    scale of `output` (N, C) that makes its mean smallest."""
     scaled = _best_scale(output / temperature, teacher) * output / temperature
     return scaled.logsumexp(dim=1) - (teacher * scaled).sum(dim=1)
 

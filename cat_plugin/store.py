@@ -52,7 +52,8 @@ class LogitStore:
             raise CATError(
                 f"a batch has logits and features of shapes {shapes}; expected one row an image, always as wide"
             )
-        self._keys.append(torch.stack([(part.double() * self._mixture(part.shape[1])).sum(1) for part in parts[:2]], 1))
+        mixture = torch.randn(widths[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self._keys.append(torch.stack([(part.double() * mixture).sum(1) for part in parts[:2]], 1))
         self._widths = widths
         self._dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self._length += len(q)
@@ -109,10 +110,6 @@ class LogitStore:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    @staticmethod
-    def _mixture(width: int) -> Tensor:
-        return torch.randn(width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def _spill(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="cat-logits-")
