@@ -20,7 +20,6 @@ def results(tmp_path, name="results"):
     return folder
 
 
-@pytest.mark.integration
 def test_run_on_a_folder_writes_and_prints_its_table(tiny, tmp_path, capsys):
     assert command_line.main([*tiny, "--seeds", "3"]) == 0
     folder = results(tmp_path)
@@ -33,7 +32,6 @@ def test_run_on_a_folder_writes_and_prints_its_table(tiny, tmp_path, capsys):
     assert not printed.err
 
 
-@pytest.mark.integration
 def test_zip_mobilenet_and_qdrop(tiny, cifar_zip, tmp_path):
     torch.save(create_model("mobilenetv2", 10).state_dict(), tmp_path / "mobile.pt")
     options = ["--data", str(cifar_zip), "--model", "mobilenetv2", "--weights", str(tmp_path / "mobile.pt")]
@@ -41,7 +39,6 @@ def test_zip_mobilenet_and_qdrop(tiny, cifar_zip, tmp_path):
     assert "mobilenetv2,qdrop,2,4,0,2,16,40,20" in (results(tmp_path) / "results.csv").read_text()
 
 
-@pytest.mark.integration
 def test_resumed_run_ends_with_the_same_table(tiny, tmp_path, monkeypatch, capsys):
     options, real, calls = [*tiny, "--bits", "2/2", "4/4", "--seeds", "0", "1"], command_line.measure, []
 

@@ -69,7 +69,6 @@ def table(path):
     return [{k: v for k, v in row.items() if k != "fit_seconds"} for row in csv.DictReader(path.open())]
 
 
-@pytest.mark.integration
 def test_every_draw_of_every_file_is_a_row(options, arrays, tmp_path, capsys):
     assert main(options) == 0
     rows = table(folder(tmp_path) / "results.csv")
@@ -94,7 +93,6 @@ def test_every_draw_of_every_file_is_a_row(options, arrays, tmp_path, capsys):
     assert found["command"].startswith("python -m benchmarks.robustness --logits")
 
 
-@pytest.mark.integration
 def test_fits_see_neither_test_images_nor_skipped_rows_nor_images_of_another_draw(options, arrays, fits):
     assert main([*options, "--images", "64"]) == 0
     fresh = {name: {row.tobytes(): i for i, row in enumerate(held["q_calib"])} for name, held in arrays.items()}
@@ -108,7 +106,6 @@ def test_fits_see_neither_test_images_nor_skipped_rows_nor_images_of_another_dra
     assert seen == {name: [block for block in blocks for _ in range(3)] for name in arrays}
 
 
-@pytest.mark.integration
 def test_stopped_run_resumes_with_the_same_table(options, tmp_path, monkeypatch, capsys):
     whole = ["--results", str(tmp_path / "whole"), "--cache", str(tmp_path / "other")]
     assert main([*options, *whole]) == 0
@@ -131,7 +128,6 @@ def test_stopped_run_resumes_with_the_same_table(options, tmp_path, monkeypatch,
     assert (folder(tmp_path) / "results.md").read_text() == (folder(tmp_path, "whole") / "results.md").read_text()
 
 
-@pytest.mark.integration
 def test_rows_are_shared_by_runs_of_other_sizes_until_the_logits_change(options, tmp_path, fits):
     assert main([*options, "--images", "64"]) == 0
     assert len(fits) == 12
@@ -145,7 +141,6 @@ def test_rows_are_shared_by_runs_of_other_sizes_until_the_logits_change(options,
     assert len(list((tmp_path / "results").iterdir())) == 3
 
 
-@pytest.mark.integration
 def test_networks_are_sources_beside_files_and_run_once(networks, arrays, tmp_path, monkeypatch, capsys, fits):
     files = ["--logits", str(tmp_path / "in"), "--skip", str(SKIP)]
     assert main(networks) == 0
