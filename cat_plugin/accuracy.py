@@ -11,6 +11,8 @@ from cat_plugin.collect import check_finite, check_same_shape, progress_bar, run
 from cat_plugin.errors import CATError
 from cat_plugin.hook import uncorrected
 from cat_plugin.metrics import PairedStatistics, paired_statistics, percent, top_k_correct
+from cat_plugin.models import unwrap
+from cat_plugin.outputs import Output, check_where
 from cat_plugin.preserve import inference
 
 
@@ -52,6 +54,7 @@ def compare_accuracy(
     cat_model: nn.Module,
     loader: Loader,
     *,
+    output: Output = None,
     batch_size: int = 64,
     progress: bool = False,
     seed: int = 0,
@@ -59,22 +62,22 @@ def compare_accuracy(
     """Runs the three models over a labelled `loader` and compares them on the same images.
 
     `quantized_model` may be the model that `cat_model` corrects: its plain output is compared. The
-    models are left as they were found. `seed` is that of the bootstrap.
+    models are left as they were found. `output` says where their outputs hold the logits, if it is not obvious, see
+    `cat_plugin.outputs`. `seed` is that of the bootstrap.
 
     Raises:
         CATError: the loader yields no images, or no class labels, or labels out of range; outputs
-            that are not 2-D logits of one shape, or not finite.
+            whose logits cannot be told, are not 2-D and of one shape, or not finite.
     """
     models = {"fp_model": fp_model, "quantized_model": quantized_model, "cat_model": cat_model}
-    for name, model in models.items():
-        if not isinstance(model, nn.Module):
-            raise CATError(f"{name} is a {type(model).__name__}; expected a torch.nn.Module")
+    models = {name: unwrap(model, name) for name, model in models.items()}
+    check_where(output)
     top1: list[Tensor] = []
     top5: list[Tensor] = []
     classes = 0
     with inference(models):
         for inputs, targets in progress_bar(loader, batch_size, progress, "CAT: comparing accuracy"):
-            outputs = _outputs(models, inputs)
+            outputs = _outputs(models, inputs, output)
             classes = outputs["fp_model"].shape[1]
             _check_targets(targets, classes)
             top1.append(torch.stack([top_k_correct(logits, targets, 1) for logits in outputs.values()]))
@@ -90,15 +93,15 @@ def compare_accuracy(
     )
 
 
-def _outputs(models: dict[str, nn.Module], inputs: Tensor) -> dict[str, Tensor]:
+def _outputs(models: dict[str, nn.Module], inputs: Tensor, output: Output) -> dict[str, Tensor]:
     """Logits (N, C) of every model for one batch."""
     outputs = {}
     for name, model in models.items():
         if name == "quantized_model":
             with uncorrected(model):
-                outputs[name] = run_logits(model, inputs, name)
+                outputs[name] = run_logits(model, inputs, name, output)
         else:
-            outputs[name] = run_logits(model, inputs, name)
+            outputs[name] = run_logits(model, inputs, name, output)
     check_same_shape(outputs)
     for name, logits in outputs.items():
         check_finite(logits, name)

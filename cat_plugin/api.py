@@ -15,6 +15,8 @@ from cat_plugin.config import CATConfig
 from cat_plugin.diagnosis import find_warnings
 from cat_plugin.distributed import Processes
 from cat_plugin.fit import Fit, fit_and_score
+from cat_plugin.models import unwrap
+from cat_plugin.outputs import Output
 from cat_plugin.report import CATReport
 from cat_plugin.store import LogitStore
 from cat_plugin.wrapper import CATWrapper
@@ -29,6 +31,7 @@ def apply_cat(
     *,
     config: CATConfig | None = None,
     eval_loader: Loader | None = None,
+    output: Output = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> CATWrapper:
@@ -42,11 +45,14 @@ def apply_cat(
     correction on all of them. Weights, buffers, modes and random states of both models stay as they were.
 
     Args:
-        quantized_model: gives logits (N, C); it is hooked in place.
-        fp_model: the full-precision model, which gives logits of the same shape.
+        quantized_model: gives logits (N, C), alone or in a tuple, dict or dataclass; it is hooked in place. A wrapper
+            that is no module, such as AIMET's `QuantizationSimModel`, is replaced by its `model`.
+        fp_model: the full-precision model, which gives logits of the same shape, in the same container or another.
         calib_loader: a DataLoader or list of batches, or one stacked tensor of images.
         config: `CATConfig()` by default.
         eval_loader: labelled images; if given, the report holds top-1 and top-5 of FP, quantized, and corrected.
+        output: where the model's output holds the logits, if it is not obvious: a key or field, a position, or two
+            functions `(get, set)`, see `cat_plugin.outputs`.
         batch_size: into which a loader that is one tensor is cut.
         progress: show progress bars.
 
@@ -59,10 +65,10 @@ def apply_cat(
     """
     config = CATConfig.resolve(config)
     start = time.perf_counter()
-    batches = stream_outputs(
-        quantized_model, fp_model, calib_loader, features=config.features, batch_size=batch_size, progress=progress
-    )
-    processes = Processes.all(model_device(quantized_model) if isinstance(quantized_model, nn.Module) else None)
+    quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
+    running = {"output": output, "batch_size": batch_size, "progress": progress}
+    batches = stream_outputs(quantized_model, fp_model, calib_loader, features=config.features, **running)
+    processes = Processes.all(model_device(quantized_model))
     with LogitStore() as store:
         reused: list[float] = []
         with processes.together(), contextlib.closing(batches):  # closed at once if anything raises
@@ -75,12 +81,10 @@ def apply_cat(
         share = processes.sum(torch.tensor(sum(reused))).item() / fit.images if reused else None
         seconds = collected - start, time.perf_counter() - collected
         report = _report(store, fit, share, processes, *seconds)
-    cat_model = CATWrapper(quantized_model, fit.correction, report, config)
+    cat_model = CATWrapper(quantized_model, fit.correction, report, config, output=output)
     if eval_loader is not None:
         try:
-            accuracy = compare_accuracy(
-                fp_model, quantized_model, cat_model, eval_loader, batch_size=batch_size, progress=progress
-            )
+            accuracy = compare_accuracy(fp_model, quantized_model, cat_model, eval_loader, **running)
         except BaseException:
             cat_model.remove()
             raise

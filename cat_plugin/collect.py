@@ -14,8 +14,9 @@ from cat_plugin.diagnosis import image_digests, known_calibration
 from cat_plugin.errors import CATError
 from cat_plugin.features import FeatureTap
 from cat_plugin.hook import refuse_attached
-from cat_plugin.outputs import extract
-from cat_plugin.preserve import inference, named_tensors, storage_leaves
+from cat_plugin.models import check_models, unwrap
+from cat_plugin.outputs import Output, check_where, extract
+from cat_plugin.preserve import inference
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,19 +36,9 @@ class PairedOutputs:
     calibrated: Tensor | None = None
 
 
-def collect_outputs(
-    quantized_model: nn.Module,
-    fp_model: nn.Module,
-    loader: Loader,
-    *,
-    features: str | None = None,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> PairedOutputs:
-    """The outputs of `stream_outputs`, all together in memory."""
-    batches = list(
-        stream_outputs(quantized_model, fp_model, loader, features=features, batch_size=batch_size, progress=progress)
-    )
+def collect_outputs(quantized_model: nn.Module, fp_model: nn.Module, loader: Loader, **options: Any) -> PairedOutputs:
+    """The outputs of `stream_outputs`, which has the same options, all together in memory."""
+    batches = list(stream_outputs(quantized_model, fp_model, loader, **options))
     joined = {}
     for field in fields(PairedOutputs):
         parts = [getattr(batch, field.name) for batch in batches]
@@ -61,21 +52,25 @@ def stream_outputs(
     loader: Loader,
     *,
     features: str | None = None,
+    output: Output = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[PairedOutputs]:
     """Streams `loader` once through both models in evaluation mode and yields their logits, batch by batch.
 
     See `iterate_inputs` for what a loader can be; `batch_size` is used for one stacked tensor only. `features` names a
-    layer of the quantized model whose outputs are given too, averaged over positions. Both models are left as they
-    were found when the stream ends, also when something raises half-way.
+    layer of the quantized model whose outputs are given too, averaged over positions; `output` says where the models'
+    outputs hold the logits, see `cat_plugin.outputs.extract`. Both models are left as they were found when the stream
+    ends, also when something raises half-way.
 
     Raises:
-        CATError: models that cannot be compared, a loader without images, logits that are not 2-D,
+        CATError: models that cannot be compared, a loader without images, logits that cannot be told, are not 2-D,
             differ in shape, or are not finite, a quantized model whose hooks do not run, and a layer for features
             that there is not.
     """
+    quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
     check_models(quantized_model, fp_model)
+    check_where(output)
     refuse_attached(quantized_model)
     calibration = known_calibration(quantized_model)
     faults = {name: _Faults(name) for name in ("quantized_model", "fp_model", f"layer {features!r}")}
@@ -83,8 +78,8 @@ def stream_outputs(
     with inference(models), _captured(quantized_model) as capture, _tapped(quantized_model, features) as tap:
         for inputs, labels in progress_bar(loader, batch_size, progress, "CAT: collecting logits"):
             quantized_model(place(inputs, quantized_model))
-            q = _to_cpu(extract(capture.take(), "quantized_model"))
-            f = run_logits(fp_model, inputs, "fp_model")
+            q = _to_cpu(extract(capture.take(), "quantized_model", output))
+            f = run_logits(fp_model, inputs, "fp_model", output)
             check_same_shape({"quantized_model": q, "fp_model": f})
             h = None if tap is None else _to_cpu(tap.take())
             if h is not None and len(h) != len(q):
@@ -108,28 +103,9 @@ def progress_bar(loader: Loader, batch_size: int, progress: bool, title: str) ->
     return tqdm(batches, title, num_batches(loader, batch_size) if progress else None, disable=not progress)
 
 
-def run_logits(model: nn.Module, inputs: Tensor, name: str) -> Tensor:
+def run_logits(model: nn.Module, inputs: Tensor, name: str, output: Output) -> Tensor:
     """Logits (N, C) of `model` for one batch, float32 on the CPU."""
-    return _to_cpu(extract(model(place(inputs, model)), name))
-
-
-def check_models(quantized_model: nn.Module, fp_model: nn.Module) -> None:
-    """Raises a `CATError` unless the two are different modules that share no memory."""
-    for name, model in (("quantized_model", quantized_model), ("fp_model", fp_model)):
-        if not isinstance(model, nn.Module):
-            raise CATError(f"{name} is a {type(model).__name__}; expected a torch.nn.Module")
-    if quantized_model is fp_model:
-        raise CATError(
-            "quantized_model and fp_model are the same object; if quantization works in place, "
-            "quantize a copy.deepcopy of the full-precision model"
-        )
-    fp_storages = {storage for storages in _storages(fp_model).values() for storage in storages}
-    shared = [name for name, storages in _storages(quantized_model).items() if storages & fp_storages]
-    if shared:
-        raise CATError(
-            f"quantized_model shares {len(shared)} of its parameters and buffers with fp_model, such as {shared[0]!r}: "
-            "quantization may have changed the full-precision model in place; quantize a copy.deepcopy of it"
-        )
+    return _to_cpu(extract(model(place(inputs, model)), name, output, lenient=name == "fp_model"))
 
 
 def check_same_shape(outputs: dict[str, Tensor]) -> None:
@@ -207,22 +183,6 @@ def _tapped(model: nn.Module, features: str | None) -> Iterator[FeatureTap | Non
         yield tap
     finally:
         tap.remove()
-
-
-def _storages(model: nn.Module) -> dict[str, set[tuple[torch.device, int]]]:
-    """The allocations that each parameter and buffer lives in; equal ones mean views of the same memory.
-
-    Left out are tensors without memory, and buffers of one number, which may be a constant of the library.
-    """
-    return {
-        name: {
-            (leaf.device, leaf.untyped_storage().data_ptr())
-            for leaf in storage_leaves(tensor)
-            if leaf.data_ptr() != 0  # asked first, since some subclasses have no storage to ask
-        }
-        for name, tensor in named_tensors(model)
-        if isinstance(tensor, nn.Parameter) or tensor.numel() > 1
-    }
 
 
 def _to_cpu(logits: Tensor) -> Tensor:

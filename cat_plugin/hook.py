@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from cat_plugin.correction import ClusterAffine
 from cat_plugin.errors import CATError
 from cat_plugin.features import FeatureTap
-from cat_plugin.outputs import extract, insert
+from cat_plugin.outputs import Output, extract, insert
 
 
 class CATHook:
@@ -21,8 +21,9 @@ class CATHook:
     which the next hook on a model loaded in a new process would overwrite this one.
     """
 
-    def __init__(self, correction: ClusterAffine, features: str | None = None) -> None:
+    def __init__(self, correction: ClusterAffine, features: str | None = None, output: Output = None) -> None:
         self.correction = correction
+        self.output = output
         self._tap = None if features is None else FeatureTap(features)
         self._handle: RemovableHandle | None = None
         self._disabled = 0
@@ -31,10 +32,11 @@ class CATHook:
         if self._disabled:
             return output
         features = () if self._tap is None else (self._tap.take(),)
-        logits = extract(output, type(module).__name__)
+        logits = extract(output, type(module).__name__, self.output)
         if self.correction.scale.device != logits.device:
             self.correction.to(logits.device)
-        return insert(output, self.correction(logits, *(part.to(logits.device) for part in features)))
+        corrected = self.correction(logits, *(part.to(logits.device) for part in features))
+        return insert(output, corrected, self.output)
 
     def attach(self, model: nn.Module) -> None:
         """Registers the hook on `model`.

@@ -10,6 +10,8 @@ from cat_plugin.config import CATConfig
 from cat_plugin.correction import ClusterAffine
 from cat_plugin.errors import CATError
 from cat_plugin.hook import CATHook
+from cat_plugin.models import unwrap
+from cat_plugin.outputs import Output, check_where
 from cat_plugin.report import CATReport
 
 
@@ -21,10 +23,11 @@ class CATWrapper(nn.Module):
     hooks and so gives the plain output. The correction follows the model's output to its device.
 
     Args:
-        quantized_model: the user's model, which is hooked, not copied.
+        quantized_model: the user's model, which is hooked, not copied; or a wrapper around it that is no module.
         correction: takes the logits (N, C) of that model.
         report, config: how the correction came about, if known. A correction that takes features needs `config`, which
             names their layer.
+        output: where the model's output holds the logits, if it is not obvious, see `cat_plugin.outputs`.
 
     Raises:
         CATError: the model already carries a correction, or the arguments are of other types, or a correction takes
@@ -37,23 +40,26 @@ class CATWrapper(nn.Module):
         correction: ClusterAffine,
         report: CATReport | None = None,
         config: CATConfig | None = None,
+        *,
+        output: Output = None,
     ) -> None:
         super().__init__()
-        expected = {"quantized_model": (quantized_model, nn.Module), "correction": (correction, ClusterAffine)}
-        for name, (value, kind) in expected.items():
-            if not isinstance(value, kind):
-                raise CATError(f"{name} is a {type(value).__name__}; expected a {kind.__name__}")
+        quantized_model = unwrap(quantized_model, "quantized_model")
+        if not isinstance(correction, ClusterAffine):
+            raise CATError(f"correction is a {type(correction).__name__}; expected a ClusterAffine")
+        check_where(output)
         config = None if config is None else CATConfig.resolve(config)
         takes_features = correction.feature_mix is not None
         if takes_features and (config is None or config.features is None):
             raise CATError("the correction takes features; give a config whose `features` names their layer")
-        hook = CATHook(correction, config.features if takes_features else None)
+        hook = CATHook(correction, config.features if takes_features else None, output)
         hook.attach(quantized_model)
         correction.to(model_device(quantized_model))
         self.quantized_model = quantized_model
         self.correction = correction
         self.report = report
         self.config = config
+        self.output = output
         self.training = quantized_model.training
         self._hook = hook
 

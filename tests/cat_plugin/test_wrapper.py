@@ -76,7 +76,10 @@ def test_attaching_twice_is_refused(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.relu, ClusterAffine.identity(3)), "quantized_model is a builtin_function_or_method; expected a Module"),
+        (
+            (torch.relu, ClusterAffine.identity(3)),
+            "quantized_model is a builtin_function_or_method; expected a torch.nn.Module",
+        ),
         ((SmallNet(), nn.ReLU()), "correction is a ReLU; expected a ClusterAffine"),
     ],
 )
