@@ -23,8 +23,9 @@ _EPS = 1e-6
 class Corrector:
     """Changes the inputs of units a little, so that what reaches their batch norms has the running statistics.
 
-    The distribution correction of PD-Quant (arXiv 2212.07048): means and standard deviations are those of single
-    images over all positions, as in the authors' code, so every image is corrected by itself.
+    The distribution correction of PD-Quant (arXiv 2212.07048). Means and standard deviations are those of a batch of
+    images, as batch norms took them. The authors' code takes those of single images, which makes images of different
+    classes alike: on CIFAR-10 that cost more accuracy than the correction brought.
 
     Args:
         network: the FP network with its batch norms unfolded; it is not changed.
@@ -73,14 +74,13 @@ class Corrector:
 
 
 def distance_to_statistics(norm: nn.Module, value: Tensor) -> Tensor:
-    """Squared distance of each image's means and standard deviations from those that ``norm`` keeps, summed over
-    channels and averaged over images. ``value`` is ``(N, C, ...)``; without positions to average over it is 0."""
-    flat = value.flatten(2) if value.dim() > 2 else value.unsqueeze(2)
-    if flat.shape[2] < 2:
+    """Squared distance of a batch's means and standard deviations from those that ``norm`` keeps, summed over channels.
+    ``value`` is ``(N, C, ...)``; with fewer than two values of a channel it is 0."""
+    if value.numel() < 2 * value.shape[1]:
         return value.new_zeros(())
-    variance, mean = torch.var_mean(flat, dim=2)
+    variance, mean = torch.var_mean(value.transpose(0, 1).flatten(1), dim=1)
     deviation, target = (variance + _EPS).sqrt(), (norm.running_var + _EPS).sqrt()
-    return ((mean - norm.running_mean).square() + (deviation - target).square()).sum(1).mean()
+    return ((mean - norm.running_mean).square() + (deviation - target).square()).sum()
 
 
 def _has_statistics(module: nn.Module) -> bool:
