@@ -37,11 +37,7 @@ class FeatureTap:
         Raises:
             CATError: `model` has no layer of this name.
         """
-        modules = dict(model.named_modules())
-        if not self.name or self.name not in modules:
-            known = ", ".join(name for name, _ in model.named_children())
-            raise CATError(f"features={self.name!r} is no layer of {type(model).__name__}; its children are {known}")
-        self._handle = modules[self.name].register_forward_hook(self)
+        self._handle = find_layer(model, self.name).register_forward_hook(self)
         return self
 
     def remove(self) -> None:
@@ -67,3 +63,16 @@ class FeatureTap:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _kept=threading.local())
+
+
+def find_layer(model: nn.Module, name: str) -> nn.Module:
+    """The layer `name` of `model`.
+
+    Raises:
+        CATError: there is none.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not name or name not in modules:
+        known = ", ".join(child for child, _ in model.named_children())
+        raise CATError(f"features={name!r} is no layer of {type(model).__name__}; its children are {known}")
+    return modules[name]

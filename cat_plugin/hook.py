@@ -29,14 +29,21 @@ class CATHook:
         self._disabled = 0
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self._disabled:
-            return output
+        return output if self._disabled else self.correct(module, output)
+
+    def correct(self, module: nn.Module, output: Any) -> Any:
+        """What `module` returned, with its logits corrected, whether or not the hook is disabled."""
         features = () if self._tap is None else (self._tap.take(),)
         logits = extract(output, type(module).__name__, self.output)
         if self.correction.scale.device != logits.device:
             self.correction.to(logits.device)
         corrected = self.correction(logits, *(part.to(logits.device) for part in features))
         return insert(output, corrected, self.output)
+
+    @property
+    def features(self) -> str | None:
+        """Name of the layer whose output feeds the correction, if one does."""
+        return None if self._tap is None else self._tap.name
 
     def attach(self, model: nn.Module) -> None:
         """Registers the hook on `model`.
@@ -45,9 +52,17 @@ class CATHook:
             CATError: the model, or a part of it, already carries a correction, or has no layer of the features' name.
         """
         refuse_attached(model)
+        self.tap(model)
+        self._handle = model.register_forward_hook(self)
+
+    def tap(self, model: nn.Module) -> None:
+        """Listens to the layer of `model` that feeds the correction, if one does.
+
+        Raises:
+            CATError: the model has no layer of its name.
+        """
         if self._tap is not None:
             self._tap.attach(model)
-        self._handle = model.register_forward_hook(self)
 
     def remove(self) -> None:
         """Takes the hook off its model; nothing happens the second time."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from cat_plugin.bake import BakedCAT
 from cat_plugin.batches import model_device
 from cat_plugin.config import CATConfig
 from cat_plugin.correction import ClusterAffine
@@ -76,6 +77,14 @@ class CATWrapper(nn.Module):
         """Takes the correction off and returns the quantized model as it was; can be called again."""
         self._hook.remove()
         return self.quantized_model
+
+    def bake(self) -> BakedCAT:
+        """The corrected model as a plain module, for `torch.compile`, `torch.export`, ONNX and `state_dict`.
+
+        It shares the quantized model's weights and copies nothing but the correction; this wrapper and the hook go on
+        as before, and `remove()` leaves the baked module as it is. See `cat_plugin.bake.BakedCAT`.
+        """
+        return BakedCAT(self.quantized_model, self._hook)
 
     def disabled(self) -> AbstractContextManager[None]:
         """`with cat_model.disabled():` gives plain outputs inside the block; blocks can be nested."""
