@@ -1,6 +1,5 @@
 """The corrected model as a plain module, for what hooks do not reach: compilers, exporters, `state_dict`."""
 
-import copy
 import inspect
 from collections import OrderedDict
 from typing import Any
@@ -29,8 +28,8 @@ class BakedCAT(nn.Module):
         super().__init__()
         self.training = model.training
         self.quantized_model = _twin(model, None if hook.features is None else find_layer(model, hook.features))
-        self.correction = copy.deepcopy(hook.correction)
-        self._corrector = CATHook(self.correction, hook.features)
+        self._corrector = hook.unattached()
+        self.correction = self._corrector.correction
         self._corrector.tap(self.quantized_model)
         self._take_signature()
 

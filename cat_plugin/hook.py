@@ -1,5 +1,6 @@
 """The forward hook by which a correction acts on the user's own model."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -63,6 +64,14 @@ class CATHook:
         """
         if self._tap is not None:
             self._tap.attach(model)
+
+    def unattached(self) -> "CATHook":
+        """A hook that corrects alike, with a copy of the correction, and is on no model."""
+        twin = copy.copy(self)
+        twin.correction = copy.deepcopy(self.correction)
+        twin._tap = None if self._tap is None else FeatureTap(self._tap.name)
+        twin._handle = None
+        return twin
 
     def remove(self) -> None:
         """Takes the hook off its model; nothing happens the second time."""

@@ -71,6 +71,8 @@ def insert(output: Any, logits: Tensor, where: Output = None) -> Any:
         return type(output)([*output[:name], logits, *output[name + 1 :]])
     if isinstance(output, Mapping) and not isinstance(output, MutableMapping):
         raise CATError(f"{_describe(output)} cannot be given other logits; say how by output=(get, set), two functions")
+    if type(output) is dict:
+        return {**output, name: logits}  # compilers do not know copy.copy
     changed = copy.copy(output)
     if isinstance(output, Mapping | list):
         changed[name] = logits

@@ -245,6 +245,45 @@ def test_arguments_of_the_model(fitted):
         baked()
 
 
+class Containers(SmallNet):
+    """Logits among other things, in one container or another."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x):
+        logits = super().forward(x)
+        if self.kind == "dict":
+            return {"hidden": self.first(x), "logits": logits}
+        return (logits, x.sum()) if self.kind == "tuple" else (self.first(x), {"y": (logits,)})
+
+
+OUTPUTS = {
+    "dict": (None, lambda output: output["logits"]),
+    "tuple": (None, lambda output: output[0]),
+    "pair": (
+        (lambda output: output[1]["y"][0], lambda output, logits: (output[0], {"y": (logits,)})),
+        lambda output: output[1]["y"][0],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_containers(kind):
+    output, logits = OUTPUTS[kind]
+    model = Containers(kind).eval()
+    correction = fit_cluster_affine(*(torch.randn(60, 10) for _ in range(2)), CATConfig.paper(3))
+    baked = CATWrapper(model, correction, output=output).bake()
+    x = images(9)
+    expected = model(x)
+    assert torch.equal(logits(expected), correction(SmallNet.forward(model, x)))
+    program = torch.export.export(baked, (images(4),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    compiled = torch.compile(baked, backend="eager", fullgraph=True)
+    for way in (baked, program.module(), compiled):
+        torch.testing.assert_close(way(x), expected, **TOLERANCE)
+
+
 def test_hooks_of_others_act_too():
     quantized, fp = conv_pair()
     quantized.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
