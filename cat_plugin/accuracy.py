@@ -1,12 +1,15 @@
 """Top-1 and top-5 of the full-precision, the quantized and the corrected model on labelled images."""
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cat_plugin.batches import Loader
+from cat_plugin.batches import ForwardFn, Loader, check_forward, iterate_inputs
 from cat_plugin.collect import check_finite, check_same_shape, progress_bar, run_logits
 from cat_plugin.errors import CATError
 from cat_plugin.hook import uncorrected
@@ -55,6 +58,7 @@ def compare_accuracy(
     loader: Loader,
     *,
     output: Output = None,
+    forward_fn: ForwardFn | None = None,
     batch_size: int = 64,
     progress: bool = False,
     seed: int = 0,
@@ -63,7 +67,9 @@ def compare_accuracy(
 
     `quantized_model` may be the model that `cat_model` corrects: its plain output is compared. The
     models are left as they were found. `output` says where their outputs hold the logits, if it is not obvious, see
-    `cat_plugin.outputs`. `seed` is that of the bootstrap.
+    `cat_plugin.outputs`, and `forward_fn` how a model is called on a batch, see `cat_plugin.batches.ForwardFn`: labels
+    are then what a dict has under "labels", or the only part of a tuple, but the first, that can be labels. `seed` is
+    that of the bootstrap.
 
     Raises:
         CATError: the loader yields no images, or no class labels, or labels out of range; outputs
@@ -72,14 +78,16 @@ def compare_accuracy(
     models = {"fp_model": fp_model, "quantized_model": quantized_model, "cat_model": cat_model}
     models = {name: unwrap(model, name) for name, model in models.items()}
     check_where(output)
+    check_forward(models, forward_fn)
     top1: list[Tensor] = []
     top5: list[Tensor] = []
     classes = 0
     with inference(models):
-        for inputs, targets in progress_bar(loader, batch_size, progress, "CAT: comparing accuracy"):
-            outputs = _outputs(models, inputs, output)
-            classes = outputs["fp_model"].shape[1]
-            _check_targets(targets, classes)
+        batches = iterate_inputs(loader, batch_size, whole=forward_fn is not None)
+        for batch, targets in progress_bar(batches, loader, batch_size, progress, "CAT: comparing accuracy"):
+            outputs = _outputs(models, partial(run_logits, batch, output=output, forward_fn=forward_fn))
+            images, classes = outputs["fp_model"].shape
+            _check_targets(targets, images, classes)
             top1.append(torch.stack([top_k_correct(logits, targets, 1) for logits in outputs.values()]))
             top5.append(torch.stack([top_k_correct(logits, targets, 5) for logits in outputs.values()]))
     correct = torch.cat(top1, dim=1)
@@ -93,23 +101,20 @@ def compare_accuracy(
     )
 
 
-def _outputs(models: dict[str, nn.Module], inputs: Tensor, output: Output) -> dict[str, Tensor]:
+def _outputs(models: dict[str, nn.Module], logits_of: Callable[[nn.Module, str], Tensor]) -> dict[str, Tensor]:
     """Logits (N, C) of every model for one batch."""
     outputs = {}
     for name, model in models.items():
-        if name == "quantized_model":
-            with uncorrected(model):
-                outputs[name] = run_logits(model, inputs, name, output)
-        else:
-            outputs[name] = run_logits(model, inputs, name, output)
+        with uncorrected(model) if name == "quantized_model" else nullcontext():
+            outputs[name] = logits_of(model, name)
     check_same_shape(outputs)
     for name, logits in outputs.items():
         check_finite(logits, name)
     return outputs
 
 
-def _check_targets(targets: Tensor | None, classes: int) -> None:
-    if targets is None:
+def _check_targets(targets: Tensor | None, images: int, classes: int) -> None:
+    if targets is None or targets.shape != (images,):
         raise CATError(
             "accuracy needs class labels, and the loader yields none: expected batches of (input, target) or dicts "
             "with a label key, with one integer class an image"

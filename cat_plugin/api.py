@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cat_plugin.accuracy import compare_accuracy
-from cat_plugin.batches import Loader, model_device
+from cat_plugin.batches import ForwardFn, Loader, model_device
 from cat_plugin.collect import stream_outputs
 from cat_plugin.config import CATConfig
 from cat_plugin.diagnosis import find_warnings
@@ -32,6 +32,7 @@ def apply_cat(
     config: CATConfig | None = None,
     eval_loader: Loader | None = None,
     output: Output = None,
+    forward_fn: ForwardFn | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> CATWrapper:
@@ -53,6 +54,8 @@ def apply_cat(
         eval_loader: labelled images; if given, the report holds top-1 and top-5 of FP, quantized, and corrected.
         output: where the model's output holds the logits, if it is not obvious: a key or field, a position, or two
             functions `(get, set)`, see `cat_plugin.outputs`.
+        forward_fn: called as `forward_fn(model, batch)` where the models take several inputs or keyword inputs; returns
+            what the model returns. `batch` is what the loader yields, with its tensors on the model's device.
         batch_size: into which a loader that is one tensor is cut.
         progress: show progress bars.
 
@@ -66,7 +69,7 @@ def apply_cat(
     config = CATConfig.resolve(config)
     start = time.perf_counter()
     quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
-    running = {"output": output, "batch_size": batch_size, "progress": progress}
+    running = {"output": output, "forward_fn": forward_fn, "batch_size": batch_size, "progress": progress}
     batches = stream_outputs(quantized_model, fp_model, calib_loader, features=config.features, **running)
     processes = Processes.all(model_device(quantized_model))
     with LogitStore() as store:

@@ -1,6 +1,8 @@
 """Model inputs from whatever a user calls a loader, placed where a model wants them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
 from typing import Any
 
 import torch
@@ -13,30 +15,55 @@ INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
 # What a model can compute in; weights of 8 bits are only stored.
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+NO_IMAGES = "the loader yielded no images; CAT needs at least one, and about a thousand to be of use"
+SAY_HOW = (
+    "where a model takes other than one tensor, give forward_fn=, a function of (model, batch) that calls the model "
+    "and returns its output, such as lambda model, batch: model(**batch)"
+)
+
 Loader = Iterable[Any] | Tensor
-Batch = tuple[Tensor, Tensor | None]
+Batch = tuple[Any, Tensor | None]
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+"""`forward_fn(model, batch)` calls `model` once on what it takes of `batch` and returns the model's output as it is.
+`batch` is what the loader yields, with its tensors on the model's device."""
 
 
-def iterate_inputs(loader: Loader, batch_size: int = 64) -> Iterator[Batch]:
+def iterate_inputs(loader: Loader, batch_size: int = 64, *, whole: bool = False) -> Iterator[Batch]:
     """Yields `(inputs, targets)` for every batch, the last partial one included.
 
     `loader` is an iterable of batches (a DataLoader, a list), each of them a tensor, `(input,)`,
     `(input, target)`, of which further elements are ignored, or a dict; or one stacked tensor of
-    images, cut into batches of `batch_size`. `targets` is None unless a batch has one integer label
-    an image.
+    images, cut into batches of `batch_size`. `targets` is None unless a batch has integer labels,
+    one an image, (N,), or one a position of an image, (N, ...).
+
+    With `whole`, for a `forward_fn`, batches can be anything and are yielded as they are. Targets are then what a dict
+    has under one of `LABEL_KEYS`, or the only part of a tuple or list, but the first, that can be labels (N,).
 
     Raises:
         CATError: the loader holds no image, or a batch has no single input that can be told.
     """
     images = 0
     for batch in _batches(loader, batch_size):
+        if whole:
+            images += 1
+            yield batch, _labels_of(batch)
+            continue
         inputs, targets = _split(batch)
         if inputs.ndim == 0:
             raise CATError("a batch is a tensor without dimensions; expected the images along the first one")
         images += len(inputs)
         yield inputs, _class_labels(targets, len(inputs))
     if images == 0:
-        raise CATError("the loader yielded no images; CAT needs at least one, and about a thousand to be of use")
+        raise CATError(NO_IMAGES)
+
+
+def find_inputs(batch: Any) -> Tensor | None:
+    """The one input tensor of `batch`, if it can be told."""
+    try:
+        return _split(batch)[0]
+    except CATError:
+        return None
 
 
 def num_batches(loader: Loader, batch_size: int = 64) -> int | None:
@@ -65,6 +92,54 @@ def place(inputs: Tensor, model: nn.Module) -> Tensor:
     return inputs.to(next((p.dtype for p in model.parameters() if p.dtype in COMPUTE_DTYPES), inputs.dtype))
 
 
+def run(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Any:
+    """What `model` returns for `batch`: one input tensor, or whatever `forward_fn` takes."""
+    if forward_fn is None:
+        return model(place(batch, model))
+    return forward_fn(model, _on_device(batch, model_device(model)))
+
+
+def check_forward(models: Mapping[str, nn.Module], forward_fn: ForwardFn | None) -> None:
+    """Raises a `CATError` unless `models` (name -> module) can be run: by `forward_fn`, or on one input tensor."""
+    if forward_fn is not None:
+        if not callable(forward_fn):
+            raise CATError(
+                f"forward_fn is a {type(forward_fn).__name__}; expected a function of (model, batch) that calls the "
+                "model and returns its output"
+            )
+        return
+    for name, model in models.items():
+        if model._forward_pre_hooks:  # which may add arguments
+            continue
+        try:
+            signature = inspect.signature(model.forward)
+        except (TypeError, ValueError):  # not every callable tells
+            continue
+        try:
+            signature.bind(None)
+        except TypeError as error:
+            raise CATError(
+                f"{name} cannot be called with one tensor, {type(model).__name__}.forward{signature} ({error}); "
+                f"{SAY_HOW}"
+            ) from None
+
+
+def _on_device(batch: Any, device: torch.device | None) -> Any:
+    """`batch` with its tensors moved, in lists, tuples and dicts, and in whatever else has a method `to`."""
+    if device is None:
+        return batch
+    if isinstance(batch, MutableMapping):  # asked first, since those of tokenizers move themselves in place
+        moved = copy.copy(batch)
+        for key, value in batch.items():
+            moved[key] = _on_device(value, device)
+        return moved
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_on_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_on_device(value, device) for value in batch)
+    return batch.to(device) if callable(getattr(batch, "to", None)) else batch
+
+
 def _batches(loader: Loader, batch_size: int) -> Iterable[Any]:
     if isinstance(loader, Tensor):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -87,30 +162,50 @@ def _split(batch: Any) -> tuple[Tensor, Any]:
     if isinstance(batch, Mapping):
         return _split_mapping(batch)
     if not isinstance(batch, list | tuple):
-        raise CATError(f"a batch is a {type(batch).__name__}; expected a tensor, (input, target) or a dict")
+        raise CATError(f"a batch is a {type(batch).__name__}; expected a tensor, (input, target) or a dict; {SAY_HOW}")
     if not batch or not isinstance(batch[0], Tensor):
         found = ", ".join(type(item).__name__ for item in batch)
         raise CATError(
-            f"a batch is a {type(batch).__name__} of ({found}); expected (input, target) or (input,), input a tensor"
+            f"a batch is a {type(batch).__name__} of ({found}); expected (input, target) or (input,), input a tensor; "
+            f"{SAY_HOW}"
         )
     return batch[0], batch[1] if len(batch) > 1 else None
 
 
 def _split_mapping(batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
-    targets = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    targets = _value_of_label(batch)
     inputs = {key: value for key, value in batch.items() if key not in LABEL_KEYS and isinstance(value, Tensor)}
     if len(inputs) > 1:
         inputs = {key: value for key, value in inputs.items() if key in INPUT_KEYS}
     if len(inputs) != 1:
         raise CATError(
             f"a batch is a dict with keys {list(batch)}, in which the one input tensor cannot be told; "
-            f"name it one of {list(INPUT_KEYS)}"
+            f"name it one of {list(INPUT_KEYS)}; {SAY_HOW}"
         )
     return next(iter(inputs.values())), targets
 
 
+def _labels_of(batch: Any) -> Tensor | None:
+    """Labels in a batch whose inputs only a `forward_fn` knows."""
+    if isinstance(batch, Mapping):
+        targets = _value_of_label(batch)
+        return _class_labels(targets, _length(targets))
+    parts = batch[1:] if isinstance(batch, list | tuple) else ()
+    found = [_class_labels(part, _length(part)) for part in parts]
+    found = [labels for labels in found if labels is not None and labels.ndim == 1]
+    return found[0] if len(found) == 1 else None
+
+
+def _value_of_label(batch: Mapping[str, Any]) -> Any:
+    return next((batch[key] for key in LABEL_KEYS if key in batch), None)
+
+
+def _length(part: Any) -> int:
+    return len(part) if isinstance(part, list) or (isinstance(part, Tensor) and part.ndim) else -1
+
+
 def _class_labels(targets: Any, n_images: int) -> Tensor | None:
-    """(n_images,) int64 on the CPU, or None: whatever else comes beside the input is none of our business."""
+    """(n_images, ...) int64 on the CPU, or None: whatever else comes beside the input is none of our business."""
     if targets is None:
         return None
     try:
@@ -118,6 +213,6 @@ def _class_labels(targets: Any, n_images: int) -> Tensor | None:
     except (TypeError, ValueError, RuntimeError):
         return None
     is_class = not targets.is_floating_point() and not targets.is_complex() and targets.dtype != torch.bool
-    if not is_class or targets.shape not in ((n_images,), (n_images, 1)):
+    if not is_class or targets.shape[:1] != (n_images,):
         return None
-    return targets.reshape(n_images).to(torch.int64)
+    return (targets.reshape(n_images) if targets.numel() == n_images else targets).to(torch.int64)

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cat_plugin.batches import Batch, Loader, iterate_inputs, num_batches, place
+from cat_plugin.batches import (
+    NO_IMAGES,
+    Batch,
+    ForwardFn,
+    Loader,
+    check_forward,
+    find_inputs,
+    iterate_inputs,
+    num_batches,
+    run,
+)
 from cat_plugin.diagnosis import image_digests, known_calibration
 from cat_plugin.errors import CATError
 from cat_plugin.features import FeatureTap
@@ -53,6 +63,7 @@ def stream_outputs(
     *,
     features: str | None = None,
     output: Output = None,
+    forward_fn: ForwardFn | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Iterator[PairedOutputs]:
@@ -60,7 +71,8 @@ def stream_outputs(
 
     See `iterate_inputs` for what a loader can be; `batch_size` is used for one stacked tensor only. `features` names a
     layer of the quantized model whose outputs are given too, averaged over positions; `output` says where the models'
-    outputs hold the logits, see `cat_plugin.outputs.extract`. Both models are left as they were found when the stream
+    outputs hold the logits, see `cat_plugin.outputs.extract`, and `forward_fn` how a model is called on a batch, if not
+    on one input tensor, see `cat_plugin.batches.ForwardFn`. Both models are left as they were found when the stream
     ends, also when something raises half-way.
 
     Raises:
@@ -71,15 +83,19 @@ def stream_outputs(
     quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
     check_models(quantized_model, fp_model)
     check_where(output)
+    check_forward({"quantized_model": quantized_model, "fp_model": fp_model}, forward_fn)
     refuse_attached(quantized_model)
     calibration = known_calibration(quantized_model)
     faults = {name: _Faults(name) for name in ("quantized_model", "fp_model", f"layer {features!r}")}
-    models = {"quantized_model": quantized_model, "fp_model": fp_model}
+    models, total = {"quantized_model": quantized_model, "fp_model": fp_model}, 0
     with inference(models), _captured(quantized_model) as capture, _tapped(quantized_model, features) as tap:
-        for inputs, labels in progress_bar(loader, batch_size, progress, "CAT: collecting logits"):
-            quantized_model(place(inputs, quantized_model))
+        batches = iterate_inputs(loader, batch_size, whole=forward_fn is not None)
+        for batch, labels in progress_bar(batches, loader, batch_size, progress, "CAT: collecting logits"):
+            returned = run(quantized_model, batch, forward_fn)
             q = _to_cpu(extract(capture.take(), "quantized_model", output))
-            f = run_logits(fp_model, inputs, "fp_model", output)
+            if forward_fn is not None:
+                _check_returned(q, extract(returned, "forward_fn", output, lenient=True))
+            f = run_logits(batch, fp_model, "fp_model", output=output, forward_fn=forward_fn)
             check_same_shape({"quantized_model": q, "fp_model": f})
             h = None if tap is None else _to_cpu(tap.take())
             if h is not None and len(h) != len(q):
@@ -87,25 +103,33 @@ def stream_outputs(
                     f"layer {features!r} gave {len(h)} rows for {len(q)} images (windows or tokens may be rows there); "
                     "name a layer that gives one row an image"
                 )
-            known = None
-            if calibration is not None:
+            known, inputs = None, batch if forward_fn is None else find_inputs(batch)
+            if calibration is not None and inputs is not None:
                 known = torch.tensor([digest in calibration for digest in image_digests(inputs)], dtype=torch.bool)
             for fault, values in zip(faults.values(), (q, f, h), strict=True):
                 fault.look(values)
+            total += len(q)
+            if labels is not None and labels.shape != q.shape[:1]:
+                labels = None
             yield PairedOutputs(q, f, labels, h, known)
+    if total == 0:
+        raise CATError(NO_IMAGES)
     for fault in faults.values():
         fault.tell()
 
 
-def progress_bar(loader: Loader, batch_size: int, progress: bool, title: str) -> Iterator[Batch]:
-    """`iterate_inputs` with a progress bar if `progress` is true."""
-    batches = iterate_inputs(loader, batch_size)
+def progress_bar(
+    batches: Iterator[Batch], loader: Loader, batch_size: int, progress: bool, title: str
+) -> Iterator[Batch]:
+    """`batches`, those of `loader`, with a progress bar if `progress` is true."""
     return tqdm(batches, title, num_batches(loader, batch_size) if progress else None, disable=not progress)
 
 
-def run_logits(model: nn.Module, inputs: Tensor, name: str, output: Output) -> Tensor:
+def run_logits(
+    batch: Any, model: nn.Module, name: str, *, output: Output = None, forward_fn: ForwardFn | None = None
+) -> Tensor:
     """Logits (N, C) of `model` for one batch, float32 on the CPU."""
-    return _to_cpu(extract(model(place(inputs, model)), name, output, lenient=name == "fp_model"))
+    return _to_cpu(extract(run(model, batch, forward_fn), name, output, lenient=name == "fp_model"))
 
 
 def check_same_shape(outputs: dict[str, Tensor]) -> None:
@@ -120,6 +144,16 @@ def check_finite(logits: Tensor, name: str) -> None:
     faults = _Faults(name)
     faults.look(logits)
     faults.tell()
+
+
+def _check_returned(q: Tensor, returned: Tensor) -> None:
+    """Raises a `CATError` unless a forward_fn returned what the model gave it, the logits `q`."""
+    returned = _to_cpu(returned)
+    if returned.shape != q.shape or not torch.allclose(returned, q, rtol=0, atol=0, equal_nan=True):
+        raise CATError(
+            "forward_fn returned other logits than quantized_model gave it, and CAT corrects the latter; call the "
+            "model once and return its output as it is"
+        )
 
 
 class _Faults:
@@ -157,8 +191,8 @@ class _Capture:
         if not self._outputs:
             raise CATError(
                 "the forward hook on quantized_model never fired for a batch, so CAT could not act on it: its __call__ "
-                "bypasses torch.nn.Module.__call__ (for instance by calling forward directly); override forward "
-                "instead, or give the module that is really called"
+                "bypasses torch.nn.Module.__call__ (for instance by calling forward directly), or forward_fn does not "
+                "call the model it is given; override forward instead, or give the module that is really called"
             )
         return self._outputs.pop()
 
