@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from cat_plugin.errors import CATError
 
+BUFFERS = ("weight", "bias", "scale", "shift", "project", "mix", "feature_mix")
+REQUIRED = BUFFERS[:4]
+
 
 class ClusterAffine(nn.Module):
     """Corrects logits by the affine map of their cluster and, where there is one, a map that all clusters share.
@@ -71,7 +74,7 @@ class ClusterAffine(nn.Module):
                 f"got {found}; expected weight (C, K), bias (K,), scale (K, C), shift (K, C), and where there is a "
                 "shared map project (C, R) with mix (R, C), and feature_mix (D, C)"
             )
-        for name in ("weight", "bias", "scale", "shift", "project", "mix", "feature_mix"):
+        for name in BUFFERS:
             tensor = buffers.get(name)
             self.register_buffer(name, None if tensor is None else tensor.detach())
 

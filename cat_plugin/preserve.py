@@ -54,7 +54,7 @@ def inference(models: Mapping[str, nn.Module]) -> Iterator[None]:
 
 def state_digests(model: nn.Module) -> dict[str, str]:
     """SHA-256 of dtype, shape and bytes of every parameter and buffer, non-persistent ones included, by name."""
-    return {name: _digest(tensor) for name, tensor in named_tensors(model)}
+    return {name: tensor_digest(tensor) for name, tensor in named_tensors(model)}
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -82,11 +82,12 @@ def _refuse_meta(model: nn.Module, name: str) -> None:
         )
 
 
-def _digest(tensor: Tensor) -> str:
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of dtype, shape and bytes of a tensor, the same on every device."""
     digest = hashlib.sha256()
     for leaf in storage_leaves(tensor):
         digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-        values = leaf.int_repr() if leaf.is_quantized else leaf
+        values = leaf.dequantize() if leaf.is_quantized else leaf
         # A copy: numpy() on the tensor itself would leave its storage unable to be resized, as observers do.
         copy = values.to("cpu", copy=True).contiguous()
         digest.update(copy.reshape(-1).view(torch.uint8).numpy())

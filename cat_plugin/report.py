@@ -1,10 +1,12 @@
 """What was fitted, on what, what it gains and what it costs."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from cat_plugin.accuracy import AccuracyReport
 from cat_plugin.fit import HeldOutScores
+from cat_plugin.plain import from_plain
 from cat_plugin.selection import Evidence
 
 
@@ -50,6 +52,15 @@ class CATReport:
         if self.evidence:
             values["evidence"]["candidates"] = list(values["evidence"]["candidates"])
         return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CATReport":
+        """Inverse of `to_dict`, also after JSON.
+
+        Raises:
+            CATError: a field is unknown, missing, or of another type.
+        """
+        return from_plain(cls, values, "the report")
 
     def summary(self) -> str:
         """The report in one line."""

@@ -1,5 +1,7 @@
 """A quantized model together with the correction that is attached to it."""
 
+import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,6 +15,7 @@ from cat_plugin.errors import CATError
 from cat_plugin.hook import CATHook
 from cat_plugin.models import unwrap
 from cat_plugin.outputs import Output, check_where
+from cat_plugin.pretrained import load, save
 from cat_plugin.report import CATReport
 
 
@@ -61,6 +64,7 @@ class CATWrapper(nn.Module):
         self.report = report
         self.config = config
         self.output = output
+        self.class_names: tuple[str, ...] | None = None
         self.training = quantized_model.training
         self._hook = hook
 
@@ -85,6 +89,50 @@ class CATWrapper(nn.Module):
         as before, and `remove()` leaves the baked module as it is. See `cat_plugin.bake.BakedCAT`.
         """
         return BakedCAT(self.quantized_model, self._hook)
+
+    def save_pretrained(self, folder: str | os.PathLike, *, class_names: Sequence[str] | None = None) -> None:
+        """Writes the correction, not the model, into `folder`: `cat_config.json` and `cat.safetensors`.
+
+        The first holds config, report and a fingerprint of the quantized model, the second the tensors.
+
+        Args:
+            folder: made if need be; files of these names in it are replaced.
+            class_names: one text for each class, if known; by default those that the correction was loaded with.
+
+        Raises:
+            CATError: `folder` is a file, or there are more or fewer names than classes.
+        """
+        names = self.class_names if class_names is None else class_names
+        save(folder, self.quantized_model, self.correction, self.report, self.config, self.output, names)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        quantized_model: nn.Module,
+        strict: bool = True,
+        *,
+        output: Output = None,
+    ) -> "CATWrapper":
+        """Attaches to `quantized_model` the correction that `save_pretrained` wrote into the local `folder`.
+
+        Nothing is downloaded, and nothing in the files is run.
+
+        Args:
+            strict: refuse a model that is not the one that the correction was saved with, weights included, on whatever
+                device; False only logs a warning.
+            output: as of `apply_cat`; functions are not saved and have to be given again.
+
+        Raises:
+            CATError: files that are missing, damaged, of another format or of another model, see
+                `cat_plugin.pretrained.load`; or the model already carries a correction.
+        """
+        model = unwrap(quantized_model, "quantized_model")
+        check_where(output)
+        loaded = load(folder, model, strict, output)
+        cat_model = cls(model, loaded.correction, loaded.report, loaded.config, output=loaded.output)
+        cat_model.class_names = loaded.class_names
+        return cat_model
 
     def disabled(self) -> AbstractContextManager[None]:
         """`with cat_model.disabled():` gives plain outputs inside the block; blocks can be nested."""
