@@ -81,6 +81,82 @@ def test_half_of_a_surrounding_model_does_not_round_the_correction(correction):
     assert correction(torch.ones(3, 2, device="meta")).shape == (3, 2)
 
 
+def large_correction(seed=0):
+    """Twelve clusters of 30 classes with scores and components that float16 does not hold."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "weight": (30, 12),
+        "bias": (12,),
+        "scale": (12, 30),
+        "shift": (12, 30),
+        "project": (30, 3),
+        "mix": (3, 30),
+    }
+    parts = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    parts["bias"] *= 3e5
+    parts["weight"] *= 3e4
+    parts["bias"][5] = -torch.inf
+    parts["project"] *= torch.tensor([1e5, 1e-7, 0])
+    parts["mix"] *= torch.tensor([1e-6, 1e6, 1]).unsqueeze(1)
+    return ClusterAffine(**parts)
+
+
+def test_half_halves_the_bytes_and_keeps_the_outputs():
+    wide, narrow = large_correction(), large_correction()
+    assert narrow.half() is narrow
+    assert narrow.num_bytes == wide.num_bytes / 2
+    assert {buffer.dtype for buffer in narrow.buffers()} == {torch.float16}
+    q = 5 * torch.randn(4000, 30, generator=torch.Generator().manual_seed(1))
+    same = wide.assign(q) == narrow.assign(q)
+    assert same.double().mean() > 0.99 and len(wide.assign(q).unique()) == 11
+    torch.testing.assert_close(narrow(q)[same], wide(q)[same], atol=2e-2, rtol=2e-3)
+    again = {name: buffer.clone() for name, buffer in narrow.named_buffers()}
+    assert all(torch.equal(buffer, again[name]) for name, buffer in narrow.half().named_buffers())
+    assert narrow.float().num_bytes == wide.num_bytes
+
+
+@pytest.mark.parametrize("convert", [ClusterAffine.half, lambda correction: correction.to(torch.float16)])
+def test_half_is_explicit_and_does_not_change_the_given_tensors(convert):
+    parts = {name: value.clone() for name, value in TABLE.items()}
+    correction = ClusterAffine(**parts)
+    holder = nn.Sequential(correction)
+    holder.half().to(torch.float16)
+    assert correction.scale.dtype == torch.float32
+    convert(correction)
+    assert correction.scale.dtype == torch.float16
+    assert all(torch.equal(parts[name], TABLE[name]) for name in TABLE)
+    q = torch.tensor([[3.0, 1.0], [1.0, 4.0], [-2.0, -4.0]])
+    assert torch.equal(correction(q), torch.tensor([[6.5, 2.0], [1.0, 12.0], [-3.5, -13.0]]))  # exact in float16
+
+
+@pytest.mark.parametrize(
+    ("convert", "dtype"),
+    [
+        (ClusterAffine.bfloat16, torch.bfloat16),
+        (ClusterAffine.double, torch.float64),
+        (lambda c: c.to("cpu", torch.float64), torch.float64),
+        (lambda c: c.to(dtype=torch.bfloat16), torch.bfloat16),
+        (lambda c: c.to("cpu"), torch.float32),
+        (lambda c: c.to(torch.zeros(1, dtype=torch.float64)), torch.float32),
+    ],
+)
+def test_other_types(correction, convert, dtype):
+    assert {buffer.dtype for buffer in convert(correction).buffers()} == {dtype}
+
+
+def test_half_of_one_cluster_without_scores():
+    q = torch.randn(5, 4)
+    assert torch.equal(ClusterAffine.identity(4).half()(q), q)
+
+
+def test_what_half_cannot_hold_is_an_error_and_changes_nothing(correction):
+    correction.shift[1, 0] = 1e5
+    with pytest.raises(CATError, match=r"shift reaches 1e\+05, too large for torch.float16; bfloat16\(\) takes it"):
+        correction.half()
+    assert {buffer.dtype for buffer in correction.buffers()} == {torch.float32}
+    assert correction.bfloat16().shift[1, 0].item() == pytest.approx(1e5, rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("q", "message"),
     [

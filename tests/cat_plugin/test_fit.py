@@ -49,6 +49,20 @@ def test_equals_naive_reference_on_real_logits(path):
         torch.testing.assert_close(narrow(fresh.float())[same].double(), wide(fresh)[same], atol=1e-5, rtol=1e-6)
 
 
+@pytest.mark.skipif(not LOGITS, reason="CAT_LOGITS names no folder of *.npz files")
+@pytest.mark.parametrize("config", [CATConfig.paper(), CATConfig()], ids=["paper", "auto"])
+@pytest.mark.parametrize("path", LOGITS, ids=lambda path: path.stem)
+def test_half_keeps_top1_on_real_logits(path, config):
+    with np.load(path) as data:
+        q, f = (torch.from_numpy(data[name][1024:2048].astype(np.float32)) for name in ("q_calib", "f_calib"))
+        fresh, labels = torch.from_numpy(data["q_test"].astype(np.float32)), torch.from_numpy(data["y_test"])
+    correction = fit_cluster_affine(q, f, config)
+    wide, size = correction(fresh).argmax(dim=1) == labels, correction.num_bytes
+    narrow = correction.half()(fresh).argmax(dim=1) == labels
+    assert correction.num_bytes == size / 2
+    assert 100 * abs(narrow.double().mean() - wide.double().mean()) <= 0.05
+
+
 def test_full_correction_is_least_squares():
     q, f = paired_logits(500, 10)
     config = CATConfig.paper(6, alpha=1.0)

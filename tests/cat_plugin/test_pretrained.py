@@ -142,9 +142,7 @@ def test_output_is_kept_unless_it_is_functions(tmp_path):
     assert torch.equal(loaded(images())["out"], expected)
     functions = (lambda output: output["out"], lambda output, logits: {**output, "out": logits})
     CATWrapper(plain, correction, output=functions).save_pretrained(tmp_path)
-    with pytest.raises(
-        CATError, match=r"saved with output=\(get, set\), functions, which are not saved; give them again"
-    ):
+    with pytest.raises(CATError, match=r"saved with output=\(get, set\), functions, .* give them again"):
         CATWrapper.from_pretrained(tmp_path, Pair().eval())
     for output in (functions, "out"):
         loaded = CATWrapper.from_pretrained(tmp_path, Pair().eval(), output=output)
