@@ -1,4 +1,8 @@
-"""The published methods as data: one engine (:mod:`baselines.reconstruct`) runs them all and never sees a name."""
+"""The published methods as data: one engine (:mod:`baselines.reconstruct`) runs them all and never sees a name.
+
+In all of them, a block quantizes what it reads. The authors' codes quantize what a block gives, and learn the scale of
+that quantizer with the block; here it belongs to the next one.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,7 @@ class Stage:
         rounding: learn how each weight is rounded.
         activation_scales: learn the scales of the activation quantizers.
         quantize_activations: whether activations are quantized during the stage.
+        fp_inputs: units get what the FP network hands them, instead of the inputs that the quantized units before make.
         iters: optimiser steps a unit.
         error_norm: exponent of the reconstruction error.
         rounding_lr, scale_lr: Adam's learning rates; that of the scales falls to zero along a cosine. That of the
@@ -31,6 +36,7 @@ class Stage:
     rounding: bool = False
     activation_scales: bool = False
     quantize_activations: bool = True
+    fp_inputs: bool = False
     iters: int = 20_000
     error_norm: float = 2.0
     rounding_lr: float = 1e-3
@@ -141,13 +147,18 @@ BRECQ = Recipe(
     unit="block",
     stages=(  # arXiv 2102.05426; the numbers are the defaults of the authors' main_imagenet.py
         Stage(rounding=True, quantize_activations=False, iters=20_000, rounding_lr=1e-3),
-        Stage(activation_scales=True, iters=5_000, error_norm=2.4, scale_lr=4e-4),
+        # This stage reads the FP network's inputs, as the authors' does. With those of the quantized network, ResNet-20
+        # at W2A2 and 1,000 steps falls from 73.4 to 65.6 on other training images of CIFAR-10.
+        Stage(activation_scales=True, fp_inputs=True, iters=5_000, error_norm=2.4, scale_lr=4e-4),
     ),
     penalty_weight=0.01,
     warm_up=0.2,
     beta=(20.0, 2.0),
 )
-"""BRECQ: block by block, the roundings of the whole network first, then all activation scales."""
+"""BRECQ: block by block, the roundings of the whole network first, then all activation scales.
+
+The authors' code takes the ranges of activations, where that stage starts, from the network with rounded weights; here
+they come from the FP network, as for all methods."""
 
 QDROP = Recipe(
     unit="block",

@@ -167,8 +167,9 @@ def _walk(job: Job, number: int) -> Iterator[UnitRun]:
             if prediction is not None:
                 rest = RestOfNetwork(job.folded, job.inputs, unit, list(passed))
                 rest.check(target)
-            run = UnitRun(job, stage, unit, UnitData(fp_input, q_input, target, prediction, rest))
-            fp_input = target = None  # what is needed, the run holds
+            given = fp_input if stage.fp_inputs else q_input
+            run = UnitRun(job, stage, unit, UnitData(fp_input, given, target, prediction, rest))
+            fp_input = target = given = None  # what is needed, the run holds
             if job.recipe.error_weighting == "fisher":
                 run.weigh(size)
             yield run

@@ -147,6 +147,25 @@ def test_stages_walk_the_whole_network_one_after_the_other(run, monkeypatch):
     assert not any(m.bypass for m in network.modules() if hasattr(m, "bypass"))
 
 
+def test_scales_of_brecq_are_learned_on_the_inputs_of_the_fp_network(run, monkeypatch):
+    fp_input = []  # of layer1.1, from the FP network itself
+    model = randomized(SmallResNet())
+    handle = model.layer1[1].register_forward_pre_hook(lambda module, args: fp_input.append(args[0]))
+    with torch.no_grad():
+        model(images(40))
+    handle.remove()
+    near, real = [], baselines.reconstruct.UnitRun.finish
+
+    def watch(self, bar):
+        if self.unit.name == "layer1.1":
+            near.append(torch.allclose(self.data.input.tensor, fp_input[0], atol=1e-4))
+        real(self, bar)
+
+    monkeypatch.setattr(baselines.reconstruct.UnitRun, "finish", watch)
+    run(RECIPES["brecq"], iters=3, model=model)
+    assert near == [False, True]  # roundings, then scales
+
+
 @pytest.mark.parametrize("axis", [1, -1])
 def test_reconstruction_error_sums_channels_and_averages_the_rest(axis):
     output, target = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
