@@ -6,13 +6,16 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint check bench clean
+.PHONY: demo test perf lint check bench clean
 
 demo: $(STAMP)  ## quantize a small network on real data and show what CAT wins back; ARGS="..." adds options
 	$(BIN)/python -m benchmarks $(ARGS)
 
 test: $(STAMP)  ## all tests but the slow ones; ARGS="-m slow" runs those
 	$(BIN)/python -m pytest $(ARGS)
+
+perf: $(STAMP)  ## what applying a correction costs, against a network and against a loop over images
+	$(BIN)/python -m pytest benchmarks/perf $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

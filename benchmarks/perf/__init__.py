@@ -1,0 +1,1 @@
+"""What a correction costs, timed by pytest-benchmark: `pytest benchmarks/perf`."""
