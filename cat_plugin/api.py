@@ -18,6 +18,7 @@ from cat_plugin.fit import Fit, fit_and_score
 from cat_plugin.models import unwrap
 from cat_plugin.outputs import Output
 from cat_plugin.report import CATReport
+from cat_plugin.size import model_bytes
 from cat_plugin.store import LogitStore
 from cat_plugin.wrapper import CATWrapper
 
@@ -83,7 +84,7 @@ def apply_cat(
         fit = fit_and_score(store, config, processes)
         share = processes.sum(torch.tensor(sum(reused))).item() / fit.images if reused else None
         seconds = collected - start, time.perf_counter() - collected
-        report = _report(store, fit, share, processes, *seconds)
+        report = _report(store, fit, share, processes, model_bytes(quantized_model), *seconds)
     cat_model = CATWrapper(quantized_model, fit.correction, report, config, output=output)
     if eval_loader is not None:
         try:
@@ -103,6 +104,7 @@ def _report(
     fit: Fit,
     reused: float | None,
     processes: Processes,
+    size: int,
     collect_seconds: float,
     fit_seconds: float,
 ) -> CATReport:
@@ -117,6 +119,7 @@ def _report(
         held_out=fit.held_out,
         added_parameters=correction.num_parameters,
         added_bytes=correction.num_bytes,
+        model_bytes=size,
         collect_seconds=collect_seconds,
         fit_seconds=fit_seconds,
         evidence=fit.evidence,

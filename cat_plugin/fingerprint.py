@@ -33,7 +33,7 @@ class Fingerprint:
         """
         layout, values = hashlib.sha256(), hashlib.sha256()
         tensors = numbers = 0
-        for name, tensor in sorted(_state(model), key=lambda entry: entry[0]):
+        for name, tensor in sorted(state_tensors(model), key=lambda entry: entry[0]):
             leaves = list(storage_leaves(tensor))
             shapes = [f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in leaves]
             layout.update(f"{name}: {', '.join(shapes)}\n".encode())
@@ -52,7 +52,8 @@ class Fingerprint:
         return "its weights or buffers have other values" if self.values != other.values else None
 
 
-def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def state_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of all parameters, buffers, and what else the `state_dict` holds."""
     named = dict(named_tensors(model))
     yield from named.items()
     try:

@@ -26,6 +26,8 @@ class CATReport:
     warnings           what makes the figures above doubtful, in words
     added_parameters   numbers that the correction stores
     added_bytes        their size
+    model_bytes        size of the quantized model at the bit widths of its weights, as far
+                       as these show, see `cat_plugin.size`; None if it is not known
     collect_seconds    running both models over the calibration images
     fit_seconds        fitting the correction, and cross-fitting
     accuracy           on labelled images, where an `eval_loader` was given
@@ -43,6 +45,7 @@ class CATReport:
     evidence: Evidence | None = None
     warnings: tuple[str, ...] = ()
     accuracy: AccuracyReport | None = None
+    model_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-able dict."""
@@ -83,11 +86,17 @@ class CATReport:
                 *self._fitted(),
                 self._held_out(),
                 *([f"  accuracy: {self.accuracy}"] if self.accuracy else []),
-                f"  cost: {self.added_parameters:,} numbers, {self.added_bytes:,} bytes; {self.collect_seconds:.1f} s "
-                f"to run the models, {self.fit_seconds:.1f} s to fit",
+                f"  cost: {self.added_parameters:,} numbers, {self.added_bytes:,} bytes{self._share()}; "
+                f"{self.collect_seconds:.1f} s to run the models, {self.fit_seconds:.1f} s to fit",
                 *(f"  warning: {warning}" for warning in self.warnings),
             ]
         )
+
+    def _share(self) -> str:
+        if not self.model_bytes:
+            return ""
+        share = self.added_bytes / self.model_bytes
+        return f" on top of the {self.model_bytes:,} bytes of the model at its bit widths ({share:.2%})"
 
     def _fitted(self) -> list[str]:
         sizes = f"{min(self.cluster_sizes)} to {max(self.cluster_sizes)} images each"

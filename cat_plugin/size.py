@@ -1,0 +1,46 @@
+"""How large a quantized model is at the bit widths of its weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from cat_plugin.fingerprint import state_tensors
+from cat_plugin.preserve import storage_leaves
+
+MAX_BITS = 8
+ROWS = 16
+"""Of a tensor, that are looked at."""
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, of quantized weights at the bits that their values need.
+
+    Packed tensors count as they are stored. Toolkits that simulate quantization keep low-bit values in floating-point
+    tensors: one with few distinct values in each output channel counts with as many bits as tell these apart. Where a
+    model rounds its weights only as it runs, or channels are too short to tell, tensors count as stored, so that the
+    figure is an upper limit.
+    """
+    total, seen = 0, set()
+    for _, tensor in state_tensors(model):
+        for leaf in storage_leaves(tensor):
+            address = leaf.data_ptr() if leaf.layout == torch.strided else 0
+            key = (leaf.device, address, leaf.shape) if address else id(leaf)  # tied weights count once
+            if key not in seen:
+                seen.add(key)
+                total += math.ceil(leaf.numel() * _bits(leaf) / 8)
+    return total
+
+
+def _bits(tensor: Tensor) -> int:
+    """Of one number."""
+    stored = 8 * tensor.element_size()
+    if not tensor.is_floating_point() or tensor.ndim < 2 or tensor.layout != torch.strided or stored <= MAX_BITS:
+        return stored
+    rows = tensor[:: max(len(tensor) // ROWS, 1)].flatten(1)
+    if rows.shape[1] < 2 or rows.shape[0] == 0:
+        return stored
+    ordered = rows.float().sort(dim=1).values
+    distinct = 1 + int((ordered.diff(dim=1) != 0).sum(dim=1).max())
+    bits = max(math.ceil(math.log2(distinct)), 1)
+    return bits if bits <= MAX_BITS and distinct <= rows.shape[1] / 2 else stored
