@@ -235,6 +235,16 @@ def test_state_dict_holds_the_correction(fitted):
     assert torch.equal(other(fresh), expected)
 
 
+def test_fx_takes_the_exported_graph_and_never_drops_the_correction(fitted):
+    *_, baked, fresh, expected = fitted
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(baked)
+    graph = torch.export.export(baked, (fresh,)).module()
+    assert isinstance(graph, torch.fx.GraphModule)
+    assert torch.equal(graph(fresh), expected)
+    assert torch.equal(baked.forward(fresh), expected)
+
+
 def test_arguments_of_the_model(fitted):
     quantized, _, baked, fresh, _ = fitted
     for arguments, named in [((fresh,), {"temperature": 2.0}), ((fresh, 2.0), {}), ((), {"x": fresh})]:
