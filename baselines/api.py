@@ -26,7 +26,7 @@ from baselines.reconstruct import Job, RunSettings, reconstruct
 from baselines.specs import QuantSpec
 from baselines.summary import summarize
 from baselines.trace import called_as_recorded, trace
-from baselines.units import find_blocks, find_units, named_blocks, per_image, quantizable_layers
+from baselines.units import find_blocks, find_units, named_blocks, per_image, quantizable_layers, warn_of_repeated
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +161,7 @@ def prepare(
     range_seconds = time.perf_counter() - started
     units = find_units(folded, record, blocks, recipe.unit)
     if recipe.stages:
+        warn_of_repeated(folded, record, units)
         larger = torch.cat([example, example[:1]])
         passes = (len(example), record), (len(larger), trace(folded, larger))
         units = per_image(units, *passes, one_row=recipe.prediction is not None)

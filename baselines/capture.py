@@ -336,11 +336,14 @@ def returning(value: Tensor) -> Callable[..., Tensor]:
 
 @contextlib.contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+    own = vars(module).get("forward")  # a user may have set one on this very module
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
+        if own is not None:
+            module.forward = own
 
 
 @contextlib.contextmanager

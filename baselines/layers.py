@@ -89,10 +89,10 @@ QUANTIZABLE: dict[type[nn.Module], type[QuantLayer]] = {
 def is_quantizable(module: nn.Module) -> bool:
     """Whether ``module`` is a layer that quantization replaces.
 
-    Exact types only, since a subclass may compute otherwise, and with a weight of its own, not one that is computed
-    anew for each pass (weight normalisation).
+    Exact types only, since a subclass may compute otherwise, as may a forward pass set on the module itself, and with a
+    weight of its own, not one that is computed anew for each pass (weight normalisation).
     """
-    return type(module) in QUANTIZABLE and "weight" in module._parameters
+    return type(module) in QUANTIZABLE and "weight" in module._parameters and "forward" not in vars(module)
 
 
 def looks_quantizable(module: nn.Module) -> bool:

@@ -77,11 +77,16 @@ class Operation:
 
 @dataclass
 class Trace:
-    """All calls of one forward pass; a module comes after the modules that it called."""
+    """All calls of one forward pass; a module comes after the modules that it called.
+
+    Attributes:
+        reads: what torch functions took, as it was then, with the name of the innermost module that was running.
+    """
 
     calls: list[Call] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
+    reads: list[tuple[str, Value]] = field(default_factory=list)
     output: object = None
 
     def of(self, name: str) -> list[Call]:
@@ -95,6 +100,10 @@ class Trace:
     def readers(self, value: Value) -> list[Call]:
         """Calls of modules that got ``value`` as an input."""
         return [call for call in self.calls if any(value.same(other) for other in call.inputs)]
+
+    def functions_reading(self, value: Value) -> set[str]:
+        """Names of the modules that handed ``value`` to a torch function."""
+        return {owner for owner, other in self.reads if value.same(other)}
 
 
 def tensors_in(*values: object) -> tuple[Tensor, ...]:
@@ -198,11 +207,15 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        taken = tuple(map(Value.of, tensors_in(args, kwargs)))
         result = function(*args, **kwargs)
-        outputs = tuple(tensor for tensor in tensors_in(result) if tensor.is_floating_point())
-        if outputs and self._running:
+        given = tensors_in(result)
+        if self._running and (given or function is Tensor.__setitem__):  # asking for a shape is no reading
             this = self._running[-1]
-            self._record.operations.append(Operation(this.name, this.call, function, args, kwargs, outputs))
+            self._record.reads.extend((this.name, value) for value in taken)
+            outputs = tuple(tensor for tensor in given if tensor.is_floating_point())
+            if outputs:
+                self._record.operations.append(Operation(this.name, this.call, function, args, kwargs, outputs))
         return result
 
 

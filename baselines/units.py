@@ -144,6 +144,18 @@ def find_units(model: nn.Module, record: Trace, blocks: Iterable[str], kind: str
     return [_unit(name, members[name], modules, record, homes.get(name)) for name in record.order(list(members))]
 
 
+def warn_of_repeated(model: nn.Module, record: Trace, units: Iterable[Unit]) -> None:
+    """Say which layers of ``model`` are in none of ``units``, since they are called more than once."""
+    known = {layer for unit in units for layer in unit.layers}
+    left = [name for name in record.order(quantizable_layers(model)) if name not in known]
+    if left:
+        logger.warning(
+            "only rounded, not reconstructed, since they are called more than once: %s; name blocks around all of "
+            "their calls",
+            left,
+        )
+
+
 def per_image(
     units: Iterable[Unit], small: tuple[int, Trace], large: tuple[int, Trace], *, one_row: bool = False
 ) -> list[Unit]:
@@ -202,7 +214,9 @@ def _activation_behind(name: str, record: Trace) -> str | None:
     output = record.of(name)[0].output
     readers = [] if output is None else record.readers(output)
     readers = [call for call in readers if not isinstance(call.module, (nn.Identity, nn.Sequential, nn.ModuleList))]
-    return readers[0].name if len(readers) == 1 and isinstance(readers[0].module, ACTIVATIONS) else None
+    if len(readers) != 1 or not isinstance(readers[0].module, ACTIVATIONS):
+        return None
+    return readers[0].name if record.functions_reading(output) <= {readers[0].name} else None
 
 
 def _may_be_block(module: nn.Module, calls: list[Call]) -> bool:

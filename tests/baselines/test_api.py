@@ -1,5 +1,6 @@
 import hashlib
 import random
+import types
 
 import numpy as np
 import pytest
@@ -225,3 +226,52 @@ def test_calibration_images_can_be_told():
     network = quantize(randomized(SmallResNet()), images(40), method="rtn")
     digests = {hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest()[:16] for image in images(40)}
     assert network.calibration_digests == digests
+
+
+class Repeated(nn.Module):
+    """Three layers, of which the middle one runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.twice, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.twice(self.twice(self.stem(x).relu()).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("method", "said"), [("rtn", False), ("adaround", True), ("qdrop", True)])
+def test_layers_that_run_more_than_once_are_rounded_and_that_is_said(method, said, caplog):
+    quantize(randomized(Repeated()), images(16), method=method, iters=2, batch_size=16)
+    assert ("called more than once: ['twice']" in caplog.text) == said
+
+
+class Doubled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+    def twice(self, x):
+        return 2 * Doubled.forward(self, x)
+
+
+@pytest.mark.parametrize("method", ["rtn", "adaround", "qdrop", "pd_quant"])
+def test_forward_pass_set_on_a_block_itself_is_kept(method):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(Doubled(), Doubled()), nn.Flatten(), nn.Linear(256, 3))
+    model = randomized(model)
+    model[1][0].forward = model[1][0].twice
+    expected = model(images(4))
+    network = quantize(model, images(16), method=method, w_bits=8, a_bits=8, iters=3, batch_size=16)
+    assert (network(images(4)) - expected).norm() < 0.1 * expected.norm()
+    assert torch.equal(model(images(4)), expected)
+
+
+def test_layer_with_a_forward_pass_of_its_own_stays_in_floating_point_and_that_is_said(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(256, 3))
+    model = randomized(model)
+    model[1].forward = types.MethodType(nn.Conv2d.forward, model[1])
+    network = quantize(model, images(16), method="rtn")
+    assert [layer.name for layer in summarize(network).layers] == ["0", "3"]
+    assert "left in floating point" in caplog.text and "['1']" in caplog.text

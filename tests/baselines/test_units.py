@@ -138,6 +138,37 @@ def test_activation_that_is_not_the_only_reader_is_not_part_of_the_unit():
     assert [(u.name, u.activation) for u in units] == [("0", None), ("1", None), ("2", None)]
 
 
+class Gated(nn.Module):
+    """What ``gate`` reads, a function reads, too."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.gate, self.fc, self.how = nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Linear(4, 3), how
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.how == "operator":
+            x = x * self.gate(x)
+        elif self.how == "boolean":
+            x = torch.where(x > 0, self.gate(x), 0.0)
+        elif self.how == "assignment":
+            kept = torch.zeros(x.shape)
+            kept[:] = x
+            x = self.gate(x) + kept
+        else:
+            x = self.gate(x) * x.shape[0]
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("how", "activation"), [("operator", None), ("boolean", None), ("assignment", None), ("shape", "gate")]
+)
+def test_activation_beside_a_function_that_reads_the_same_is_not_part_of_the_unit(how, activation):
+    model = Gated(how).eval()
+    units = find_units(model, trace(model, images(1)), [], "layer")
+    assert [(unit.name, unit.activation) for unit in units] == [("conv", activation), ("fc", None)]
+
+
 def test_activation_behind_a_shortcut_is_not_that_of_the_layer_before_it():
     model = randomized(SmallResNet())
     units = find_units(model, trace(model, images(1)), [], "layer")
