@@ -1,6 +1,7 @@
 """What makes a fit doubtful, in words that say what to do."""
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 FEW_IMAGES = 256
 REUSED_SHARE = 0.5
 REPEATED_SHARE = 0.05
+ENOUGH_IMAGES = 32
+"""To judge how two models go together."""
+COLLAPSED_SHARE = 0.5
 
 
 def find_warnings(f: Tensor, n_images: int, repeated: int = 0, reused: float | None = None) -> list[str]:
@@ -38,6 +42,49 @@ def find_warnings(f: Tensor, n_images: int, repeated: int = 0, reused: float | N
             "than elsewhere, so agreement is flattered and the correction too timid; give fresh images"
         )
     return found
+
+
+def find_output_warnings(q: Tensor, f: Tensor) -> list[str]:
+    """Sentences about models that do not go together: outputs that are identical, that agree no more often than chance
+    would have it, that are probabilities, or of which the quantized ones have collapsed.
+
+    Args:
+        q, f: (n, C) logits of the quantized and of the full-precision model for the same images.
+    """
+    if torch.equal(q, f):
+        return [
+            f"both models give identical outputs for all {len(q)} images: nothing is quantized or quantization is "
+            "switched off, or it changed fp_model, too; quantize a copy.deepcopy of it"
+        ]
+    found = [
+        f"{name} gives probabilities (all rows add up to 1); corrections are made for logits: give what comes before "
+        "the softmax"
+        for name, logits in (("quantized_model", q), ("fp_model", f))
+        if _are_probabilities(logits)
+    ]
+    n_images, n_classes = q.shape
+    if n_classes < 2 or n_images < ENOUGH_IMAGES:
+        return found
+    theirs, ours = q.argmax(dim=1), f.argmax(dim=1)
+    shares = [torch.bincount(predicted, minlength=n_classes).double() / n_images for predicted in (theirs, ours)]
+    chance = (shares[0] * shares[1]).sum().item()
+    agreeing = (theirs == ours).double().mean().item()
+    most = shares[0].max().item()
+    if most > COLLAPSED_SHARE and most > 2 * shares[1].max().item():
+        found.append(
+            f"quantized_model has collapsed: it predicts class {int(shares[0].argmax())} for {most:.0%} of the images, "
+            f"FP its most frequent one for {shares[1].max().item():.0%}; look at its ranges, or give it more bits"
+        )
+    elif shares[1].max() < 1 and agreeing <= chance + 3 * math.sqrt(chance * (1 - chance) / n_images):
+        found.append(
+            f"the models agree on {agreeing:.1%} of the images, where chance has {chance:.1%}: look at preprocessing, "
+            "at the weights and at the order of classes of both, and whether quantized_model was made from fp_model"
+        )
+    return found
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    return logits.shape[1] > 1 and bool((logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < 1e-2).all())
 
 
 def image_digests(images: Tensor) -> list[str]:

@@ -28,12 +28,12 @@ def model_bytes(model: nn.Module) -> int:
             key = (leaf.device, address, leaf.shape) if address else id(leaf)  # tied weights count once
             if key not in seen:
                 seen.add(key)
-                total += math.ceil(leaf.numel() * _bits(leaf) / 8)
+                total += math.ceil(leaf.numel() * bits_per_number(leaf) / 8)
     return total
 
 
-def _bits(tensor: Tensor) -> int:
-    """Of one number."""
+def bits_per_number(tensor: Tensor) -> int:
+    """Bits that tell the numbers of a tensor apart, or those they are stored in, see `model_bytes`."""
     stored = 8 * tensor.element_size()
     if not tensor.is_floating_point() or tensor.ndim < 2 or tensor.layout != torch.strided or stored <= MAX_BITS:
         return stored

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cat_plugin import apply_cat
-from cat_plugin.diagnosis import find_warnings, image_digests
+from cat_plugin.diagnosis import find_output_warnings, find_warnings, image_digests
 from tests.cat_plugin.helpers import images, model_pair, paired_logits
 
 _, F = paired_logits(400, 10)
@@ -43,3 +43,27 @@ def test_images_of_the_calibration_are_recognised(caplog):
     assert warning in caplog.text
     cat_model.remove()
     assert apply_cat(quantized, fp, images(400, seed=1)).report.warnings == ()
+
+
+def test_nothing_to_say_of_models_that_go_together():
+    q, f = paired_logits(400, 10)
+    assert find_output_warnings(q, f) == []
+    assert find_output_warnings(q[:, :1], f[:, :1]) == []  # one class: nothing to agree on
+    assert find_output_warnings(q[:8], f.flip(0)[:8]) == []  # too few to judge
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, f: (f, f), "identical outputs for all 400 images"),
+        (lambda q, f: (q.softmax(1), f), "quantized_model gives probabilities"),
+        (lambda q, f: (q, f.softmax(1)), "fp_model gives probabilities"),
+        (lambda q, f: (q[torch.randperm(400, generator=torch.Generator().manual_seed(1))], f), "where chance has"),
+        (lambda q, f: (q + 50 * (torch.arange(10) == 3), f), "it predicts class 3 for 100% of the images"),
+    ],
+    ids=["identical", "quantized probabilities", "fp probabilities", "chance", "collapsed"],
+)
+def test_models_that_do_not_go_together(change, message):
+    q, f = change(*paired_logits(400, 10))
+    (found,) = find_output_warnings(q, f)
+    assert message in found
