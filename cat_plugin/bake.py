@@ -76,7 +76,7 @@ def _twin(model: nn.Module, layer: nn.Module | None) -> nn.Module:
 
     def visit(module: nn.Module) -> nn.Module:
         if id(module) not in twins:
-            children = {name: child and visit(child) for name, child in module._modules.items()}
+            children = {name: None if c is None else visit(c) for name, c in module._modules.items()}
             has_other_children = any(children[name] is not child for name, child in module._modules.items())
             needed = module is model or module is layer or has_other_children
             twins[id(module)] = _shallow_copy(module, children if has_other_children else None) if needed else module

@@ -236,8 +236,8 @@ def _balanced(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _peak(values: Tensor) -> Tensor:
-    """Largest finite absolute value of each column, float64, and a tiny one for a column of zeros."""
-    return torch.where(values.isfinite(), values, 0).double().abs().amax(dim=0).clamp(min=2.0**-60)
+    """Largest finite absolute value of each column, float32, and a tiny one for a column of zeros."""
+    return torch.where(values.isfinite(), values, 0).float().abs().amax(dim=0).clamp(min=2.0**-60)
 
 
 def _compute_dtype(q: Tensor) -> torch.dtype:

@@ -340,6 +340,22 @@ def test_features_of_a_layer_with_two_names(name):
     assert not quantized.first._forward_hooks
 
 
+def test_features_of_an_empty_container():
+    """It is false, as a list would be."""
+    model = SmallNet().eval()
+    model.drop, model.norm = nn.Sequential(), None
+    model.__class__ = type("NoNorm", (SmallNet,), {"forward": lambda self, x: self.last(self.drop(self.first(x)))})
+    fp = copy.deepcopy(model)
+    with torch.no_grad():
+        model.last.weight[:, 4:8] = 0
+    cat_model = apply_cat(model, fp, images(400), config=CATConfig(features="drop"))
+    assert cat_model.correction.feature_mix is not None
+    expected, baked = model(images(9)), cat_model.bake()
+    cat_model.remove()
+    assert torch.equal(baked(images(9)), expected)
+    assert not model.drop._forward_hooks
+
+
 def test_features_of_a_model_that_calls_its_original_are_an_error():
     quantized = SmallNet().eval()
     x = images(400)

@@ -1,5 +1,6 @@
-"""What every toolkit's model goes through: correct, compare, bake, export, remove."""
+"""What every toolkit's model goes through: correct, compare, bake, export, save, load, remove."""
 
+import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.data import Dataset, split_calibration
 from benchmarks.files import write_text
 from benchmarks.report import align
-from cat_plugin import apply_cat, compare_accuracy
+from cat_plugin import CATWrapper, apply_cat, compare_accuracy
 from cat_plugin.hook import find_hooks
 
 from .converters import Convert, exported, onnx_runtime
@@ -99,6 +100,7 @@ def check(
     assert not find_hooks(quantized)
     assert_close(torch.cat([plain(baked(images)) for images, _ in task.test]), joined(corrected))
     converted = [verdict(convert, baked, quantized, task) for convert in converters]
+    check_saved(cat_model, task, corrected)
     assert_same(outputs(quantized, task), before)
     return Row(
         toolkit=f"{toolkit} {metadata.version(distribution)}",
@@ -110,6 +112,15 @@ def check(
         agreement=agreement,
         verdicts=(YES, YES, *converted),
     )
+
+
+def check_saved(cat_model: CATWrapper, task: Task, corrected: list) -> None:
+    """The correction, once taken off, comes back from a folder, for this very model."""
+    with tempfile.TemporaryDirectory() as folder:
+        cat_model.save_pretrained(folder)
+        loaded = CATWrapper.from_pretrained(folder, cat_model.quantized_model)
+    assert_same(outputs(loaded, task), corrected)
+    loaded.remove()
 
 
 def check_correction(before: list, corrected: list, gains: bool, agreement: tuple[float, float]) -> None:
