@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from baselines.capture import Cached, CachePlan, gather_inputs, log_cache_size
 from baselines.checkpoint import Checkpoint
-from baselines.convert import HALF, folded_copy, plain_copy, quantized_copy, set_activation_ranges
+from baselines.convert import quantized_copy, set_activation_ranges
 from baselines.distribution import Corrector
 from baselines.files import digest_tensors
+from baselines.folding import HALF, folded_copy, plain_copy
 from baselines.recipes import RECIPES, Recipe
 from baselines.reconstruct import Job, RunSettings, reconstruct
 from baselines.specs import QuantSpec
@@ -85,7 +86,7 @@ def quantize(
         progress: show a progress bar.
 
     Returns:
-        A new network of the same class, device and type, in eval mode, without gradients and without the forward
+        A new network of the same class, device and type, in eval mode, without gradients and without the
         hooks of ``fp_model``. Its ``state_dict`` holds the hardened weights, scales and zero points. What of it is
         quantized, and what stays in floating point, says :func:`baselines.summarize`.
 

@@ -1,150 +1,24 @@
-"""From a floating-point network to two private copies: the FP twin, batch norm folded, and the quantized one."""
+"""From the FP twin to the quantized network: layers replaced, quantizers placed, ranges set."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import logging
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from baselines.attention import MultiheadAttention, Product
+from baselines.attention import Product
+from baselines.folding import replace_module
 from baselines.layers import QUANTIZABLE, is_quantizable, looks_quantizable, quantize_on_entry
 from baselines.quantizers import ActivationQuantizer, WeightQuantizer
-from baselines.routing import WEIGHTED, Routes, find_routes, route
+from baselines.routing import WEIGHTED
 from baselines.specs import OFF, QuantSpec
 from baselines.summary import FloatingPoint, operations_in_floating_point
-from baselines.trace import Call, Trace, Value, tensors_in, trace
+from baselines.trace import Trace, Value, tensors_in
 from baselines.units import quantized_layers
 
 logger = logging.getLogger(__name__)
-
-HALF = (torch.float16, torch.bfloat16)
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-def plain_copy(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of ``model`` in eval mode, without gradients, forward hooks and in-place activations, in which all that
-    can be quantized is a module: linear layers and products of two activations, inside of attention, too.
-
-    Half precision becomes float32: reconstruction moves scales by less than half precision can hold.
-    """
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in twin.modules():
-        module._forward_hooks.clear()
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False
-    for tensor in itertools.chain(twin.parameters(), twin.buffers()):
-        if tensor.dtype in HALF:
-            tensor.data = tensor.data.float()
-    opened = _with_open_attention(twin, example)
-    return _with_routes(opened, example)
-
-
-def _with_open_attention(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of ``model`` with each ``nn.MultiheadAttention`` in parts."""
-    names = [name for name, module in model.named_modules() if type(module) is nn.MultiheadAttention and name]
-    if not names:
-        return model
-    record = trace(model, example)
-    twin = copy.deepcopy(model)
-    for name in names:
-        inputs = [[value.tensor for value in call.inputs[:3]] for call in record.of(name)]
-        packed = bool(inputs) and all(len(i) == 3 and i[0] is i[1] and i[0] is i[2] for i in inputs)
-        _replace(twin, name, MultiheadAttention(twin.get_submodule(name), packed))
-    if _same_outputs(model, twin, example):
-        return twin
-    logger.warning("attention stays whole, since its parts gave other outputs: %s", names)
-    return model
-
-
-def _with_routes(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of ``model`` in which functions that can be quantized are led through modules."""
-    routes = find_routes(model, trace(model, example))
-    routed = _routed(model, routes)
-    if not routes or _same_outputs(model, routed, example):
-        return routed
-    for one in routes:
-        routed = _routed(model, [one])
-        if _same_outputs(model, routed, example):
-            model = routed
-        else:
-            logger.warning("the functions of %s stay as they are: led through modules, they gave other outputs", one)
-    return model
-
-
-def _routed(model: nn.Module, routes: list[Routes]) -> nn.Module:
-    twin = copy.deepcopy(model)
-    for one in routes:
-        route(twin, one)
-    return twin
-
-
-def folded_copy(model: nn.Module, example: Tensor) -> nn.Module:
-    """A plain copy of ``model`` (:func:`plain_copy`) with batch norm folded.
-
-    A batch norm is folded into the convolution or linear layer whose output it alone reads; others stay.
-    """
-    twin = plain_copy(model, example)
-    record = trace(twin, example)
-    pairs = [(call.name, _foldable_source(call, record)) for call in record.calls]
-    pairs = [(norm, layer) for norm, layer in pairs if layer is not None]
-    folded = _with_folded(twin, pairs)
-    if _same_outputs(twin, folded, example):
-        return folded
-    for pair in pairs:  # some layer's output is also read by a function: find it
-        folded = _with_folded(twin, [pair])
-        if _same_outputs(twin, folded, example):
-            twin = folded
-        else:
-            logger.warning("batch norm %s stays: the output of %s is used elsewhere, too", *pair)
-    return twin
-
-
-def _foldable_source(norm: Call, record: Trace) -> str | None:
-    """The name of the layer that ``norm`` can be folded into, if it is a batch norm and there is one."""
-    if not isinstance(norm.module, BATCH_NORMS) or norm.module.running_mean is None:
-        return None
-    value = norm.inputs[0]
-    makers = [call for call in record.calls if is_quantizable(call.module) and value.same(call.output)]
-    if len(makers) != 1 or any(len(record.of(name)) != 1 for name in (norm.name, makers[0].name)):
-        return None
-    if isinstance(makers[0].module, nn.Linear) and value.tensor.dim() != 2:
-        return None  # batch norm works on axis 1, the linear layer on the last one
-    others = [c for c in record.readers(value) if c.name != norm.name and c.name not in norm.parents]
-    return None if others else makers[0].name
-
-
-def _with_folded(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
-    """A copy of ``model`` in which each batch norm (first name) is folded into its layer (second name)."""
-    twin = copy.deepcopy(model)
-    for norm_name, layer_name in pairs:
-        norm, layer = twin.get_submodule(norm_name), twin.get_submodule(layer_name)
-        fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-        gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
-        shift = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
-        fused = fuse(layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, gain, shift)
-        layer.weight, layer.bias = (nn.Parameter(part.detach(), requires_grad=False) for part in fused)
-        _replace(twin, norm_name, nn.Identity())
-    return twin
-
-
-@torch.no_grad()
-def _same_outputs(model: nn.Module, other: nn.Module, example: Tensor) -> bool:
-    """Whether both give the same outputs, compared in float64: faster formats of a GPU would blur the difference."""
-    tolerance = 1e-4
-    try:
-        results = [copy.deepcopy(m).double()(example.double()) for m in (model, other)]
-    except (RuntimeError, TypeError):  # a network or a device that insists on its own type
-        tolerance = 2e-2
-        results = [m(example) for m in (model, other)]
-    for first, second in zip(*map(tensors_in, results), strict=True):
-        if not (first - second).abs().max() <= tolerance * first.abs().max().clamp(min=1e-6):
-            return False
-    return True
 
 
 def quantized_copy(folded: nn.Module, record: Trace, blocks: list[str], spec: QuantSpec) -> nn.Module:
@@ -177,7 +51,7 @@ def quantized_copy(folded: nn.Module, record: Trace, blocks: list[str], spec: Qu
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         if bits != OFF:
             layer.weight_quantizer = WeightQuantizer(layer.weight, bits, spec.range_method)
-        _replace(network, name, layer)
+        replace_module(network, name, layer)
     if spec.a_bits != OFF:
         _place_input_quantizers(network, record, blocks, names, spec)
     return network
@@ -303,12 +177,3 @@ def _quantized_places(network: nn.Module) -> list[tuple[str, int, ActivationQuan
             if isinstance(quantizer, ActivationQuantizer) and not known:
                 places.append((name, position, quantizer))
     return places
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of the one called ``name``, wherever else that one is registered, too."""
-    old = model.get_submodule(name)
-    for parent in model.modules():
-        for child, value in parent._modules.items():
-            if value is old:
-                parent._modules[child] = module

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.capture import Cached
-from baselines.convert import BATCH_NORMS
+from baselines.folding import BATCH_NORMS
 from baselines.recipes import Correction
 from baselines.trace import trace
 

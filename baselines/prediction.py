@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -23,7 +23,7 @@ _EXAMPLES = 2
 
 @torch.no_grad()
 def predictions(network: nn.Module, inputs: Cached, batch_size: int) -> Tensor:
-    """The network's predictions ``(N, C, ...)`` for all inputs; of several outputs the first.
+    """The network's predictions ``(N, C, ...)`` for all inputs, see :func:`prediction_of`.
 
     Raises:
         ValueError: the network gives no scores of classes.
@@ -38,8 +38,9 @@ def predictions(network: nn.Module, inputs: Cached, batch_size: int) -> Tensor:
 
 
 def prediction_of(output: object) -> Tensor:
-    """The first tensor of whatever a network returns."""
-    return tensors_in(output)[0]
+    """The first tensor of whatever a network returns, or of what it calls ``logits``."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return tensors_in(output if logits is None else logits)[0]
 
 
 class RestOfNetwork:

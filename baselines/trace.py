@@ -8,9 +8,10 @@ no symbolic tracing is needed, and any control flow will do.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -107,15 +108,17 @@ class Trace:
 
 
 def tensors_in(*values: object) -> tuple[Tensor, ...]:
-    """All tensors in (nested) tuples, lists and dicts."""
+    """All tensors in (nested) tuples, lists, dicts and dataclasses."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (tuple, list)):
             found.extend(tensors_in(*value))
-        elif isinstance(value, dict):
+        elif isinstance(value, Mapping):
             found.extend(tensors_in(*value.values()))
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            found.extend(tensors_in(*(getattr(value, each.name) for each in dataclasses.fields(value))))
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 from baselines import quantize, summarize
-from baselines.convert import folded_copy
+from baselines.folding import folded_copy
 from baselines.trace import trace
 from baselines.units import find_blocks, find_units
 

@@ -6,7 +6,7 @@ from torchvision.models.resnet import BasicBlock
 
 from baselines import quantize
 from baselines.capture import Cached, CachePlan, Stream, gather_inputs, log_cache_size
-from baselines.convert import folded_copy
+from baselines.folding import folded_copy
 from baselines.recipes import RECIPES
 from baselines.trace import trace
 from baselines.units import find_blocks, find_units

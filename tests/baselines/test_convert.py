@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from baselines.convert import folded_copy, quantized_copy, set_activation_ranges
+from baselines.convert import quantized_copy, set_activation_ranges
+from baselines.folding import folded_copy
 from baselines.quantizers import ActivationQuantizer
 from baselines.specs import OFF, QuantSpec
 from baselines.trace import trace
@@ -15,86 +16,6 @@ def converted(model, **bits):
     folded = folded_copy(model, images(2))
     record = trace(folded, images(2))
     return folded, quantized_copy(folded, record, find_blocks(folded, record), QuantSpec(**bits))
-
-
-def test_folding_keeps_the_outputs_and_removes_every_batch_norm():
-    model = randomized(SmallResNet())
-    folded = folded_copy(model, images(2))
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    torch.testing.assert_close(folded(images(5)), model(images(5)), rtol=1e-4, atol=1e-5)
-
-
-def test_batch_norm_whose_input_is_read_elsewhere_is_not_folded():
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.bn, self.next = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
-
-        def forward(self, x):
-            x = self.conv(x)
-            return (self.bn(x) + self.next(x)).mean((2, 3))
-
-    model = randomized(Shared())
-    folded = folded_copy(model, images(2))
-    assert isinstance(folded.bn, nn.BatchNorm2d)
-    torch.testing.assert_close(folded(images(3)), model(images(3)))
-
-
-class ReadByFunction(nn.Module):
-    """The output of ``conv`` is also read by an addition, which is no module, so that no hook sees it."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.bn0 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        x = self.conv(self.bn0(self.stem(x)))
-        return (self.bn(x) + x).mean((2, 3))
-
-
-class PreActivation(nn.Module):
-    """The shortcut is added in place to what the next batch norm reads."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
-        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-        self.fc = nn.Linear(4, 3)
-
-    def forward(self, x):
-        x = self.stem(x)
-        out = self.conv(self.bn1(x).relu())
-        out += x
-        return self.fc(self.bn2(out).relu().mean((2, 3)))
-
-
-@pytest.mark.parametrize(
-    ("network", "norms_that_stay"),
-    [(ReadByFunction, ["bn"]), (PreActivation, ["bn1", "bn2"])],
-    ids=["function", "in-place"],
-)
-def test_batch_norm_that_cannot_be_folded_stays(network, norms_that_stay):
-    model = randomized(network())
-    folded = folded_copy(model, images(2))
-    assert [name for name, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)] == norms_that_stay
-    torch.testing.assert_close(folded(images(3)), model(images(3)), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("network", "folds"),
-    [
-        (nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.BatchNorm1d(6, affine=False)), True),
-        (nn.Sequential(nn.Flatten(2), nn.Linear(64, 3), nn.BatchNorm1d(3), nn.Flatten()), False),
-        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten()), False),
-    ],
-    ids=["no-gain-and-shift", "linear-on-three-axes", "no-statistics"],
-)
-def test_unusual_batch_norms(network, folds):
-    model = randomized(network)
-    folded = folded_copy(model, images(4))
-    assert any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules()) != folds
-    torch.testing.assert_close(folded(images(4)), model(images(4)), rtol=1e-4, atol=1e-5)
 
 
 def test_bits_of_first_last_and_inner_layers():

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from baselines.capture import Cached, CachePlan
-from baselines.convert import plain_copy
 from baselines.distribution import Corrector, distance_to_statistics
+from baselines.folding import plain_copy
 from baselines.recipes import Correction
 
 from .networks import SmallResNet, images, randomized

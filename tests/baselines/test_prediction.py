@@ -1,8 +1,10 @@
+from collections import namedtuple
+
 import pytest
 import torch
 
 from baselines.capture import Cached, CachePlan, Stream
-from baselines.convert import folded_copy
+from baselines.folding import folded_copy
 from baselines.losses import prediction_difference
 from baselines.prediction import RestOfNetwork, fisher_weights, prediction_of, predictions
 from baselines.trace import trace
@@ -86,6 +88,17 @@ def test_prediction_difference_is_the_divergence_written_out():
         expected += sum(a * (torch.tensor(a).log() - torch.tensor(b).log()).item() for a, b in zip(p, r, strict=True))
     assert prediction_difference(prediction, fp_prediction, 4.0).item() == pytest.approx(expected / 3, rel=1e-4)
     assert prediction_difference(fp_prediction, fp_prediction, 4.0).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("form", ["dict", "tuple", "nested"])
+def test_predictions_are_called_logits_or_come_first(form):
+    loss, logits = torch.zeros(()), torch.ones(2, 3)
+    outputs = {
+        "dict": {"loss": loss, "logits": logits},
+        "tuple": namedtuple("Output", "loss logits")(loss, logits),
+        "nested": ([logits], loss),
+    }
+    assert prediction_of(outputs[form]) is logits
 
 
 class SharedActivation(torch.nn.Module):

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from baselines import quantize, summarize
 from baselines.attention import Product
-from baselines.convert import plain_copy
+from baselines.folding import plain_copy
 from baselines.quantizers import ActivationQuantizer
 
 from .networks import images, randomized
