@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baselines.capture import Cached, CachePlan, gather_inputs, log_cache_size
+from baselines.capture import Cached, CachePlan, log_cache_size
 from baselines.checkpoint import Checkpoint
 from baselines.convert import quantized_copy, set_activation_ranges
 from baselines.distribution import Corrector
 from baselines.files import digest_tensors
 from baselines.folding import HALF, folded_copy, plain_copy
+from baselines.inputs import check_network, gather_inputs, whole_number
 from baselines.recipes import RECIPES, Recipe
 from baselines.reconstruct import Job, RunSettings, reconstruct
 from baselines.specs import QuantSpec
@@ -91,11 +92,12 @@ def quantize(
         quantized, and what stays in floating point, says :func:`baselines.summarize`.
 
     Raises:
-        ValueError: an unknown method or bit width, no calibration inputs, fewer of them than one batch, nothing to
-            quantize, blocks that cannot be used, control flow that depends on data and hides a layer, or values
-            that are not finite, an unknown place or type of the cache, or a checkpoint of another run.
+        ValueError: an unknown method or bit width, no calibration inputs, fewer of them than one batch, inputs that
+            the network does not take, nothing to quantize, blocks that cannot be used, control flow that depends on
+            data and hides a layer, gradients that are switched off inside of the network, values that are not finite,
+            an unknown place or type of the cache, or a checkpoint of another run.
         OverflowError: values that a cache of float16 cannot hold.
-        TypeError: ``blocks`` that are not names.
+        TypeError: no network, no loader, or ``blocks`` that are not names.
         FloatingPointError: a loss that is not finite during reconstruction (which unit, which step).
     """
     started = time.perf_counter()
@@ -105,15 +107,16 @@ def quantize(
     if error_weighting is not None:
         recipe = dataclasses.replace(recipe, error_weighting=error_weighting)
     spec = QuantSpec(w_bits=w_bits, a_bits=a_bits, range_method=range_method)
-    if (iters is not None and iters < 0) or batch_size < 1:
-        raise ValueError(f"iters={iters} should be at least 0 and batch_size={batch_size} at least 1")
+    iters = None if iters is None else whole_number("iters", iters, 0)
+    batch_size, seed = whole_number("batch_size", batch_size, 1), whole_number("seed", seed)
+    check_network(fp_model)
     device, dtype = _placement(fp_model)
     plan = _cache_plan(cache_device, cache_dtype, device)
     with _random_state_kept():
         inputs = gather_inputs(calib_loader)
     if recipe.stages and len(inputs) < batch_size:
         raise ValueError(f"{len(inputs)} calibration inputs are fewer than one batch of {batch_size}")
-    with torch.inference_mode(False), torch.enable_grad():  # the caller may be inside of no_grad
+    with _own_context(device):
         settings = RunSettings(iters=iters, batch_size=batch_size, capture_batch_size=max(batch_size, 64))
         cached = Cached(_placed(inputs, plan.device, dtype), plan)
         job = prepare(fp_model, cached, recipe, spec, settings, seed, blocks)
@@ -125,11 +128,9 @@ def quantize(
         network = job.network.eval().requires_grad_(False)
     network.calibration_digests = frozenset(_image_digests(inputs))
     logger.info("quantized %s", summarize(network).headline)
-    logger.info(
-        "%s W%dA%d: %d images, %s steps a unit, %.1f s",
-        *(method, w_bits, a_bits, len(inputs), "published" if iters is None else iters),
-        time.perf_counter() - started,
-    )
+    steps = f"{'published' if iters is None else iters} steps a unit" if recipe.stages else "no reconstruction"
+    elapsed = time.perf_counter() - started
+    logger.info("%s W%dA%d: %d images, %s, %.1f s", method, w_bits, a_bits, len(inputs), steps, elapsed)
     return network.to(dtype) if dtype in HALF else network
 
 
@@ -213,6 +214,15 @@ def _set_layout(model: nn.Module, layout: torch.memory_format) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.to(memory_format=layout)
+
+
+@contextlib.contextmanager
+def _own_context(device: torch.device) -> Iterator[None]:
+    """The caller may be inside of ``no_grad``, ``inference_mode`` or ``autocast``."""
+    with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 @contextlib.contextmanager

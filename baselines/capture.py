@@ -1,11 +1,11 @@
-"""What goes into each unit, on calibration images: gathered once, then carried forward one unit at a time."""
+"""What goes into each unit, on calibration images, carried forward one unit at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,52 +16,6 @@ from baselines.trace import Trace
 from baselines.units import Unit
 
 logger = logging.getLogger(__name__)
-
-_IMAGE_KEYS = ("pixel_values", "images", "image", "inputs", "input", "x")
-_LABEL_KEYS = ("labels", "label", "targets", "target", "y")
-
-
-def gather_inputs(loader: Tensor | Iterable[object]) -> Tensor:
-    """All calibration inputs as one tensor ``(N, ...)``, on the CPU unless it was given as one tensor.
-
-    Args:
-        loader: a stacked tensor, or an iterable (``DataLoader``, list) of batches; a batch is a tensor, a tuple or
-            list that starts with one, or a dict with an entry such as ``"pixel_values"`` or ``"image"``. Labels are
-            not used. The last, smaller batch counts.
-
-    Raises:
-        ValueError: no batch, a batch of another form, or inputs that are not finite.
-    """
-    if isinstance(loader, Tensor):
-        inputs = loader.detach()
-    else:
-        batches = [_input_of(batch).detach().cpu() for batch in loader]
-        if not batches:
-            raise ValueError("the calibration loader is empty; give it at least one batch of inputs")
-        inputs = torch.cat(batches)
-    if len(inputs) == 0:
-        raise ValueError(f"the calibration set is empty: inputs of shape {tuple(inputs.shape)}")
-    if inputs.is_floating_point() and not torch.isfinite(inputs).all():
-        bad = int((~torch.isfinite(inputs)).flatten(1).any(1).sum())
-        raise ValueError(f"{bad} of {len(inputs)} calibration inputs hold NaN or infinite values")
-    return inputs
-
-
-def _input_of(batch: object) -> Tensor:
-    found = type(batch).__name__
-    if isinstance(batch, (tuple, list)) and batch:
-        batch = batch[0]
-    if isinstance(batch, Mapping):
-        found = f"dict with keys {sorted(map(str, batch))}"
-        inputs = {key: value for key, value in batch.items() if key not in _LABEL_KEYS}
-        known = [inputs[key] for key in _IMAGE_KEYS if key in inputs]
-        batch = known[0] if known else next(iter(inputs.values())) if len(inputs) == 1 else None
-    if not isinstance(batch, Tensor):
-        raise ValueError(
-            f"a calibration batch is a {found}; expected a tensor, a tuple that starts with one, or a dict with one "
-            f"entry besides the label or one of the keys {', '.join(_IMAGE_KEYS)}"
-        )
-    return batch
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,11 @@ def test_other_precisions_learn_like_float32_and_come_back_as_they_were(dtype):
     assert difference < tolerance * reference(inputs.float()).abs().mean()
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, autocast])
 def test_callers_context_does_not_matter(context):
     model = randomized(SmallResNet())
     expected = quantize(model, images(32), iters=3, batch_size=16)
@@ -135,7 +139,10 @@ def test_layers_of_other_dimensions_and_called_by_keyword(method):
         ({"a_bits": 4.0}, r"a_bits=4\.0"),
         ({"range_method": "max"}, "range_method='max' should be one of mse, minmax"),
         ({"error_weighting": "hessian"}, "error_weighting='hessian' should be one of none, fisher"),
-        ({"iters": -1}, "iters=-1"),
+        ({"iters": -1}, "iters=-1 should be an integer, at least 0"),
+        ({"iters": 2.5}, r"iters=2\.5"),
+        ({"batch_size": 0}, "batch_size=0 should be an integer, at least 1"),
+        ({"seed": "a"}, "seed='a' should be an integer"),
         ({"batch_size": 64}, "20 calibration inputs are fewer than one batch of 64"),
     ],
 )
@@ -275,3 +282,14 @@ def test_layer_with_a_forward_pass_of_its_own_stays_in_floating_point_and_that_i
     network = quantize(model, images(16), method="rtn")
     assert [layer.name for layer in summarize(network).layers] == ["0", "3"]
     assert "left in floating point" in caplog.text and "['1']" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({"method": "rtn"}, "no reconstruction"), ({"method": "qdrop", "iters": 2}, "2 steps a unit")],
+    ids=["rtn", "qdrop"],
+)
+def test_what_was_done_is_logged(options, steps, caplog):
+    with caplog.at_level("INFO", logger="baselines"):
+        quantize(randomized(SmallResNet()), images(40), **options)
+    assert f"{options['method']} W4A4: 40 images, {steps}, " in caplog.text

@@ -5,7 +5,7 @@ import torch
 from torchvision.models.resnet import BasicBlock
 
 from baselines import quantize
-from baselines.capture import Cached, CachePlan, Stream, gather_inputs, log_cache_size
+from baselines.capture import Cached, CachePlan, Stream, log_cache_size
 from baselines.folding import folded_copy
 from baselines.recipes import RECIPES
 from baselines.trace import trace
@@ -81,33 +81,6 @@ def test_modules_are_as_before_after_a_walk():
     walk(model, images(5))
     assert all("forward" not in vars(module) for module in model.modules())
     assert torch.equal(model(images(3)), before)
-
-
-X = images(5)
-
-
-@pytest.mark.parametrize(
-    "loader",
-    [X, [X[:2], X[2:]], [(X[:4], torch.zeros(4)), (X[4:], torch.zeros(1))], [{"image": X, "label": torch.zeros(5)}]],
-    ids=["stacked", "tensors", "tuples", "dict"],
-)
-def test_all_forms_of_loaders_give_all_inputs(loader):
-    assert torch.equal(gather_inputs(loader), X)
-
-
-@pytest.mark.parametrize(
-    ("loader", "message"),
-    [
-        ([], "loader is empty"),
-        (X[:0], "set is empty"),
-        ([{"label": X}], "dict with keys"),
-        (["abc"], "calibration batch is a str"),
-        ([torch.full((2, 3, 4, 4), float("nan"))], "2 of 2 calibration inputs"),
-    ],
-)
-def test_unusable_loaders_are_errors(loader, message):
-    with pytest.raises(ValueError, match=message):
-        gather_inputs(loader)
 
 
 def test_unit_that_some_batches_do_not_reach_is_a_clear_error():

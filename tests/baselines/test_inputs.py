@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from baselines import quantize
+from baselines.inputs import check_network, gather_inputs, whole_number
+
+from .networks import SmallResNet, images, randomized
+
+X = images(5)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [X, [X[:2], X[2:]], [(X[:4], torch.zeros(4)), (X[4:], torch.zeros(1))], [{"image": X, "label": torch.zeros(5)}]],
+    ids=["stacked", "tensors", "tuples", "dict"],
+)
+def test_all_forms_of_loaders_give_all_inputs(loader):
+    assert torch.equal(gather_inputs(loader), X)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ([], "loader is empty"),
+        (X[:0], "set is empty"),
+        ([{"label": X}], "dict with keys"),
+        (["abc"], "calibration batch is a str"),
+        ([torch.full((2, 3, 4, 4), float("nan"))], "2 of 2 calibration inputs"),
+        (torch.tensor(1.0), r"tensor without axes; expected \(N, ...\)"),
+        ([torch.tensor(1.0)], r"batches of shapes \[\(\)\]; expected \(n, ...\)"),
+        ([X, images(2, size=9)], r"of shapes \[\(2, 3, 9, 9\), \(5, 3, 8, 8\)\]; .* of one shape: resize"),
+    ],
+)
+def test_unusable_loaders_are_errors(loader, message):
+    with pytest.raises(ValueError, match=message):
+        gather_inputs(loader)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (None, r"calib_loader=None should be a tensor \(N, ...\) or an iterable of batches"),
+        (3, "calib_loader=3 should be"),
+        (TensorDataset(X, torch.zeros(5)), "is a TensorDataset, which gives single inputs; wrap it in a DataLoader"),
+    ],
+    ids=["none", "number", "dataset"],
+)
+def test_what_is_no_loader_is_an_error(loader, message):
+    with pytest.raises(TypeError, match=message):
+        quantize(randomized(SmallResNet()), loader)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("conv1.weight", torch.nan),
+        ("layer1.0.bn1.bias", torch.inf),
+        ("layer1.0.bn2.running_mean", torch.nan),
+        ("fc.bias", -torch.inf),
+    ],
+)
+@pytest.mark.parametrize("method", ["rtn", "qdrop"])
+def test_values_of_the_network_that_are_not_finite_are_named(name, value, method):
+    model = randomized(SmallResNet())
+    model.state_dict()[name].view(-1)[1] = value
+    with pytest.raises(ValueError, match=f"SmallResNet holds NaN or infinite values in {name};"):
+        quantize(model, images(40), method=method, iters=1)
+
+
+def test_infinite_masks_are_no_error():
+    model = randomized(SmallResNet())
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    check_network(model)
+
+
+def test_what_is_no_network_in_floating_point_is_an_error():
+    with pytest.raises(TypeError, match=r"fp_model is a NoneType; expected a torch\.nn\.Module"):
+        quantize(None, images(8))
+    network = quantize(randomized(SmallResNet()), images(8), method="rtn")
+    with pytest.raises(ValueError, match="SmallResNet is quantized already; give the full-precision network"):
+        quantize(network, images(8))
+
+
+@pytest.mark.parametrize("value", [5, np.int64(5), torch.tensor(5)])
+def test_whole_numbers_of_any_kind(value):
+    assert type(whole_number("seed", value)) is int and whole_number("seed", value, 5) == 5
+
+
+@pytest.mark.parametrize("value", ["5", 2.5, 5.0, True, None, 4])
+def test_what_is_no_whole_number_is_an_error(value):
+    with pytest.raises(ValueError, match=r"iters=.* should be an integer, at least 5"):
+        whole_number("iters", value, 5)
