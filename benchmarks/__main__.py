@@ -1,69 +1,45 @@
-"""Command line: ``python -m benchmarks`` measures what quantization loses and what CAT brings back."""
+"""Command line: ``python -m benchmarks COMMAND``; without a command, ``compare``."""
 
-import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
-from itertools import product
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from torch import nn
+from benchmarks import ablate, compare, recompute, robustness, speed
 
-from baselines.files import digest_tensors
-from benchmarks.command import environment, exit_code, load_network
-from benchmarks.data import Dataset
-from benchmarks.environment import source_digest, versions
-from benchmarks.evaluate import Measurement, Protocol, Setting, measure
-from benchmarks.options import parse
-from benchmarks.report import to_markdown, write_environment, write_report
-from benchmarks.runs import Rows, open_run
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "compare": (compare.main, "quantize, attach CAT, and compare accuracy with and without it; the default"),
+    "ablate": (ablate.main, "change one setting of CAT at a time: clusters, alpha, PCA dimension, images..."),
+    "robustness": (robustness.main, "fit corrections on many small draws of images and show how they spread"),
+    "report": (recompute.main, "make the tables of a run again from its stored predictions, without running models"),
+    "speed": (speed.main, "time reconstruction against plain training steps"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is 2 for input that the user can put right, 130 for an interruption."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    return exit_code(lambda: _measure_grid(parse(argv), argv), resumes=True)
+    if argv[:1] in (["-h"], ["--help"]):
+        print(_usage())
+        return 0
+    if not argv or argv[0].startswith("-"):
+        return compare.main(argv)
+    if argv[0] not in COMMANDS:
+        print(f"error: there is no command {argv[0]!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return COMMANDS[argv[0]][0](argv[1:])
 
 
-def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Measure every method, bit setting and seed, then write and print the table."""
-    progress = not args.no_progress
-    dataset, model = load_network(args)
-    protocol = Protocol(
-        iters=args.iters, n_calib=args.n_calib, n_cat=args.n_cat, batch_size=args.batch_size, device=args.device
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m benchmarks [COMMAND] [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "python -m benchmarks COMMAND --help lists its options; without a command they are those of compare.",
+        ]
     )
-    grid = [Setting(method, *bits, seed) for method, bits, seed in product(args.methods, args.bits, args.seeds)]
-    settings = _settings(dataset, args.model, model, protocol, grid)
-    folder = open_run(args.results, f"{dataset.name}-{args.model}", settings, name=args.run, fresh=args.fresh)
-    rows = Rows(folder / "rows", Measurement)
-    if done := len(rows.finished(grid)):
-        print(f"resuming {folder}: {done} of {len(grid)} rows are finished already")
-
-    def work(setting: Setting) -> Measurement:
-        kept = {"cache": args.cache, "cache_device": args.cache_device}
-        return measure(setting, protocol, dataset, args.model, model, **kept, progress=progress)
-
-    measured = rows.complete(grid, work, progress=progress)
-    write_report(folder, measured)
-    seconds = sum(measurement.seconds for measurement in measured)
-    write_environment(folder, environment("benchmarks", argv, args.seeds, seconds) | settings)
-    print(f"\n{to_markdown(measured)}\n\nwritten to {folder}: results.csv, .json, .md, environment.json")
-
-
-def _settings(
-    dataset: Dataset, model_name: str, model: nn.Module, protocol: Protocol, grid: Sequence[Setting]
-) -> dict[str, Any]:
-    """All that the figures depend on: a run resumes only where nothing of this has changed."""
-    return {
-        "dataset": dataset.name,
-        "model": model_name,
-        "data_digest": dataset.digest(),
-        "weights_digest": digest_tensors(model.state_dict()),
-        "source_digest": source_digest(),
-        "versions": versions(),
-        "protocol": asdict(protocol),
-        "grid": [setting.name for setting in grid],
-    }
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from itertools import product
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,8 @@ from torch import nn
 from benchmarks import BenchmarkError
 from benchmarks.data import Dataset, load_cifar10, load_digits
 from benchmarks.environment import describe_machine
+from benchmarks.evaluate import Setting
+from benchmarks.guard import LeakGuard
 from benchmarks.models import check_outputs, create_model, load_weights
 from benchmarks.training import trained_model
 from cat_plugin import CATError
@@ -40,6 +43,7 @@ def load_network(args: argparse.Namespace) -> tuple[Dataset, nn.Module]:
     progress = not args.no_progress
     dataset = load_digits() if args.dataset == "digits" else load_cifar10(args.data, args.cache, progress=progress)
     if args.weights is None:
+        LeakGuard(dataset.test_images).check(dataset.train_images, "images to train on")
         model = trained_model(args.model, dataset, args.cache, progress=progress)
     else:
         model = create_model(args.model, len(dataset.classes))
@@ -48,13 +52,18 @@ def load_network(args: argparse.Namespace) -> tuple[Dataset, nn.Module]:
     return dataset, model.to(args.device)
 
 
-def environment(module: str, argv: Sequence[str], seeds: Sequence[int], seconds: float) -> dict[str, Any]:
+def settings_grid(args: argparse.Namespace) -> list[Setting]:
+    """Every method, bit setting and seed."""
+    return [Setting(method, *bits, seed) for method, bits, seed in product(args.methods, args.bits, args.seeds)]
+
+
+def environment(command: str, argv: Sequence[str], seeds: Sequence[int], seconds: float) -> dict[str, Any]:
     """What is worth knowing about a run, besides its settings.
 
-    ``module`` is what ``python -m`` was given; ``seconds`` is what all rows took to measure.
+    ``command`` is that of ``python -m benchmarks``; ``seconds`` is what all rows took to measure.
     """
     return {
-        "command": shlex.join(["python", "-m", module, *argv]),
+        "command": shlex.join(["python", "-m", "benchmarks", command, *argv]),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "seeds": list(seeds),

@@ -1,54 +1,68 @@
-"""One draw: fit a correction on a block of fresh images of one source, and score it on all its test images."""
+"""One draw: fit a correction on a block of images of one source, and score it on all its test images."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from benchmarks.evaluate import PairedLogits, corrections, top1
-from benchmarks.files import write_text
-from cat_plugin import fit_cluster_affine
-from cat_plugin.metrics import paired_statistics
+from torch import Tensor
 
-MODES = ("plain_affine", "cat_paper", "cat")  # the names that `corrections` gives them
+from benchmarks.comparisons import paired_figures
+from benchmarks.evaluate import corrections, top1
+from benchmarks.files import digest_text
+from benchmarks.pairs import FRESH, TUNED, PairedLogits
+from benchmarks.records import Record
+from cat_plugin import CATConfig
+
 FIT_SEED = 0
+CORRECTED = "corrected"
 
 
 @dataclass(frozen=True)
 class Source:
     """A low-bit network beside its full-precision one: their logits, which ``load`` reads when they are needed.
 
-    ``digest`` changes with any of the logits; ``fresh`` is the number of images to draw from.
+    ``digest`` changes with any of the logits; ``fresh`` is the number of images to draw from, ``tuned`` that of the
+    images known that quantization was tuned on, and ``features`` whether features are known.
     """
 
     name: str
     digest: str
     fresh: int
     load: Callable[[], PairedLogits]
+    tuned: int = 0
+    features: bool = False
 
-    def draws(self, images: int, most: int) -> int:
+    def draws(self, images: int, most: int, origin: str = FRESH) -> int:
         """How many disjoint draws of so many images there are, up to ``most``."""
-        return min(most, self.fresh // images)
+        return min(most, (self.tuned if origin == TUNED else self.fresh) // images)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One fit: number ``draw`` of the disjoint draws of ``images`` images each, and the kind of correction."""
+    """One fit: what, and on number ``draw`` of the disjoint draws of ``images`` images each.
+
+    ``mode`` is the kind of correction and ``origin`` says which images: ``"fresh"``, or those that quantization was
+    ``"tuned"`` on.
+    """
 
     source: Source
     images: int
     draw: int
     mode: str
+    config: CATConfig
+    origin: str = FRESH
 
     @property
     def name(self) -> str:
-        """Readable, and says on which logits a stored row was measured."""
-        return f"{self.source.name}-{self.source.digest[:8]}-n{self.images}-draw{self.draw}-{self.mode}"
+        """Readable, and says on which logits a stored row was measured, and what was fitted."""
+        config = digest_text(repr(self.config))[:8]
+        images = f"{self.origin}{self.images}-draw{self.draw}"
+        return f"{self.source.name}-{self.source.digest[:8]}-{images}-{self.mode}-{config}"
 
     @property
     def rows(self) -> slice:
-        """Which of the source's fresh images the draw consists of."""
+        """Which of the source's images the draw consists of."""
         return slice(self.draw * self.images, (self.draw + 1) * self.images)
 
 
@@ -74,52 +88,51 @@ class Gain:
     p_value: float
     won: int
     lost: int
-    fit_seconds: float
 
-    def store(self, path: Path) -> None:
-        """Write the fields as JSON."""
-        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
-    @classmethod
-    def load(cls, path: Path) -> "Gain":
-        """Inverse of :meth:`store`."""
-        return cls(**json.loads(path.read_text("utf-8")))
+class Draw(Record[Gain]):
+    """A gain with the predictions of the networks ``fp``, ``lq`` and ``corrected``."""
+
+    row_type: ClassVar[type] = Gain
+
+    def figures(self) -> dict[str, Any]:
+        """All but the description of the cell."""
+        return _figures(self.predictions)
 
 
 def cells(sources: Sequence[Source], images: Sequence[int], max_draws: int) -> list[Cell]:
     """The whole grid, source by source; the paper's correction only where images are enough for its clusters."""
     return [
-        Cell(source, number, draw, mode)
+        Cell(source, number, draw, mode, config)
         for source in sources
         for number in images
         for draw in range(source.draws(number, max_draws))
-        for mode in MODES
-        if mode in corrections(number, FIT_SEED)
+        for mode, config in corrections(number, FIT_SEED).items()
     ]
 
 
-def measure(cell: Cell, pairs: PairedLogits) -> Gain:
-    """Fit on the draw's images alone and score on the test images."""
-    config = corrections(cell.images, FIT_SEED)[cell.mode]
+def measure(cell: Cell, pairs: PairedLogits) -> Draw:
+    """Fit on the draw's images alone and score on the test images.
+
+    Raises:
+        BenchmarkError: a test image is among the draw's.
+    """
     started = time.perf_counter()
-    correction = fit_cluster_affine(pairs.fit_q[cell.rows], pairs.fit_f[cell.rows], config)
-    seconds = time.perf_counter() - started
-    before, after = pairs.test_q.argmax(1), correction(pairs.test_q).argmax(1)
-    paired = paired_statistics(before == pairs.labels, after == pairs.labels)
-    return Gain(
-        source=cell.source.name,
-        images=cell.images,
-        draw=cell.draw,
-        mode=cell.mode,
-        n_eval=paired.images,
-        fp_top1=top1(pairs.test_f.argmax(1), pairs.labels),
-        lq_top1=top1(before, pairs.labels),
-        top1=top1(after, pairs.labels),
-        gain=round(paired.delta, 4),
-        ci_low=round(paired.ci_low, 4),
-        ci_high=round(paired.ci_high, 4),
-        p_value=float(f"{paired.p_value:.4g}"),
-        won=paired.won,
-        lost=paired.lost,
-        fit_seconds=round(seconds, 3),
-    )
+    predictions = pairs.score({CORRECTED: pairs.fit(cell.config, cell.rows, cell.origin)})
+    described = {"source": cell.source.name, "images": cell.images, "draw": cell.draw, "mode": cell.mode}
+    return Draw(Gain(**described, **_figures(predictions)), predictions, time.perf_counter() - started)
+
+
+def _figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields of a row that follow from predictions."""
+    labels = predictions["labels"]
+    right = {name: predictions[name] == labels for name in ("lq", CORRECTED)}
+    difference = right[CORRECTED].double() - right["lq"].double()
+    return {
+        "n_eval": len(labels),
+        "fp_top1": top1(predictions["fp"], labels),
+        "lq_top1": top1(predictions["lq"], labels),
+        "top1": top1(predictions[CORRECTED], labels),
+        "gain": round(100 * difference.mean().item(), 4),
+        **paired_figures(difference),
+    }

@@ -1,8 +1,11 @@
 """What a figure depends on besides the settings: versions, sources, machine."""
 
+import ast
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 from benchmarks.files import digest_text
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("cat_plugin", "baselines", "benchmarks")
+PACKAGES = ("cat_plugin", "baselines", "benchmarks")
 LIBRARIES = ("torchvision", "numpy", "scikit-learn", "scipy")
 
 
@@ -23,12 +26,49 @@ def versions() -> dict[str, str]:
     return own | {name: metadata.version(name) for name in LIBRARIES}
 
 
-def source_digest(*packages: str) -> str:
-    """Digest of all Python files of ``packages``, by default of all three: changes with any edit."""
-    paths = sorted(path for package in packages or SOURCES for path in (ROOT / package).rglob("*.py"))
+@cache
+def source_digest(package: str) -> str:
+    """Digest of all Python files of a package: changes with any edit."""
+    paths = sorted((ROOT / package).rglob("*.py"))
     return digest_text(
         *(text for path in paths for text in (path.relative_to(ROOT).as_posix(), path.read_text("utf-8")))
     )
+
+
+@cache
+def code_digest(*modules: str) -> str:
+    """Digest of Python modules, by dotted name, and of all modules of this repository that they import.
+
+    Imports are followed wherever they stand: changes with any edit that a figure may depend on.
+    """
+    found: dict[str, str] = {}
+    waiting = [path for name in modules for path in _files(name)]
+    while waiting:
+        path = waiting.pop()
+        key = path.relative_to(ROOT).as_posix()
+        if key not in found:
+            found[key] = path.read_text("utf-8")
+            waiting += [each for name in _imported(found[key]) for each in _files(name)]
+    return digest_text(*(text for key in sorted(found) for text in (key, found[key])))
+
+
+def _imported(code: str) -> Iterator[str]:
+    """Names that the code imports, ``from a import b`` as ``a.b``."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _files(name: str) -> list[Path]:
+    """Files of this repository that an import of ``name`` runs: the module, where it is one, and its packages."""
+    parts = name.split(".")
+    if parts[0] not in PACKAGES:
+        return []
+    paths = [ROOT.joinpath(*parts[:count]) for count in range(1, len(parts) + 1)]
+    candidates = [*(path / "__init__.py" for path in paths), *(path.with_suffix(".py") for path in paths)]
+    return [path for path in candidates if path.is_file()]
 
 
 def describe_machine() -> dict[str, Any]:

@@ -1,31 +1,46 @@
-"""Rows as CSV, JSON and a Markdown table with means and standard deviations over seeds."""
+"""A run of ``compare`` as CSV, JSON and a Markdown table with means and standard deviations over seeds."""
 
 import csv
 import io
 import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.evaluate import Measurement, Row
+from benchmarks.comparisons import Summary, compare, summarize
+from benchmarks.evaluate import MODES, Measurement, Row
 from benchmarks.files import write_text
-from cat_plugin.metrics import bootstrap_interval
-
-HEADER = ("method", "bits", "FP", "low-bit", "+ plain affine", "+ CAT (paper)", "+ CAT", "gain of CAT", "95 % interval")
-SCORES = ("fp_top1", "lq_top1", "plain_affine_top1", "cat_paper_top1", "cat_top1")
 
 
-def write_report(folder: Path, measured: Sequence[Measurement]) -> None:
-    """Write ``results.csv``, ``results.json`` and ``results.md``, each whole or not at all."""
-    rows = [measurement.row for measurement in measured]
-    write_text(folder / "results.csv", to_csv(rows))
-    write_text(folder / "results.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    write_text(folder / "results.md", to_markdown(measured) + "\n")
+def write_report(folder: Path, measured: Sequence[Measurement]) -> dict[str, bool]:
+    """Write all tables, each whole or not at all; which files there are, and whether each was there just the same.
+
+    ``results.csv`` has a line a network, ``comparisons.csv`` one a network and correction, ``summary.csv`` one a
+    method, bit setting and correction, over seeds; ``results.json`` holds all three, ``results.md`` the table to read.
+    """
+    parts = {
+        "results": [measurement.row for measurement in measured],
+        "comparisons": compare(measured),
+        "summary": summarize(measured),
+    }
+    texts = {f"{name}.csv": to_csv(lines) for name, lines in parts.items() if lines}
+    plain = {name: [asdict(line) for line in lines] for name, lines in parts.items()}
+    texts["results.json"] = json.dumps(plain, indent=2) + "\n"
+    texts["results.md"] = to_markdown(measured) + "\n"
+    return write_texts(folder, texts)
+
+
+def write_texts(folder: Path, texts: dict[str, str]) -> dict[str, bool]:
+    """Write files by name; which there are, and whether each was there just the same, and so was not touched."""
+    same = {}
+    for name, text in texts.items():
+        path = folder / name
+        same[name] = path.is_file() and path.read_bytes() == text.encode()
+        if not same[name]:
+            write_text(path, text)
+    return same
 
 
 def write_environment(folder: Path, environment: dict[str, Any]) -> None:
@@ -67,29 +82,43 @@ def title(rows: Sequence[Row]) -> str:
 def to_table(measured: Sequence[Measurement]) -> str:
     """Markdown table, padded so that it also reads well on a console; one line a method and bit setting.
 
-    The interval of the gain is a paired bootstrap over test images, of each image's mean over the seeds.
+    Gain, interval and p are those of the library's default, or of the last correction where that is not there, see
+    :class:`benchmarks.comparisons.Summary`.
     """
-
-    def cell(measurement: Measurement) -> tuple[str, int, int]:
-        return measurement.row.method, measurement.row.w_bits, measurement.row.a_bits
-
-    order = list(dict.fromkeys(map(cell, measured)))
-    lines = [HEADER]
-    for (method, w_bits, a_bits), group in groupby(sorted(measured, key=lambda m: order.index(cell(m))), key=cell):
-        seeds = list(group)
-        scores = [_over_seeds([getattr(seed.row, score) for seed in seeds]) for score in SCORES]
-        gain = _over_seeds([seed.row.cat_delta for seed in seeds], sign="+")
-        low, high = bootstrap_interval(100 * torch.stack([seed.gain() for seed in seeds]).mean(0))
-        lines.append((method, f"W{w_bits}A{a_bits}", *scores, gain, f"{low:+.2f} to {high:+.2f}"))
+    modes = [mode for mode in MODES if any(mode in each.predictions for each in measured)]
+    shown = f"gain of {MODES[modes[-1]]}", "95 % interval", "p"
+    lines = [("method", "bits", "FP", "low-bit", *(f"+ {MODES[mode]}" for mode in modes), *shown)]
+    for _, group in groupby(summarize(measured), key=lambda line: (line.method, line.w_bits, line.a_bits)):
+        found = {line.mode: line for line in group}
+        any_line, last = next(iter(found.values())), found.get(modes[-1])
+        scores = [
+            spread(any_line.fp_top1, any_line.fp_std),
+            spread(any_line.lq_top1, any_line.lq_std),
+            *(spread(found[mode].top1, found[mode].top1_std) if mode in found else "-" for mode in modes),
+        ]
+        gain = ("-", "-", "-") if last is None else _gain(last)
+        lines.append((any_line.method, f"W{any_line.w_bits}A{any_line.a_bits}", *scores, *gain))
     return align(lines)
 
 
-def _over_seeds(values: Sequence[float | None], sign: str = "") -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    mean = f"{statistics.fmean(known):{sign}.2f}"
-    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.2f}"
+def _gain(line: Summary) -> tuple[str, str, str]:
+    interval = f"{line.ci_low:+.2f} to {line.ci_high:+.2f}"
+    return spread(line.delta, line.delta_std, sign="+"), interval, readable_p(line.p_value)
+
+
+def readable_p(p_value: float) -> str:
+    """Three decimals."""
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def signed(points: float) -> str:
+    """A gain with its sign; never "-0.00"."""
+    return f"{round(points, 2) + 0.0:+.2f}"
+
+
+def spread(mean: float, std: float | None, sign: str = "") -> str:
+    """``mean ± std``, the latter where it is known."""
+    return f"{mean:{sign}.2f}" if std is None else f"{mean:{sign}.2f} ± {std:.2f}"
 
 
 def align(lines: Sequence[tuple[str, ...]]) -> str:

@@ -1,35 +1,26 @@
 """Gains of all draws as CSV, as Markdown tables over sizes and over sources, and as a figure."""
 
-import logging
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from baselines.files import atomic_path
-from benchmarks.draws import MODES, Gain, Source
-from benchmarks.files import write_text
-from benchmarks.report import align, to_csv
+from benchmarks.draws import Gain, Source
+from benchmarks.evaluate import MODES
+from benchmarks.plots import STYLES, gain_axis, new_figure, save
+from benchmarks.report import align, signed, to_csv, write_texts
 
-logger = logging.getLogger(__name__)
-
-LABELS = {"plain_affine": "plain affine", "cat_paper": "CAT (paper)", "cat": "CAT"}
 FIGURE = "robustness.png"
-# Colours of Okabe and Ito, which people with any colour vision tell apart; markers tell them apart without colour.
-STYLES = {"plain_affine": ("#0072B2", "o"), "cat_paper": ("#D55E00", "s"), "cat": ("#009E73", "^")}
 SPREAD = 0.3  # of the distance to the next size, that dots of different sources keep from its middle
-LINEAR_TO = 1.0  # points, up to which the axis of gains is linear; logarithmic beyond, since some losses are huge
-TICKS = 0.0, *(sign * tick for tick in (0.3, 1.0, 3.0, 10.0, 30.0, 100.0) for sign in (-1, 1))
 
 
-def write_report(folder: Path, gains: Sequence[Gain], notes: Sequence[str]) -> list[str]:
-    """Write ``results.csv``, ``results.md`` and, where matplotlib is installed, ``robustness.png``; what was written.
+def write_report(folder: Path, gains: Sequence[Gain], notes: Sequence[str]) -> dict[str, bool]:
+    """Write ``results.csv``, ``results.md`` and, where matplotlib is installed, ``robustness.png``.
 
-    Each is written whole or not at all.
+    Each is written whole or not at all. Gives the files there are, and whether each was there just the same.
     """
-    write_text(folder / "results.csv", to_csv(gains))
-    write_text(folder / "results.md", to_markdown(gains, notes) + "\n")
-    return ["results.csv", "results.md", *([FIGURE] if plot(gains, folder / FIGURE) else [])]
+    written = write_texts(folder, {"results.csv": to_csv(gains), "results.md": to_markdown(gains, notes) + "\n"})
+    return written | ({FIGURE: False} if plot(gains, folder / FIGURE) else {})
 
 
 def to_markdown(gains: Sequence[Gain], notes: Sequence[str]) -> str:
@@ -45,24 +36,32 @@ def to_markdown(gains: Sequence[Gain], notes: Sequence[str]) -> str:
 
 def sizes_table(gains: Sequence[Gain]) -> str:
     """One line a number of images and mode, over the draws of all sources."""
-    lines = [("images", "correction", "mean gain", "worst draw", "draws that lose", "draws")]
-    for images, mode in product(_sizes(gains), MODES):
-        values = [gain.gain for gain in gains if (gain.images, gain.mode) == (images, mode)]
+    groups = {
+        (f"{images:,}", MODES[mode]): [gain.gain for gain in gains if (gain.images, gain.mode) == (images, mode)]
+        for images, mode in product(_sizes(gains), MODES)
+    }
+    return gains_table("images", groups)
+
+
+def gains_table(header: str, groups: Mapping[tuple[str, str], Sequence[float]]) -> str:
+    """Mean, worst and share of losses of the gains of every value of what ``header`` names, and correction."""
+    lines = [(header, "correction", "mean gain", "worst draw", "draws that lose", "draws")]
+    for names, values in groups.items():
         if values:
             losing = sum(value < 0 for value in values) / len(values)
-            figures = f"{statistics.fmean(values):+.2f}", f"{min(values):+.2f}", f"{losing:.0%}", str(len(values))
-            lines.append((f"{images:,}", LABELS[mode], *figures))
+            figures = signed(statistics.fmean(values)), signed(min(values)), f"{losing:.0%}", str(len(values))
+            lines.append((*names, *figures))
     return align(lines)
 
 
 def sources_table(gains: Sequence[Gain]) -> str:
     """One line a source and number of images, with the mean gain of every mode over the draws."""
-    lines = [("source", "images", "draws", "FP", "low-bit", *LABELS.values())]
+    lines = [("source", "images", "draws", "FP", "low-bit", *MODES.values())]
     for source, images in product(dict.fromkeys(gain.source for gain in gains), _sizes(gains)):
         found = [gain for gain in gains if (gain.source, gain.images) == (source, images)]
         if found:
             first, draws = found[0], len({gain.draw for gain in found})
-            means = [_mean(gain.gain for gain in found if gain.mode == mode) for mode in LABELS]
+            means = [mean_gain(gain.gain for gain in found if gain.mode == mode) for mode in MODES]
             lines.append(
                 (source, f"{images:,}", str(draws), f"{first.fp_top1:.2f}", f"{first.lq_top1:.2f}", *means),
             )
@@ -84,35 +83,26 @@ def shortfalls(sources: Sequence[Source], images: Sequence[int], max_draws: int)
 
 def plot(gains: Sequence[Gain], path: Path) -> bool:
     """Draw every gain as a dot against the number of images, one panel a mode; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FixedLocator
-    except ImportError:
-        logger.warning("%s needs matplotlib, which is not installed: pip install 'cat-plugin[plots]'", path.name)
-        return False
     modes = [mode for mode in MODES if any(gain.mode == mode for gain in gains)]
     sources, sizes = list(dict.fromkeys(gain.source for gain in gains)), _sizes(gains)
-    figure = Figure(figsize=(1.5 + 3.5 * len(modes), 4), layout="constrained")
-    panels = figure.subplots(1, len(modes), sharex=True, sharey=True, squeeze=False)[0]
+    drawing = new_figure(path.name, len(modes))
+    if drawing is None:
+        return False
+    figure, panels = drawing
     for panel, mode in zip(panels, modes, strict=True):
         colour, marker = STYLES[mode]
         shown = [gain for gain in gains if gain.mode == mode]
         places = [sizes.index(gain.images) + _offset(sources.index(gain.source), len(sources)) for gain in shown]
-        panel.axhline(0, color="grey", linewidth=0.8)
         panel.scatter(places, [gain.gain for gain in shown], s=14, color=colour, marker=marker, alpha=0.6, linewidths=0)
         for place, images in enumerate(sizes):
             values = [gain.gain for gain in shown if gain.images == images]
             if values:
                 panel.hlines(statistics.fmean(values), place - 0.4, place + 0.4, color="black", linewidth=1.5)
-        panel.set(title=LABELS[mode], xlabel="images", xticks=range(len(sizes)), xticklabels=[f"{n:,}" for n in sizes])
-        panel.set_yscale("symlog", linthresh=LINEAR_TO, linscale=2)
-        panel.yaxis.set_major_locator(FixedLocator(TICKS))
-        panel.yaxis.set_major_formatter(lambda gain, _: f"{gain:+g}" if gain else "0")
-        panel.grid(axis="y", linewidth=0.3)
+        panel.set(title=MODES[mode], xlabel="images", xticks=range(len(sizes)), xticklabels=[f"{n:,}" for n in sizes])
+        gain_axis(panel)
     panels[0].set_ylabel("gain in top-1, percentage points")
     figure.suptitle("Every dot is a draw, every bar the mean of a size", fontsize="medium")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    save(figure, path)
     return True
 
 
@@ -120,9 +110,10 @@ def _sizes(gains: Sequence[Gain]) -> list[int]:
     return sorted({gain.images for gain in gains})
 
 
-def _mean(values: Iterable[float]) -> str:
+def mean_gain(values: Iterable[float]) -> str:
+    """With its sign, "-" where there are none."""
     known = list(values)
-    return f"{statistics.fmean(known):+.2f}" if known else "-"
+    return signed(statistics.fmean(known)) if known else "-"
 
 
 def _offset(index: int, sources: int) -> float:

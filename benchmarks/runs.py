@@ -12,10 +12,12 @@ from tqdm import tqdm
 
 from benchmarks import BenchmarkError
 from benchmarks.files import digest_text, write_text
+from benchmarks.records import Record
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
+PARTIAL = ".part"  # ending of the names under which files are written
 
 
 class Cell(Protocol):
@@ -25,59 +27,82 @@ class Cell(Protocol):
     def name(self) -> str: ...
 
 
-class Record(Protocol):
-    """What is measured for a cell: ``store(path)`` writes a JSON file, whole or not at all, ``load(path)`` reads it."""
-
-    def store(self, path: Path) -> None: ...
-
-    @classmethod
-    def load(cls, path: Path) -> "Record": ...
-
-
 AnyCell = TypeVar("AnyCell", bound=Cell)
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 class Rows(Generic[AnyRecord]):
-    """Records of one type, each in a file of ``folder`` that is named after its cell."""
+    """Records of one type, each in a file of ``folder`` that is named after its cell.
 
-    def __init__(self, folder: Path, kind: type[AnyRecord]) -> None:
+    What ``shared`` holds, another folder of rows, need not be measured again; what is measured goes there, too.
+    """
+
+    def __init__(self, folder: Path, kind: type[AnyRecord], shared: Path | None = None) -> None:
         self.folder = folder
         self.kind = kind
+        self.shared = None if shared is None else Rows(shared, kind)
 
-    def finished(self, grid: Sequence[Cell]) -> dict[str, AnyRecord]:
-        """What is stored of ``grid``, by the name of the cell."""
-        found = {}
-        for cell in grid:
-            path = self._path(cell)
-            if not path.is_file():
-                continue
-            try:
-                found[cell.name] = self.kind.load(path)
-            except (ValueError, TypeError, AttributeError, OSError, SafetensorError) as error:
-                logger.warning("measuring again, the stored row %s is unreadable: %s", path.stem, error)
-        return found
+    def finished(self, names: Sequence[str]) -> dict[str, AnyRecord]:
+        """What is stored of the cells with these names."""
+        found = {name: self._read(name) for name in names}
+        return {name: record for name, record in found.items() if record is not None}
+
+    def stored(self, names: Sequence[str]) -> list[AnyRecord]:
+        """The records of a finished run.
+
+        Raises:
+            BenchmarkError: rows are missing or unreadable, or hold other figures than their predictions give.
+        """
+        found = self.finished(names)
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise BenchmarkError(
+                f"{self.folder} lacks {len(missing)} of {len(names)} rows, such as {missing[0]}; the command that "
+                "started the run finishes it"
+            )
+        for name, record in found.items():
+            record.verify(name)
+        return [found[name] for name in names]
 
     def complete(
         self, grid: Sequence[AnyCell], measure: Callable[[AnyCell], AnyRecord], *, progress: bool = False
     ) -> list[AnyRecord]:
         """Measure what is not finished, storing it at once; all records in the order of ``grid``."""
-        found = self.finished(grid)
+        found = self.finished([cell.name for cell in grid])
         pending = [cell for cell in grid if cell.name not in found]
         with tqdm(pending, unit="row", disable=not progress or not pending) as bar:
             for cell in bar:
                 bar.set_description(cell.name)
                 found[cell.name] = measure(cell)
-                found[cell.name].store(self._path(cell))
+                self._store(cell.name, found[cell.name])
         return [found[cell.name] for cell in grid]
 
-    def forget(self, grid: Sequence[Cell]) -> None:
-        """Delete what is stored of ``grid``."""
-        for cell in grid:
-            self._path(cell).unlink(missing_ok=True)
+    def forget(self, names: Sequence[str]) -> None:
+        """Delete what is stored of the cells with these names."""
+        for name in names:
+            self._path(name).unlink(missing_ok=True)
+        if self.shared is not None:
+            self.shared.forget(names)
 
-    def _path(self, cell: Cell) -> Path:
-        return self.folder / f"{cell.name}.json"
+    def _read(self, name: str) -> AnyRecord | None:
+        path = self._path(name)
+        if path.is_file():
+            try:
+                return self.kind.load(path)
+            except (ValueError, TypeError, AttributeError, OSError, SafetensorError) as error:
+                logger.warning("measuring again, the stored row %s is unreadable: %s", name, error)
+        found = None if self.shared is None else self.shared._read(name)
+        if found is not None:
+            found.store(path)
+        return found
+
+    def _store(self, name: str, record: AnyRecord) -> None:
+        record.store(self._path(name))
+        if self.shared is not None:
+            self.shared._store(name, record)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
 
 
 def open_run(
@@ -105,13 +130,29 @@ def open_run(
     return folder
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a run.
+
+    Raises:
+        BenchmarkError: the folder is no run.
+    """
+    try:
+        found = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise BenchmarkError(f"{folder} is not the folder of a run: it has no readable {SETTINGS_FILE}")
+    return found
+
+
 def _claim(folder: Path, settings: dict[str, Any], fresh: bool) -> None:
     """Refuse a folder of something else; empty it if ``fresh``."""
-    if not folder.exists() or not any(folder.iterdir()):
+    # A run that was killed while it wrote its first file has left the temporary name of that.
+    if not folder.exists() or all(entry.name.endswith(PARTIAL) for entry in folder.iterdir()):
         return
     try:
-        stored = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
-    except (OSError, ValueError):
+        stored = read_settings(folder)
+    except BenchmarkError:
         raise BenchmarkError(f"{folder} exists and is not a benchmark run; choose another --run") from None
     if fresh:
         shutil.rmtree(folder)

@@ -18,14 +18,17 @@ from baselines.files import atomic_path, digest_tensors
 from benchmarks import BenchmarkError
 from benchmarks.data import Dataset, split_calibration
 from benchmarks.draws import Source
-from benchmarks.evaluate import PairedLogits, Protocol, Setting, paired_logits, quantization_options
+from benchmarks.evaluate import Protocol, Setting, paired_logits, quantization_options
 from benchmarks.files import digest_text
+from benchmarks.pairs import PairedLogits
 from benchmarks.quantized import cache_key
 from cat_plugin.collect import check_finite
 
 logger = logging.getLogger(__name__)
 
 LOGITS = ("q_calib", "f_calib", "q_test", "f_test")
+FEATURES = ("h_calib", "h_test")
+LOGITS_FORMAT = "with those of the images that quantization was tuned on"  # changes with what is stored of a network
 
 
 def file_sources(folders: Sequence[Path], skip: int) -> list[Source]:
@@ -48,33 +51,40 @@ def file_sources(folders: Sequence[Path], skip: int) -> list[Source]:
 def read_npz(path: Path, skip: int) -> PairedLogits:
     """Logits from a file with the arrays ``q_calib, f_calib (N, C)``, ``q_test, f_test (M, C)`` and ``y_test (M,)``.
 
-    The first ``skip`` rows of ``*_calib``, the images that quantization was tuned on, are left out.
+    The first ``skip`` rows of ``*_calib`` are the images that quantization was tuned on. Features ``h_calib (N, D)``
+    and ``h_test (M, D)`` of the low-bit network may be there, too.
 
     Raises:
         BenchmarkError: no readable file of arrays (pickled objects are refused), arrays that are missing or do not
-            fit together, or no row left.
+            fit together, no row left, or a test image among the others.
         CATError: logits that are not finite.
     """
     try:
         with np.load(path, allow_pickle=False) as opened:
             arrays = {name: opened[name] for name in (*LOGITS, "y_test")}
+            features = {name: opened[name] for name in FEATURES if all(each in opened for each in FEATURES)}
     except KeyError as error:
         raise BenchmarkError(f"{path}: {error.args[0]}; expected {', '.join(LOGITS)} and y_test") from error
     except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BenchmarkError(f"{path} cannot be read as an npz file of plain arrays: {error}") from error
     _refuse_misfit(arrays, path)
+    _refuse_misfit_of_features(features, arrays, path)
     if len(arrays["q_calib"]) <= skip:
         raise BenchmarkError(f"{path}: none of {len(arrays['q_calib']):,} rows is left after --skip {skip}")
-    logits = {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in LOGITS}
-    for name, values in logits.items():
-        check_finite(values, f"{path}: {name}")
-    return PairedLogits(
-        fit_q=logits["q_calib"][skip:],
-        fit_f=logits["f_calib"][skip:],
-        test_q=logits["q_test"],
-        test_f=logits["f_test"],
+    values = {name: torch.from_numpy(arrays[name].astype(np.float32)) for name in LOGITS}
+    values |= {name: torch.from_numpy(array.astype(np.float32)) for name, array in features.items()}
+    for name, tensor in values.items():
+        check_finite(tensor, f"{path}: {name}")
+    calib = {name[0]: tensor for name, tensor in values.items() if name.endswith("_calib")}
+    test = {name[0]: tensor for name, tensor in values.items() if name.endswith("_test")}
+    pairs = PairedLogits(
+        **{f"fit_{name}": tensor[skip:] for name, tensor in calib.items()},
+        **({f"tuned_{name}": tensor[:skip] for name, tensor in calib.items()} if skip else {}),
+        **{f"test_{name}": tensor for name, tensor in test.items()},
         labels=torch.from_numpy(arrays["y_test"].astype(np.int64)),
     )
+    pairs.refuse_leaks(f"{path}: ")
+    return pairs
 
 
 def network_sources(
@@ -101,20 +111,28 @@ def network_sources(
             calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
             images = dataset.train_images[calib].to(protocol.device)
             key = cache_key(fp_model, images, quantization_options(setting, protocol))
-            path = cache / "logits" / f"{digest_text(key, data, digest_tensors({'cat': cat}))}.safetensors"
+            parts = key, data, digest_tensors({"cat": cat}), str(protocol.features), LOGITS_FORMAT
+            path = cache / "logits" / f"{digest_text(*parts)}.safetensors"
             pairs = _stored(path)
             if pairs is None:
                 kept = {"cache": cache, "cache_device": cache_device}
                 pairs = paired_logits(setting, protocol, dataset, fp_model, **kept, progress=progress)
                 with atomic_path(path) as temporary:
-                    save_file(vars(pairs), temporary)
+                    save_file(pairs.tensors(), temporary)
             found.append(_source(f"{dataset.name}-{model_name}-{setting.name}", pairs, partial(_read, path)))
     return found
 
 
 def _source(name: str, pairs: PairedLogits, load: partial[PairedLogits]) -> Source:
     """The logits themselves are let go: many of them do not fit into memory together."""
-    return Source(name=name, digest=digest_tensors(vars(pairs)), fresh=len(pairs.fit_q), load=load)
+    return Source(
+        name=name,
+        digest=digest_tensors(pairs.tensors()),
+        fresh=len(pairs.fit_q),
+        load=load,
+        tuned=0 if pairs.tuned_q is None else len(pairs.tuned_q),
+        features=pairs.test_h is not None,
+    )
 
 
 def _read(path: Path) -> PairedLogits:
@@ -152,3 +170,16 @@ def _refuse_misfit(arrays: dict[str, np.ndarray], path: Path) -> None:
     low, high = arrays["y_test"].min(), arrays["y_test"].max()
     if low < 0 or high >= classes[0]:
         raise BenchmarkError(f"{path}: y_test runs from {low} to {high}, there are {classes[0]} classes")
+
+
+def _refuse_misfit_of_features(features: dict[str, np.ndarray], arrays: dict[str, np.ndarray], path: Path) -> None:
+    if not features:
+        return
+    calib, test = (features[name] for name in FEATURES)
+    if (
+        not (calib.ndim == test.ndim == 2 and calib.shape[1] == test.shape[1] > 0)
+        or (len(calib), len(test)) != (len(arrays["q_calib"]), len(arrays["q_test"]))
+        or not all(np.issubdtype(array.dtype, np.floating) for array in features.values())
+    ):
+        found = ", ".join(f"{name} {array.shape} {array.dtype}" for name, array in features.items())
+        raise BenchmarkError(f"{path}: {found} do not fit the logits; expected floating-point (N, D) and (M, D)")

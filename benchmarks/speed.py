@@ -1,11 +1,10 @@
-"""Command line: ``python -m benchmarks.speed`` times reconstruction, unit by unit, against plain FP training steps."""
+"""Command line: ``python -m benchmarks speed`` times reconstruction, unit by unit, against plain FP training steps."""
 
 import argparse
 import copy
 import csv
 import io
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -57,9 +56,9 @@ class Timing:
         return self.range_seconds + self.capture_seconds + self.lines[-1].iter_ms * iters / 1000
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the command line; the exit code is 2 for input that the user can put right, 130 for an interruption."""
-    return exit_code(lambda: _time(parse_speed(sys.argv[1:] if argv is None else list(argv))), resumes=False)
+    return exit_code(lambda: _time(parse_speed(list(argv))), resumes=False)
 
 
 def _time(args: argparse.Namespace) -> None:
@@ -197,7 +196,3 @@ def _images(args: argparse.Namespace) -> Tensor:
         return load_cifar10(args.data, args.cache, progress=not args.no_progress).train_images
     generator = torch.Generator().manual_seed(0)
     return torch.randn(args.n_calib, 3, CIFAR10_SIZE, CIFAR10_SIZE, generator=generator)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

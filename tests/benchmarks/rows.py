@@ -6,25 +6,36 @@ import torch
 
 from benchmarks.evaluate import Measurement, Row, Setting
 
-BASE = {
-    **{"dataset": "digits", "model": "resnet8", "iters": 9, "n_calib": 16, "n_cat": 1024, "n_eval": 500},
-    **{"fp_top1": 99.0, "lq_top1": 90.0, "plain_affine_top1": 91.0, "cat_paper_top1": 92.5, "cat_top1": 93.0},
-    "cat_delta": 3.0,
-}
+IMAGES = 500
+BASE = {"dataset": "digits", "model": "resnet8", "iters": 9, "n_calib": 16, "n_cat": 1024}
 
 
-def make_row(setting: Setting | None = None, **values) -> Row:
-    setting = setting or Setting("rtn", 2, 2, 0)
-    return Row(**{**BASE, **vars(setting), **values})
+def make_measurement(setting: Setting | None = None, won: int = 20, lost: int = 5, **figures) -> Measurement:
+    """All 500 labels are 0. FP misses the last 5 images and the low-bit network the first 50, of which the default wins
+    the first ``won``; it loses as many as ``lost`` of those that follow. Plain affine wins 5, the paper's CAT 25 and
+    loses 12. ``cat_paper=False`` is a run without the latter; other ``figures`` replace those of the row.
+    """
+    with_paper = figures.pop("cat_paper", True)
+    predictions = {
+        "labels": torch.zeros(IMAGES, dtype=torch.int16),
+        "fp": wrong(range(IMAGES - 5, IMAGES)),
+        "lq": wrong(range(50)),
+        "plain_affine": wrong(range(5, 50)),
+        "cat_paper": wrong(range(25, 50 + 12)),
+        "cat": wrong(range(won, 50 + lost)),
+    }
+    if not with_paper:
+        del predictions["cat_paper"]
+    computed = Measurement(None, predictions).figures()
+    row = Row(**{**BASE, **vars(setting or Setting("rtn", 2, 2, 0)), **computed, **figures})
+    return Measurement(row, predictions)
 
 
-def make_measurement(setting: Setting | None = None, won: int = 20, lost: int = 5, **values) -> Measurement:
-    """All 500 labels are 0; CAT wins the first ``won`` images and loses the next ``lost``."""
-    lq = torch.zeros(500, dtype=torch.int16)
-    lq[:won] = 1
-    cat = torch.zeros(500, dtype=torch.int16)
-    cat[won : won + lost] = 1
-    return Measurement(make_row(setting, **values), {"labels": torch.zeros_like(lq), "lq": lq, "cat": cat})
+def wrong(places: range) -> torch.Tensor:
+    """Predictions that are wrong there."""
+    predicted = torch.zeros(IMAGES, dtype=torch.int16)
+    predicted[list(places)] = 1
+    return predicted
 
 
 def all_same(found: Sequence[Measurement], expected: Sequence[Measurement]) -> bool:

@@ -7,15 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.draws import Cell, Gain, Source, cells, measure
-from benchmarks.evaluate import PairedLogits
+from benchmarks.draws import FIT_SEED, Cell, Draw, Source, cells, measure
+from benchmarks.evaluate import corrections
+from benchmarks.pairs import PairedLogits
 from cat_plugin import CATConfig, fit_cluster_affine
 from tests.benchmarks.logits import make_arrays
+from tests.benchmarks.rows import same
 from tests.reference import lstsq_per_cluster
 
 
 def source(fresh, name="a", load=None):
     return Source(name=name, digest="0123456789abcdef", fresh=fresh, load=load)
+
+
+def make_cell(draw, mode):
+    return Cell(source(300), 100, draw, mode, corrections(100, FIT_SEED)[mode])
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def naive_correction(pairs, rows, mode):
 @pytest.mark.parametrize("mode", ["plain_affine", "cat_paper", "cat"])
 @pytest.mark.parametrize(("draw", "rows"), [(0, (0, 100)), (2, (200, 300))])
 def test_figures_equal_those_by_hand(pairs, mode, draw, rows):
-    gain = measure(Cell(source(300), 100, draw, mode), pairs)
+    gain = measure(make_cell(draw, mode), pairs).row
     corrected = naive_correction(pairs, rows, mode)
     labels = pairs.labels.tolist()
     before = [int(row.argmax()) == label for row, label in zip(pairs.test_q.numpy(), labels, strict=True)]
@@ -85,6 +91,7 @@ def test_papers_correction_needs_as_many_images_as_clusters():
 
 
 def test_stored_row_comes_back(pairs, tmp_path):
-    gain = measure(Cell(source(300), 100, 0, "plain_affine"), pairs)
-    gain.store(tmp_path / "row.json")
-    assert Gain.load(tmp_path / "row.json") == gain
+    draw = measure(make_cell(0, "plain_affine"), pairs)
+    draw.store(tmp_path / "row.json")
+    assert same(Draw.load(tmp_path / "row.json"), draw)
+    draw.verify("row")

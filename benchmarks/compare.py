@@ -1,0 +1,83 @@
+"""Command line: ``python -m benchmarks compare`` measures what quantization loses and what CAT brings back."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from baselines.files import digest_tensors
+from benchmarks.command import environment, exit_code, load_network, settings_grid
+from benchmarks.data import Dataset
+from benchmarks.environment import code_digest, versions
+from benchmarks.evaluate import Measurement, Protocol, Setting, measure
+from benchmarks.options import parse_compare
+from benchmarks.report import to_markdown, write_environment, write_report
+from benchmarks.runs import Rows, open_run
+
+NAME = "compare"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; the exit code is 2 for input that the user can put right, 130 for an interruption."""
+    return exit_code(lambda: _measure_grid(parse_compare(list(argv)), argv), resumes=True)
+
+
+def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Measure every method, bit setting and seed, then write and print the table."""
+    progress = not args.no_progress
+    dataset, model = load_network(args)
+    protocol = Protocol(
+        iters=args.iters, n_calib=args.n_calib, n_cat=args.n_cat, batch_size=args.batch_size, device=args.device
+    )
+    grid = settings_grid(args)
+    settings = _settings(dataset, args.model, model, protocol, args.modes, grid)
+    folder = open_run(args.results, f"{dataset.name}-{args.model}", settings, name=args.run, fresh=args.fresh)
+    rows = _rows(folder)
+    if done := len(rows.finished([setting.name for setting in grid])):
+        print(f"resuming {folder}: {done} of {len(grid)} rows are finished already")
+
+    def work(setting: Setting) -> Measurement:
+        kept = {"cache": args.cache, "cache_device": args.cache_device}
+        return measure(setting, protocol, dataset, args.model, model, args.modes, **kept, progress=progress)
+
+    measured = rows.complete(grid, work, progress=progress)
+    written = write_report(folder, measured)
+    seconds = sum(measurement.seconds for measurement in measured)
+    write_environment(folder, environment(NAME, argv, args.seeds, seconds) | settings)
+    print(f"\n{to_markdown(measured)}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
+
+
+def recompute(folder: Path, settings: dict[str, Any]) -> tuple[str, dict[str, bool]]:
+    """The table and the files of a run, from its stored predictions; see :func:`write_report` for the files."""
+    measured = _rows(folder).stored(settings["grid"])
+    return to_markdown(measured), write_report(folder, measured)
+
+
+def _rows(folder: Path) -> Rows[Measurement]:
+    return Rows(folder / "rows", Measurement)
+
+
+def _settings(
+    dataset: Dataset,
+    model_name: str,
+    model: nn.Module,
+    protocol: Protocol,
+    modes: Sequence[str],
+    grid: Sequence[Setting],
+) -> dict[str, Any]:
+    """All that the figures depend on: a run resumes only where nothing of this has changed."""
+    return {
+        "kind": NAME,
+        "dataset": dataset.name,
+        "model": model_name,
+        "data_digest": dataset.digest(),
+        "weights_digest": digest_tensors(model.state_dict()),
+        "code_digest": code_digest("benchmarks.evaluate", "benchmarks.command"),
+        "versions": versions(),
+        "protocol": asdict(protocol),
+        "modes": list(modes),
+        "grid": [setting.name for setting in grid],
+    }
