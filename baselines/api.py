@@ -27,7 +27,7 @@ from baselines.recipes import RECIPES, Recipe
 from baselines.reconstruct import Job, RunSettings, reconstruct
 from baselines.specs import QuantSpec
 from baselines.summary import summarize
-from baselines.trace import called_as_recorded, trace
+from baselines.trace import EXAMPLES, called_as_recorded, trace
 from baselines.units import find_blocks, find_units, named_blocks, per_image, quantizable_layers, warn_of_repeated
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 METHODS = tuple(RECIPES)
 CACHE_DEVICES = ("model", "cpu")
 
-_EXAMPLES = 2
 _RANGE_IMAGES = 256
 
 
@@ -151,7 +150,7 @@ def prepare(
 ) -> Job:
     """Everything up to reconstruction: the FP twin, the quantized network with its ranges, and the units."""
     generator = torch.Generator(inputs.plan.compute_device).manual_seed(seed)
-    example, sample = inputs.batch(0, _EXAMPLES), inputs.batch(0, _RANGE_IMAGES)
+    example, sample = inputs.batch(0, EXAMPLES), inputs.batch(0, _RANGE_IMAGES)
     folded = folded_copy(fp_model, example)
     _set_layout(folded, torch.channels_last)  # convolutions run faster so
     record = trace(folded, example)
@@ -166,7 +165,7 @@ def prepare(
         warn_of_repeated(folded, record, units)
         larger = torch.cat([example, example[:1]])
         passes = (len(example), record), (len(larger), trace(folded, larger))
-        units = per_image(units, *passes, one_row=recipe.prediction is not None)
+        units = per_image(units, *passes, one_row=recipe.looks_ahead)
         log_cache_size(units, record, len(inputs), inputs.plan, recipe)
     corrector = None
     if recipe.correction is not None:
@@ -194,11 +193,16 @@ def _description(method: str, job: Job, spec: QuantSpec, seed: int, fp_model: nn
         "seed": seed,
         "cache_dtype": str(job.inputs.plan.dtype),
         "units": [unit.name for unit in job.units],
-        "network weights": digest_tensors(fp_model.state_dict()),
+        "network weights": digest_tensors(_values(fp_model)),
         "calibration images": digest_tensors({"inputs": job.inputs.tensor}),
         "device": job.generator.device.type,
         "torch": torch.__version__,
     }
+
+
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, also those that a ``state_dict`` leaves out."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
 def _placed(inputs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +38,12 @@ class Cached:
 
     Attributes:
         tensor: all of it, as it is kept.
+        dtype: as it was computed.
     """
 
     def __init__(self, tensor: Tensor, plan: CachePlan, dtype: torch.dtype | None = None) -> None:
         self.tensor, self.plan = tensor, plan
-        self._dtype = dtype or tensor.dtype
+        self.dtype = dtype or tensor.dtype
         # Axes in the order of memory, where the values of an image are neighbours: it is copied as one piece.
         order = sorted(range(1, tensor.dim()), key=tensor.stride, reverse=True)
         by_memory = tensor.permute(0, *order)
@@ -75,15 +76,21 @@ class Cached:
     def rows(self, chosen: Tensor) -> Tensor:
         """The images with these indices, in their order; a copy."""
         rows = self._rows.index_select(0, chosen.to(self.plan.device)).view(-1, *self._row_shape).permute(self._axes)
-        return rows.to(self.plan.compute_device, self._dtype)
+        return rows.to(self.plan.compute_device, self.dtype)
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All images, ``size`` at a time; copies."""
         return (self.batch(start, size) for start in range(0, len(self), size))
 
+    def even_batches(self, size: int) -> Iterator[Tensor]:
+        """All images in as many batches, but none of them smaller than another by more than one image; copies."""
+        count = -(-len(self) // size)
+        starts = [index * len(self) // count for index in range(count + 1)]
+        return (self.batch(start, end - start) for start, end in itertools.pairwise(starts))
+
     def batch(self, start: int, size: int) -> Tensor:
         """At most ``size`` images from ``start``; a copy."""
-        return self.tensor[start : start + size].to(self.plan.compute_device, self._dtype, copy=True)
+        return self.tensor[start : start + size].to(self.plan.compute_device, self.dtype, copy=True)
 
     @torch.no_grad()
     def mapped(self, module: nn.Module, batch_size: int) -> Cached:
@@ -195,7 +202,8 @@ class _Level:
         self._inputs = inputs
         self._batch_size = batch_size
         self._keep_all = keep_all
-        self._passed: list[tuple[nn.Module, torch.Size, Cached | None]] = []  # the shape is that of one of the inputs
+        # Shape and type are those of the output for one of the inputs.
+        self._passed: list[tuple[nn.Module, torch.Size, torch.dtype, Cached | None]] = []
 
     def within(self, block: nn.Module, inputs: Cached) -> _Level:
         """The level of the units inside of ``block``."""
@@ -207,8 +215,7 @@ class _Level:
             logger.debug("a connection passes a unit before %s: running all units up to it", type(unit).__name__)
             arrived = self._collect(unit, name, lambda start: contextlib.nullcontext())
         if not self._keep_all and self._passed:
-            module, shape, _ = self._passed[-1]
-            self._passed[-1] = module, shape, None
+            self._passed[-1] = *self._passed[-1][:3], None
         return arrived
 
     def leave(self, unit: nn.Module, arrived: Cached) -> Cached:
@@ -219,7 +226,7 @@ class _Level:
     def passed(self, unit: nn.Module, output: Cached) -> None:
         """Go on behind ``unit``, whose output is known."""
         rows = len(output) // len(self._inputs)
-        self._passed.append((unit, torch.Size((rows, *output.tensor.shape[1:])), output))
+        self._passed.append((unit, torch.Size((rows, *output.tensor.shape[1:])), output.dtype, output))
 
     def finish(self) -> Cached:
         """The output ``(N, ...)`` of the whole level, all of whose units have been passed."""
@@ -270,18 +277,23 @@ class _Level:
     def _replayed(self, start: int) -> Iterator[None]:
         size = min(self._batch_size, len(self._inputs) - start)
         with contextlib.ExitStack() as stack:
-            for unit, (rows, *shape), output in self._passed:
+            for unit, (rows, *shape), dtype, output in self._passed:
                 if output is None:
-                    value = torch.full((size * rows, *shape), torch.nan, device=self._inputs.plan.compute_device)
+                    give = _nans((size * rows, *shape), dtype, self._inputs.plan.compute_device)
                 else:
-                    value = output.batch(start * rows, size * rows)
-                stack.enter_context(forward_replaced(unit, returning(value)))
+                    give = returning(output.batch(start * rows, size * rows))
+                stack.enter_context(forward_replaced(unit, give))
                 stack.enter_context(_without_entry_quantizer(unit))
             yield
 
 
 def _raise_arrived(*args: Tensor, **kwargs: Tensor) -> None:
     raise _Arrived(*args, *kwargs.values())  # one tensor: units are called with nothing else
+
+
+def _nans(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+    """Made when they are asked for, so that those of all units are not there at once."""
+    return lambda *args, **kwargs: torch.full(shape, torch.nan, dtype=dtype, device=device)
 
 
 def returning(value: Tensor) -> Callable[..., Tensor]:

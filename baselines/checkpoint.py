@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from baselines.files import atomic_path
 
@@ -44,7 +44,7 @@ class Checkpoint:
         path = folder / _RUN_FILE
         if path.is_file():
             _refuse_another(folder, path, json.loads(text))
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or not all(map(_is_left_over, folder.iterdir()))):
             raise ValueError(f"checkpoint={str(folder)!r} is no checkpoint and not empty; give another folder")
         else:
             with atomic_path(path) as temporary:
@@ -63,6 +63,7 @@ class Checkpoint:
         tensors = {
             f"{_STATE}{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in unit.state_dict().items()
+            if isinstance(tensor, Tensor)
         }
         with atomic_path(self._path(stage, index)) as temporary:
             save_file(tensors | {_GENERATOR: generator.get_state()}, temporary)
@@ -77,12 +78,18 @@ class Checkpoint:
         try:
             tensors = load_file(path)
             generator.set_state(tensors.pop(_GENERATOR))
-            unit.load_state_dict({name.removeprefix(_STATE): tensor for name, tensor in tensors.items()})
+            extra = {name: value for name, value in unit.state_dict().items() if not isinstance(value, Tensor)}
+            unit.load_state_dict({name.removeprefix(_STATE): tensor for name, tensor in tensors.items()} | extra)
         except (SafetensorError, KeyError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it, and the run goes on from there") from error
 
     def _path(self, stage: int, index: int) -> Path:
         return self._folder / f"stage{stage + 1}-unit{index + 1:04d}.safetensors"
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether this is the run's description, half written when an earlier try was killed."""
+    return path.match(f".{_RUN_FILE}.*.part")
 
 
 def _refuse_another(folder: Path, path: Path, run: Mapping[str, object]) -> None:
@@ -91,6 +98,8 @@ def _refuse_another(folder: Path, path: Path, run: Mapping[str, object]) -> None
         differing = [key for key in stored.keys() | run.keys() if stored.get(key) != run.get(key)]
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); give another folder, or delete this one") from error
+    if "method" in differing:
+        differing = [key for key in differing if key != "recipe"]  # which says the same at length
     if differing:
         changes = "; ".join(
             f"{key}: {_short(stored.get(key))} then, {_short(run.get(key))} now" for key in sorted(differing)

@@ -47,7 +47,8 @@ class Corrector:
         behind = self._norm_behind(unit)
         if not inside and behind is None:
             return inputs
-        batches = (self._corrected(module, inside, behind, x) for x in inputs.batches(batch_size))
+        # As large as each other: statistics of a small remainder would not be those of the network.
+        batches = (self._corrected(module, inside, behind, x) for x in inputs.even_batches(batch_size))
         return Cached.collect(batches, len(inputs), inputs.plan)
 
     def _norm_behind(self, unit: str) -> nn.Module | None:

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from baselines.capture import Cached, forward_replaced, returning
 from baselines.losses import prediction_difference
-from baselines.trace import tensors_in
+from baselines.trace import EXAMPLES, tensors_in
 from baselines.units import Unit
 
 logger = logging.getLogger(__name__)
-
-_EXAMPLES = 2
 
 
 @torch.no_grad()
@@ -48,7 +46,8 @@ class RestOfNetwork:
 
     The network's own forward pass runs with the unit's output replaced, behind its activation if it has one, so that
     whatever it computes outside of modules happens as always. Units that have been passed are not computed: they give
-    NaN. Where that reaches the prediction, the network has a connection past the unit, and they are computed after all.
+    anything, in :meth:`check` NaN. Where that reaches the prediction, the network has a connection past the unit, and
+    they are computed after all.
 
     Args:
         network: the network, without gradients.
@@ -67,22 +66,37 @@ class RestOfNetwork:
         self._network, self._inputs = network, inputs
         self._unit = network.get_submodule(unit.name)
         self._activation = network.get_submodule(unit.activation) if unit.activation else None
+        self._name = unit.name
         self._passed = [(network.get_submodule(name), shape) for name, shape in passed]
+        self._new: Callable[[Tensor, tuple[int, ...]], Tensor] = _nans
 
     def check(self, output: Cached) -> None:
-        """Find out, with the first of the unit's outputs ``(N, ...)``, whether a connection passes the unit."""
-        few = torch.arange(min(_EXAMPLES, len(output)))
-        with torch.no_grad():
-            if self._passed and torch.isnan(self(output.rows(few), few)).any():
-                logger.debug("a connection passes %s: the units before are computed", type(self._unit).__name__)
-                self._passed = []
+        """Find out, with the first of the unit's outputs ``(N, ...)``, whether a connection passes the unit.
+
+        Raises:
+            ValueError: no gradient comes back from the prediction although it depends on the output.
+        """
+        few = torch.arange(min(EXAMPLES, len(output)))
+        value = output.rows(few).requires_grad_()
+        with torch.enable_grad():
+            prediction = self(value, few)
+        if self._passed and torch.isnan(prediction).any():
+            logger.debug("a connection passes %s: the units before are computed", self._name)
+            self._passed = []
+        if not prediction.requires_grad and torch.isnan(self(torch.full_like(value, torch.nan), few)).any():
+            raise ValueError(
+                f"no gradient comes back to {self._name} from the outputs of {type(self._network).__name__}, which is "
+                "what the method looks at; take torch.no_grad and detach out of its forward pass, or choose a method "
+                "that only reconstructs"
+            )
+        self._new = Tensor.new_empty  # they are not looked at
 
     def __call__(self, output: Tensor, chosen: Tensor) -> Tensor:
         """The prediction ``(n, ...)`` for the unit's output ``(n, ...)`` on the inputs ``chosen (n,)``, indices."""
         with contextlib.ExitStack() as stack:
             for module, shape in self._passed:
-                nothing = output.new_full((len(output), *shape), torch.nan)
-                stack.enter_context(forward_replaced(module, returning(nothing)))
+                anything = _making(self._new, output, (len(output), *shape))
+                stack.enter_context(forward_replaced(module, anything))
             value = output.clone()  # the network may write into it
             if self._activation is not None:
                 before, forward = torch.full_like(output, torch.nan), self._activation.forward
@@ -92,6 +106,17 @@ class RestOfNetwork:
                 value = before
             stack.enter_context(forward_replaced(self._unit, returning(value)))
             return prediction_of(self._network(self._inputs.rows(chosen)))
+
+
+def _nans(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return like.new_full(shape, torch.nan)
+
+
+def _making(
+    new: Callable[[Tensor, tuple[int, ...]], Tensor], like: Tensor, shape: tuple[int, ...]
+) -> Callable[..., Tensor]:
+    """A forward pass that makes what it gives when it is called, so that what all units give is not there at once."""
+    return lambda *args, **kwargs: new(like, shape)
 
 
 def _given(before: Tensor, value: Tensor, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
@@ -135,5 +160,8 @@ def _squared_gradients(
         value.requires_grad_()
         with torch.enable_grad():
             loss = len(chosen) * prediction_difference(rest(value, chosen), prediction[chosen], 1.0)
+        if not loss.requires_grad:  # the prediction does not depend on the unit
+            yield torch.zeros_like(value)
+            continue
         (gradient,) = torch.autograd.grad(loss, value)
         yield gradient.square()

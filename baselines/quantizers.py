@@ -65,7 +65,7 @@ class ActivationQuantizer(nn.Module):
         self.bypass = False
         self.keep = 1.0
         self.generator: torch.Generator | None = None
-        self._lowest = 0.0
+        self._learning, self._lowest = False, 0.0
 
     @property
     def levels(self) -> int:
@@ -81,7 +81,7 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bypass:
             return x
-        if not torch.is_grad_enabled() or not (self.scale.requires_grad or self.keep < 1):
+        if not (self._learning and torch.is_grad_enabled()):
             steps = (x / self.scale).round() + self.zero_point
             return (steps.clamp(0, self.levels) - self.zero_point) * self.scale
         return self.mix(x)
@@ -97,11 +97,12 @@ class ActivationQuantizer(nn.Module):
     def training_with(self, keep: float, bypass: bool, generator: torch.Generator) -> Iterator[None]:
         """Set the quantizer up for reconstruction; everything is as before afterwards, whatever happens."""
         before = self.keep, self.bypass, self.generator
-        self.keep, self.bypass, self.generator = keep, bypass, generator
+        self.keep, self.bypass, self.generator, self._learning = keep, bypass, generator, True
         self._lowest = -self.zero_point.item()  # read once: on a GPU every reading waits for all work before it
         try:
             yield
         finally:
+            self._learning = False
             self.keep, self.bypass, self.generator = before
 
     def extra_repr(self) -> str:
@@ -205,8 +206,9 @@ class Rounding:
     @torch.no_grad()
     def backward(self, penalty_weight: float, beta: float | None) -> None:
         """Set the gradient of :attr:`logit` from those of :attr:`weights`, which are dropped, and from the rounding
-        penalty, if it has an exponent ``beta`` already."""
-        grad = torch.cat([layout.flatten(w.grad) for w, layout in zip(self.weights, self._layouts, strict=True)])
+        penalty, if it has an exponent ``beta`` already. Weights that nothing depends on have none."""
+        grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.weights]
+        grad = torch.cat([layout.flatten(each) for each, layout in zip(grads, self._layouts, strict=True)])
         grad.mul_(self._gain)
         if beta is not None:
             grad.add_(rounding_penalty_slope(self._stretched, beta), alpha=penalty_weight)

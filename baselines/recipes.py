@@ -43,6 +43,11 @@ class Stage:
     max_rounding_lr: float = 0.1
     scale_lr: float = 4e-5
 
+    @property
+    def learns_scales(self) -> bool:
+        """Whether scales are learned: those of quantizers that are at work."""
+        return self.activation_scales and self.quantize_activations
+
     def rounding_lr_for(self, iters: int) -> float:
         """The roundings' learning rate in a run of ``iters`` steps.
 
@@ -123,6 +128,11 @@ class Recipe:
     prediction: Prediction | None = None
     correction: Correction | None = None
     error_weighting: str = "none"
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether predictions of the whole network are needed, image by image."""
+        return self.prediction is not None or self.error_weighting != "none"
 
     def __post_init__(self) -> None:
         if self.error_weighting not in ERROR_WEIGHTINGS:

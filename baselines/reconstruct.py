@@ -87,7 +87,7 @@ def reconstruct(job: Job, *, progress: bool = False) -> None:
     Raises:
         FloatingPointError: the loss of a unit became NaN or infinite; says which unit and which step.
     """
-    iters = [job.settings.iters_of(stage) for stage in job.recipe.stages]
+    iters = [_steps(job, stage) for stage in job.recipe.stages]
     done = sum(steps * _finished(job, stage) for stage, steps in enumerate(iters))
     with tqdm(total=len(job.units) * sum(iters), initial=done, unit="step", disable=not progress, leave=False) as bar:
         for run in unit_runs(job):
@@ -106,10 +106,19 @@ def unit_runs(job: Job) -> Iterator[UnitRun]:
     for number, stage in enumerate(job.recipe.stages):
         if not stage.rounding:
             _harden(job.network, layers_in_units)
-        if job.settings.iters_of(stage) > 0:
+        if _steps(job, stage) > 0:
             with _activations_bypassed(job.network, not stage.quantize_activations):
                 yield from _walk(job, number)
     _harden(job.network, quantized_layers(job.network))
+
+
+def _steps(job: Job, stage: Stage) -> int:
+    """Optimiser steps a unit in ``stage``: none where no unit has anything to learn in it."""
+    layers = (job.network.get_submodule(name) for unit in job.units for name in unit.layers)
+    modules = (module for unit in job.units for module in job.network.get_submodule(unit.name).modules())
+    rounding = stage.rounding and any(layer.weight_quantizer is not None for layer in layers)
+    scales = stage.learns_scales and any(isinstance(module, ActivationQuantizer) for module in modules)
+    return job.settings.iters_of(stage) if rounding or scales else 0
 
 
 def _harden(network: nn.Module, names: Iterable[str]) -> None:
@@ -148,8 +157,7 @@ def _walk(job: Job, number: int) -> Iterator[UnitRun]:
         return
     size = job.settings.capture_batch_size
     fp_stream, stream = (Stream(model, job.inputs, size) for model in (job.folded, job.network))
-    looks_ahead = job.recipe.prediction is not None or job.recipe.error_weighting != "none"
-    prediction = predictions(job.folded, job.inputs, size) if looks_ahead else None
+    prediction = predictions(job.folded, job.inputs, size) if job.recipe.looks_ahead else None
     rest, passed = None, []
     for index, unit in enumerate(job.units):
         module = job.network.get_submodule(unit.name)
@@ -159,9 +167,11 @@ def _walk(job: Job, number: int) -> Iterator[UnitRun]:
         if index < finished:
             job.checkpoint.restore(number, index, module, job.generator)
         else:
-            if job.corrector is not None:
-                fp_input = job.corrector.correct(unit.name, fp_input, size)
+            corrected = fp_input if job.corrector is None else job.corrector.correct(unit.name, fp_input, size)
+            if corrected is not fp_input:
+                fp_input = corrected
                 target = fp_input.mapped(job.folded.get_submodule(unit.name), size)
+            del corrected
             if unit.activation:
                 target = target.mapped(job.folded.get_submodule(unit.activation), size)
             if prediction is not None:
@@ -208,12 +218,16 @@ class UnitRun:
 
     def finish(self, bar: tqdm) -> None:
         """Take all steps, and show them in ``bar``."""
-        end = bar.n + self._iters
+        end, recent = bar.n + self._iters, []
         for step, error in enumerate(self.steps()):
+            recent.append(error)
             if step % _CHECK_EVERY == 0 or step == self._iters - 1:
-                loss = error.item()
-                if not loss < float("inf"):
-                    raise FloatingPointError(f"the reconstruction loss of {self.unit.name} is {loss} at step {step}")
+                for number, loss in enumerate(torch.stack(recent).tolist(), step + 1 - len(recent)):
+                    if not math.isfinite(loss):
+                        raise FloatingPointError(
+                            f"the reconstruction loss of {self.unit.name} is {loss} at step {number}"
+                        )
+                recent.clear()
                 bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
                 bar.update(end - self._iters + step - bar.n)
                 logger.debug("%s step %d: loss %.6g", self.unit.name, step, loss)
@@ -229,7 +243,7 @@ class UnitRun:
         rounding, scales = None, []
         if stage.rounding and self._layers:
             rounding = Rounding([m.weight for m in self._layers], [m.weight_quantizer for m in self._layers])
-        if stage.activation_scales and stage.quantize_activations:
+        if stage.learns_scales:
             scales = [quantizer.scale for quantizer in self._quantizers]
         groups = []
         if rounding is not None:
@@ -242,6 +256,11 @@ class UnitRun:
         with self._training(rounding, scales):
             for step, chosen in enumerate(self._batches(len(self.data.target))):
                 error = self._error(chosen)
+                if not error.requires_grad:
+                    raise ValueError(
+                        f"no gradient reaches what is learned in {self.unit.name} ({type(self.module).__name__}); take "
+                        "torch.no_grad and detach out of its forward pass, or name other blocks"
+                    )
                 error.backward()
                 if rounding is not None:
                     rounding.backward(recipe.penalty_weight, annealed_beta(step, iters, recipe.warm_up, *recipe.beta))

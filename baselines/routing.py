@@ -65,7 +65,7 @@ def find_routes(model: nn.Module, record: Trace) -> list[Routes]:
     modules = dict(model.named_modules())
     routes = []
     for owner in dict.fromkeys(operation.owner for operation in record.operations):
-        if is_quantizable(modules[owner]) or isinstance(modules[owner], Product) or hasattr(modules[owner], "products"):
+        if is_quantizable(modules[owner]) or isinstance(modules[owner], (Product, _Routed)):
             continue
         calls: dict[int, list[Operation]] = {}
         for operation in record.operations:
@@ -127,8 +127,11 @@ def route(model: nn.Module, routes: Routes) -> None:
     """Lead the calls of one module of ``model``, in place: the same module, of a class that inherits from its own."""
     module = model.get_submodule(routes.owner)
     kinds = {"product": Product, "attention": DotProductAttention}
-    module.products = nn.ModuleList(kinds[kind]() for kind in routes.numbered if kind is not None)
-    module._routes = routes
+    name = "products"
+    while hasattr(module, name):  # the user's own
+        name = f"routed_{name}"
+    module.add_module(name, nn.ModuleList(kinds[kind]() for kind in routes.numbered if kind is not None))
+    module._routes, module._products_name = routes, name
     module.__class__ = _routed_class(type(module))
 
 
@@ -136,7 +139,7 @@ class _Routed(nn.Module):
     """Mixed into the class of a routed module."""
 
     _routes: Routes
-    products: nn.ModuleList
+    _products_name: str
 
     def forward(self, *args: object, **kwargs: object) -> object:
         with _Router(self):
@@ -170,7 +173,7 @@ class _Router(TorchFunctionMode):
         super().__init__()
         self._module = module
         self._count = 0
-        products = iter(module.products)
+        products = iter(module.get_submodule(module._products_name))
         self._targets = [None if kind is None else next(products) for kind in module._routes.numbered]
         self._layers = [module.get_submodule(name) for name in module._routes.layers]
 

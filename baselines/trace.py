@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+EXAMPLES = 2
+"""So many images are enough to see how a network computes."""
+
 
 class Value(NamedTuple):
     """A tensor as it was at one moment."""

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import random
 import types
@@ -293,3 +294,67 @@ def test_what_was_done_is_logged(options, steps, caplog):
     with caplog.at_level("INFO", logger="baselines"):
         quantize(randomized(SmallResNet()), images(40), **options)
     assert f"{options['method']} W4A4: 40 images, {steps}, " in caplog.text
+
+
+class Unused(Doubled):
+    """One layer more, which does not reach the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        self.unused(x)
+        return super().forward(x)
+
+
+def with_blocks(kind):
+    return randomized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(kind(), kind()), nn.Flatten(), nn.Linear(256, 3)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layer_that_does_not_reach_the_output_of_its_block_is_rounded(method):
+    network = quantize(with_blocks(Unused), images(32), method=method, w_bits=2, iters=30, batch_size=16)
+    assert all(len(row.unique()) <= 4 for row in network[1][1].unused.weight)
+
+
+class Shielded(Doubled):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("method", ["brecq", "qdrop", "pd_quant"])
+def test_block_without_gradients_is_a_clear_error(method):
+    model = with_blocks(Shielded)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"no gradient .* take torch.no_grad and detach out of its forward pass"):
+        quantize(model, images(32), method=method, iters=2, batch_size=16)
+    assert equal(snapshot(model), before)
+
+
+class ShieldedWhole(SmallResNet):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "fails"),
+    [
+        ({"method": "qdrop"}, False),
+        ({"method": "pd_quant"}, True),
+        ({"method": "brecq", "error_weighting": "fisher"}, True),
+    ],
+    ids=["qdrop", "pd_quant", "fisher"],
+)
+def test_network_without_gradients_is_a_clear_error_where_its_predictions_are_looked_at(options, fails):
+    expected = pytest.raises(ValueError, match="no gradient comes back to conv1") if fails else contextlib.nullcontext()
+    with expected:
+        quantize(randomized(ShieldedWhole()), images(32), iters=2, batch_size=16, **options)
+
+
+def test_layers_that_see_windows_have_no_weights_of_predictions(caplog):
+    options = {"method": "adaround", "error_weighting": "fisher", "iters": 2, "batch_size": 16}
+    quantize(randomized(Windows()), images(32), **options)
+    assert "only rounded, not reconstructed" in caplog.text and "block.inside" in caplog.text

@@ -5,6 +5,7 @@ import torch
 from torchvision.models.resnet import BasicBlock
 
 from baselines import quantize
+from baselines.api import _cache_plan
 from baselines.capture import Cached, CachePlan, Stream, log_cache_size
 from baselines.folding import folded_copy
 from baselines.recipes import RECIPES
@@ -176,6 +177,56 @@ def test_no_more_is_cached_than_was_announced(monkeypatch, method):
     assert 0.5 * size < watched.most_bytes <= size
 
 
+class Alive:
+    """How many of the tensors that functions made were there at once."""
+
+    def __init__(self):
+        self.made = self.most = 0
+        self._alive = []
+
+    def __call__(self, function):
+        def watched(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            self._alive = [reference for reference in self._alive if reference() is not None] + [weakref.ref(tensor)]
+            self.made, self.most = self.made + 1, max(self.most, len(self._alive))
+            return tensor
+
+        return watched
+
+
+@pytest.mark.parametrize("method", ["qdrop", "pd_quant"])
+def test_what_stands_for_outputs_of_passed_units_is_not_there_all_at_once(monkeypatch, method):
+    alive = Alive()
+    for place, name in ((torch, "full"), (torch.Tensor, "new_full"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(place, name, alive(getattr(place, name)))
+    layers = [layer for _ in range(6) for layer in (torch.nn.Conv2d(3, 3, 1), torch.nn.ReLU())]
+    model = randomized(torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(192, 5)))
+    quantize(model, images(40), method=method, iters=2)
+    assert alive.made >= 30 and alive.most <= 2
+
+
+def test_replay_keeps_the_type_of_the_network():
+    class Steps(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (torch.nn.Conv2d(3, 3, 1) for _ in range(4))
+
+        def forward(self, x):
+            return self.d(self.c(self.c(self.b(self.a(x)))))  # c is no unit, and runs between b and d
+
+    model, inputs = randomized(Steps()).double(), images(8).double()
+    seen, _ = walk(model, inputs)
+    assert list(seen) == ["a", "b", "d"]
+    torch.testing.assert_close(seen["d"][1], model(inputs))
+
+
+def test_batches_of_even_size_hold_every_image_once():
+    cached = Cached(images(10), CachePlan(CPU, None, CPU))
+    parts = list(cached.even_batches(4))
+    assert [len(part) for part in parts] == [3, 3, 4]
+    assert torch.equal(torch.cat(parts), images(10))
+
+
 def test_place_of_the_cache_does_not_matter_and_its_precision_little():
     def outputs(**options):
         options = {"method": "qdrop", "w_bits": 4, "a_bits": 8, "iters": 60, "batch_size": 16} | options
@@ -187,6 +238,21 @@ def test_place_of_the_cache_does_not_matter_and_its_precision_little():
     errors = [(each - expected).abs().mean() for each in (whole, half, outputs(method="rtn"))]
     assert not torch.equal(half, whole)
     assert errors[0] < errors[2] and errors[1] < 0.8 * errors[2]
+
+
+def test_cache_lies_in_its_place_and_hands_out_where_the_networks_are():
+    meta = torch.device("meta")
+    kept = Cached.collect(images(4).split(2), 4, CachePlan(meta, None, CPU))
+    assert kept.tensor.device == meta
+    given = Cached(images(4), CachePlan(CPU, None, meta))
+    assert given.tensor.device == CPU
+    assert {given.batch(0, 2).device, given.rows(torch.arange(2)).device} == {meta}
+
+
+@pytest.mark.parametrize(("name", "kept_on"), [("model", "meta"), ("cpu", "cpu")])
+def test_place_of_the_cache_is_as_asked(name, kept_on):
+    plan = _cache_plan(name, None, torch.device("meta"))
+    assert (plan.device.type, plan.compute_device.type) == (kept_on, "meta")
 
 
 def test_values_that_half_precision_cannot_hold_are_a_clear_error():

@@ -134,7 +134,8 @@ def test_network_is_the_same_without_a_checkpoint(whole, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "brecq"}, "method: qdrop then, brecq now; recipe: "),
+        ({"method": "brecq"}, r"\(method: qdrop then, brecq now\)"),
+        ({"error_weighting": "fisher"}, r"\(recipe: Recipe"),
         ({"w_bits": 3}, r"\(w_bits: 2 then, 3 now\)"),
         ({"a_bits": 4}, r"\(a_bits: 2 then, 4 now\)"),
         ({"seed": 6}, r"\(seed: 5 then, 6 now\)"),
@@ -163,6 +164,46 @@ def test_another_run_is_refused_and_told_apart(tmp_path, change, message):
 def test_cache_device_may_change(tmp_path, whole):
     run(tmp_path, method="qdrop")
     assert same(run(tmp_path, method="qdrop", cache_device="cpu"), whole["qdrop"])
+
+
+def test_folder_of_a_run_that_was_killed_while_it_was_described_is_taken(tmp_path, whole):
+    (tmp_path / ".run.json.x1y2.part").write_text("{")
+    assert same(run(tmp_path, method="qdrop"), whole["qdrop"])
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / ".stage1-unit0001.safetensors.x1y2.part").write_text("")
+    with pytest.raises(ValueError, match="is no checkpoint and not empty"):
+        run(tmp_path / "more")
+
+
+class Extra(torch.nn.Module):
+    """Keeps something else than tensors in its ``state_dict``, and a tensor beside it."""
+
+    def __init__(self, shift=0.0):
+        super().__init__()
+        self.body = randomized(SmallResNet())
+        self.register_buffer("shift", torch.tensor(shift), persistent=False)
+
+    def forward(self, x):
+        return self.body(x) + self.shift
+
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 3}
+
+
+def test_state_that_is_no_tensor_is_no_obstacle_and_every_tensor_counts(tmp_path, worked_on):
+    def make(model):
+        model = torch.nn.Sequential(torch.nn.Identity(), model)
+        return quantize(model, images(40), checkpoint=tmp_path, blocks=["1"], **OPTIONS)
+
+    first = make(Extra())
+    assert worked_on == ["1"]
+    assert torch.equal(make(Extra())(images(3)), first(images(3)))
+    assert worked_on == ["1"]
+    with pytest.raises(ValueError, match="network weights: "):
+        make(Extra(shift=1.0))
 
 
 def test_folder_of_something_else_is_refused(tmp_path):

@@ -78,3 +78,22 @@ def test_without_batch_norm_inputs_stay_and_it_is_logged(caplog):
     assert "no batch norm" in caplog.text
     inputs = Cached(images(4), PLAN)
     assert corrector.correct("0", inputs, 4) is inputs
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(1024, [64] * 16), (65, [32, 33]), (130, [43, 43, 44]), (64, [64]), (10, [10])]
+)
+def test_statistics_are_those_of_batches_of_even_size(count, sizes, monkeypatch):
+    seen, real = [], Corrector._corrected
+
+    def watch(self, unit, inside, behind, start):
+        seen.append(len(start))
+        return real(self, unit, inside, behind, start)
+
+    monkeypatch.setattr(Corrector, "_corrected", watch)
+    network = plain_copy(randomized(SmallResNet()), images(2))
+    inputs = images(count, size=4)
+    corrector = Corrector(network, images(2), Correction(closeness=1e9, steps=1, lr=1e-9))
+    corrected = corrector.correct("conv1", Cached(inputs, PLAN), 64).tensor
+    assert seen == sizes
+    torch.testing.assert_close(corrected, inputs)  # each image once, in its place

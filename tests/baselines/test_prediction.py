@@ -148,3 +148,33 @@ def test_outputs_that_are_no_scores_of_classes_are_a_clear_error():
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 8), torch.nn.Flatten(0))
     with pytest.raises(ValueError, match=r"outputs, \(6,\) of torch.float32, are no class scores"):
         predictions(network, Cached(images(6), PLAN), 4)
+
+
+class Unseen(torch.nn.Module):
+    """No gradient comes back to the first layer, and none of what ``aside`` gives reaches the prediction."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.aside, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3), torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.a(x).detach()
+        aside = self.aside(x)
+        return self.fc(x.mean((2, 3))), aside
+
+
+def test_gradient_that_does_not_come_back_is_a_clear_error_only_where_there_should_be_one():
+    units = rests(randomized(Unseen()), images(6))
+    with pytest.raises(
+        ValueError, match=r"no gradient comes back to a from the outputs of Unseen, .* take torch.no_gr"
+    ):
+        next(units)
+    model = randomized(Unseen())
+    model.a = torch.nn.Sequential()  # not a unit
+    model.aside = torch.nn.Conv2d(3, 4, 3)
+    model.fc = torch.nn.Linear(3, 3)
+    units = {unit.name: (output, rest) for unit, output, rest, _ in rests(randomized(model), images(6))}
+    assert list(units) == ["aside", "fc"]
+    output, rest = units["aside"]
+    weights = fisher_weights(rest, lambda x: x, Cached(output, PLAN), torch.randn(6, 3), 4)
+    assert weights.tensor.unique().tolist() == [1]

@@ -92,6 +92,21 @@ def test_quantizer_is_plain_again_after_training_even_if_it_raises(quantizer):
         assert torch.equal(quantizer(x), before)
 
 
+def test_outside_of_reconstruction_a_scale_that_takes_gradients_changes_no_value(quantizer):
+    x = values(20)
+    with torch.no_grad():
+        before = quantizer(x)
+    assert torch.equal(quantizer(x), before)
+
+
+def test_gradients_pass_a_quantizer_whose_scale_is_not_learned():
+    module = ActivationQuantizer(2)
+    x = torch.tensor([-9.0, 0.2, 1.4, 9.0], requires_grad=True)
+    with module.training_with(1.0, False, torch.Generator()):
+        module(x).sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 0]
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_soft_rounding_starts_at_the_fp_weights_where_nothing_is_clipped(bits):
     weight = values(4, 3, 3, 3)
@@ -161,6 +176,14 @@ def test_rounding_gradient_moves_one_weight_only():
     rounding.weights[0][1, 2].backward()
     rounding.backward(0.01, None)
     assert rounding.logit.grad.nonzero().flatten().tolist() == [5]
+
+
+def test_weight_that_nothing_depends_on_has_no_gradient():
+    weights = [values(2, 3), values(2, 3, seed=1)]
+    rounding = Rounding(weights, [WeightQuantizer(weight, 4, "minmax") for weight in weights])
+    rounding.weights[0].sum().backward()
+    rounding.backward(0.01, None)
+    assert rounding.logit.grad[:6].any() and not rounding.logit.grad[6:].any()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])

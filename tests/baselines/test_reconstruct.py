@@ -1,13 +1,15 @@
 import ast
-import inspect
+import io
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import baselines.reconstruct
-from baselines import losses
+from baselines import losses, quantize
+from baselines.capture import Cached
 from baselines.recipes import PD_QUANT, QDROP, RECIPES, Correction, Prediction, Recipe, Stage
 
 from .networks import SmallResNet, images, randomized
@@ -94,15 +96,20 @@ def test_loss_that_is_not_finite_names_unit_and_step(run, monkeypatch):
         return real(output, target, axis, norm) * (float("nan") if len(calls) > 35 else 1)
 
     monkeypatch.setattr("baselines.reconstruct.reconstruction_error", broken)
-    with pytest.raises(FloatingPointError, match=r"loss of layer1\.0 is nan at step 29"):
+    with pytest.raises(FloatingPointError, match=r"loss of layer1\.0 is nan at step 5"):
         run(QDROP)
 
 
-def test_the_engine_never_sees_the_name_of_a_method():
-    source = inspect.getsource(baselines.reconstruct)
-    strings = [n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    names = [n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)]
-    assert not {*strings, *(name.lower() for name in names)} & set(RECIPES)
+ENGINE = sorted(set(Path(baselines.__file__).parent.glob("*.py")) - {Path(baselines.__file__).with_name("recipes.py")})
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=lambda path: path.stem)
+def test_only_recipes_and_the_default_know_the_name_of_a_method(path):
+    nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+    words = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    words += [node.id for node in nodes if isinstance(node, ast.Name)]
+    words += [node.attr for node in nodes if isinstance(node, ast.Attribute)]
+    assert {word.lower() for word in words} & set(RECIPES) == ({"qdrop"} if path.stem == "api" else set())
 
 
 @pytest.mark.parametrize(
@@ -297,3 +304,88 @@ def test_fisher_weights_go_with_the_unit_and_change_what_is_learned(run, monkeyp
     assert all(weights.tensor.shape == target.tensor.shape for weights, target in seen)
     assert all(weights.tensor.mean().item() == pytest.approx(1, rel=1e-3) for weights, _ in seen)
     assert not same(plain, weighted)
+
+
+def test_rate_of_the_scales_falls_along_a_cosine_and_that_of_the_roundings_stays(run, monkeypatch):
+    rates, real = [], torch.optim.Adam.step
+
+    def step(self, *args):
+        rates.append([group["lr"] for group in self.param_groups])
+        return real(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    run(
+        Recipe(stages=(Stage(rounding=True, activation_scales=True, iters=4, rounding_lr=0.02, scale_lr=0.1),)), iters=4
+    )
+    behind_conv1 = rates[4:]  # which reads the image, so that it has no scale
+    assert len(behind_conv1) == 12 and [lr for lr, *_ in rates] == [0.02] * 16
+    expected = [0.1, 0.1 * (1 + 0.5**0.5) / 2, 0.05, 0.1 * (1 - 0.5**0.5) / 2] * 3
+    assert [lr for _, lr in behind_conv1] == pytest.approx(expected)
+
+
+def test_exponents_of_the_errors_are_those_of_the_stages(run, monkeypatch):
+    seen, real = [], losses.reconstruction_error
+
+    def watch(output, target, axis, norm, weights):
+        seen.append(norm)
+        return real(output, target, axis, norm, weights)
+
+    monkeypatch.setattr("baselines.reconstruct.reconstruction_error", watch)
+    run(RECIPES["brecq"], iters=2)
+    assert seen == [2.0] * 4 * 2 + [2.4] * 3 * 2  # conv1 has no scale
+
+
+@pytest.mark.parametrize("iters", [1, 49, 50, 51, 101])
+@pytest.mark.parametrize("recipe", [QDROP, RECIPES["brecq"]], ids=["qdrop", "brecq"])
+def test_progress_counts_every_step_once(run, monkeypatch, recipe, iters):
+    bars, real = [], baselines.reconstruct.tqdm
+
+    def bar(*args, **kwargs):
+        bars.append(real(*args, **kwargs | {"disable": False, "file": io.StringIO(), "mininterval": 1e9}))
+        return bars[-1]
+
+    monkeypatch.setattr(baselines.reconstruct, "tqdm", bar)
+    ends, finish = [], baselines.reconstruct.UnitRun.finish
+
+    def watch(self, bar):
+        finish(self, bar)
+        ends.append(bar.n)
+
+    monkeypatch.setattr(baselines.reconstruct.UnitRun, "finish", watch)
+    run(recipe, iters=iters)
+    units = 4 * len(recipe.stages)
+    assert ends == [iters * (index + 1) for index in range(units)]
+    assert bars[0].total == iters * units
+
+
+@pytest.mark.parametrize(
+    ("w_bits", "a_bits", "walks"), [(2, 2, [True, False]), (32, 2, [False]), (2, 32, [True]), (32, 32, [])]
+)
+def test_stages_with_nothing_to_learn_are_no_walk(monkeypatch, w_bits, a_bits, walks):
+    seen, real = [], baselines.reconstruct._walk
+
+    def watch(job, number):
+        seen.append(job.recipe.stages[number].rounding)
+        return real(job, number)
+
+    monkeypatch.setattr(baselines.reconstruct, "_walk", watch)
+    quantize(randomized(SmallResNet()), images(40), method="brecq", w_bits=w_bits, a_bits=a_bits, iters=2)
+    assert seen == walks
+
+
+@pytest.mark.parametrize(("norm", "times"), [(True, 2), (False, 1)], ids=["batch-norm", "none"])
+def test_outputs_are_computed_again_only_where_inputs_were_corrected(run, norm, times):
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3) if norm else torch.nn.Identity(), torch.nn.ReLU()
+    )
+    model = randomized(torch.nn.Sequential(model, torch.nn.Flatten(), torch.nn.Linear(192, 5)))
+    mapped, real = [], Cached.mapped
+
+    def watch(self, module, size):
+        mapped.append(type(module))
+        return real(self, module, size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Cached, "mapped", watch)
+        run(replace(QDROP, correction=Correction(closeness=1.0, steps=1, lr=0.05)), iters=1, model=model)
+    assert mapped.count(torch.nn.Conv2d) == times

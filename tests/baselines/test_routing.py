@@ -200,3 +200,22 @@ def test_a_failing_pass_leaves_no_router_behind():
     assert torch.equal(x @ x, torch.matmul(x, x))
     assert not any(isinstance(m, ActivationQuantizer) and m.bypass for m in network.modules())
     assert torch.isfinite(network(images(2))).all()
+
+
+class OwnProducts(Attention):
+    """Has an attribute called as the routed products are."""
+
+    def __init__(self):
+        super().__init__("operator")
+        self.products = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return super().forward(self.products(x))
+
+
+def test_attribute_of_the_users_called_products_is_no_obstacle():
+    model = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Flatten(2), nn.Linear(16, 4), OwnProducts(), nn.Linear(4, 3))
+    network = quantize(randomized(model), images(8), method="rtn")
+    summary = summarize(network)
+    assert [product.name for product in summary.products] == ["3.routed_products.0", "3.routed_products.1"]
+    assert [layer.name for layer in summary.layers if "products" in layer.name] == ["3.products"]
