@@ -1,11 +1,14 @@
 """The digits and the networks that know them, made once; the table that the run writes."""
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 from torch.utils.cpp_extension import get_default_build_root
 
@@ -31,6 +34,14 @@ def compiled_kernels() -> Iterator[None]:
         patch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
         patch.setenv("NNCF_EXTENSION_LOAD_TIMEOUT", "0")
         yield
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Toolkits draw from the global random states."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -32,10 +32,10 @@ def transformer(digits: Dataset) -> nn.Module:
 
 
 def hugging_face(digits: Dataset) -> nn.Module:
-    """The same of Hugging Face `transformers`, which returns a `ModelOutput`."""
+    """A smaller one of Hugging Face `transformers`, which returns a `ModelOutput`."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    shape = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 64, "intermediate_size": 128}
+    shape = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32, "intermediate_size": 64}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = ViTConfig(**shape, num_hidden_layers=2, num_attention_heads=4, num_labels=len(digits.classes))

@@ -1,20 +1,25 @@
 """AIMET: its simulation is no module; the module inside returns `DequantizedTensor`."""
 
 import copy
+import tempfile
 
 import pytest
 import torch
 
-DISTRIBUTION = {"distribution": "aimet-torch", "bits": "W4A4"}
+from .converters import ANY_BATCH_SIZE, onnx_session
+from .networks import plain
 
 
-@pytest.mark.parametrize("adaround", [False, True], ids=["plain", "AdaRound"])
-def test_simulation(judge, task, resnet, adaround, tmp_path):
-    sim = simulation(copy.deepcopy(resnet), task, tmp_path, adaround)
-    judge(sim.model, resnet, **DISTRIBUTION, toolkit="AIMET AdaRound" if adaround else "AIMET", gains=True)
+@pytest.mark.parametrize(("method", "bits"), [("plain", 4), ("AdaRound", 4), ("plain", 8)])
+def test_simulation(judge, task, resnet, method, bits, tmp_path):
+    sim = simulation(copy.deepcopy(resnet), task, bits, tmp_path if method == "AdaRound" else None)
+    own = {"distribution": "aimet-torch", "converters": (aimet_exported, aimet_onnx), "wrapper": sim}
+    name = "AIMET" if method == "plain" else f"AIMET {method}"
+    judge(sim.model, resnet, **own, toolkit=name, bits=f"W{bits}A{bits}", gains=bits == 4)
 
 
-def simulation(model, task, folder, adaround):
+def simulation(model, task, bits, adaround=None):
+    """`adaround`: a folder for its encodings."""
     from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters
     from aimet_torch.batch_norm_fold import fold_all_batch_norms
     from aimet_torch.model_preparer import prepare_model
@@ -26,10 +31,10 @@ def simulation(model, task, folder, adaround):
     if adaround:
         batches = [(images,) for images in task.calibration]
         parameters = AdaroundParameters(batches, len(batches), 200, forward_fn=lambda layer, batch: layer(*batch))
-        model = Adaround.apply_adaround(model, example, parameters, str(folder), "weights", default_param_bw=4)
-    sim = QuantizationSimModel(model, example, default_param_bw=4, default_output_bw=4)
+        model = Adaround.apply_adaround(model, example, parameters, str(adaround), "weights", default_param_bw=bits)
+    sim = QuantizationSimModel(model, example, default_param_bw=bits, default_output_bw=bits)
     if adaround:
-        sim.set_and_freeze_param_encodings(str(folder / "weights.encodings"))
+        sim.set_and_freeze_param_encodings(str(adaround / "weights.encodings"))
 
     @torch.no_grad()
     def calibrate(quantized):
@@ -38,3 +43,21 @@ def simulation(model, task, folder, adaround):
 
     sim.compute_encodings(calibrate)
     return sim
+
+
+def aimet_exported(model, example):
+    """AIMET's own `torch.export`, which writes scales and zero points as constants."""
+    from aimet_torch.experimental.export.export import export
+
+    program = export(model, (example,), dynamic_shapes=ANY_BATCH_SIZE).module()
+    return lambda images: plain(program(images))
+
+
+def aimet_onnx(model, example):
+    """AIMET's own ONNX exporter; operators on 4 bits came with opset 21."""
+    from aimet_torch.onnx import export
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.onnx"
+        export(model, (example,), path, opset_version=21, dynamo=True, dynamic_shapes=ANY_BATCH_SIZE, verbose=False)
+        return onnx_session(path)

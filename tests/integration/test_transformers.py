@@ -5,10 +5,10 @@ import torch
 
 
 def torchao(bits):
-    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+    from torchao.quantization import IntxWeightOnlyConfig, PerAxis
     from transformers import TorchAoConfig
 
-    return TorchAoConfig(IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), granularity=PerGroup(32)))
+    return TorchAoConfig(IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), granularity=PerAxis(0)))
 
 
 def quanto(bits):
