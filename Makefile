@@ -1,18 +1,25 @@
 # Every target sets up what it needs by itself: an environment in $(VENV) with this project installed into it.
 PYTHON ?= python3
 VENV ?= .venv
+INTEGRATION_VENV ?= .venv-integration
 ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+INTEGRATION_BIN := $(abspath $(INTEGRATION_VENV))/bin
+INTEGRATION_STAMP := $(INTEGRATION_VENV)/.installed
 
-.PHONY: demo test perf lint check bench clean
+.PHONY: demo test integration perf lint check bench clean
 
 demo: $(STAMP)  ## quantize a small network on real data and show what CAT wins back; ARGS="..." adds options
 	$(BIN)/python -m benchmarks $(ARGS)
 
 test: $(STAMP)  ## all tests but the slow ones; ARGS="-m slow" runs those
 	$(BIN)/python -m pytest $(ARGS)
+
+# In an environment of its own, with pinned toolkits. Two of them compile kernels: ninja, installed there, must be found.
+integration: $(INTEGRATION_STAMP)  ## other toolkits' models, corrected; writes results/integration/results.md
+	PATH="$(INTEGRATION_BIN):$$PATH" $(INTEGRATION_BIN)/python -m pytest -m integration tests/integration $(ARGS)
 
 perf: $(STAMP)  ## what applying a correction costs, against a network and against a loop over images
 	$(BIN)/python -m pytest benchmarks/perf $(ARGS)
@@ -34,6 +41,11 @@ $(STAMP): setup.cfg setup.py
 	$(BIN)/python -m pip install --quiet --editable ".[dev,plots]"
 	touch $@
 
+$(INTEGRATION_STAMP): setup.cfg setup.py
+	test -x $(INTEGRATION_VENV)/bin/pip || $(PYTHON) -m venv $(INTEGRATION_VENV)
+	$(INTEGRATION_VENV)/bin/python -m pip install --quiet --editable ".[integration]"
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-integration build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
 	find baselines benchmarks cat_plugin tests -name __pycache__ -type d -prune -exec rm -rf {} +
