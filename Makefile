@@ -12,7 +12,7 @@ INTEGRATION_STAMP := $(INTEGRATION_VENV)/.installed
 .PHONY: demo test integration perf lint check bench clean
 
 demo: $(STAMP)  ## quantize a small network on real data and show what CAT wins back; ARGS="..." adds options
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks compare $(ARGS)
 
 test: $(STAMP)  ## all tests but the slow ones; ARGS="-m slow" runs those
 	$(BIN)/python -m pytest $(ARGS)
@@ -32,7 +32,7 @@ check: lint test
 
 bench: $(STAMP)  ## CIFAR-10, three seeds: make bench DATA=cifar10.zip WEIGHTS=resnet20.pt
 	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "usage: make bench DATA=ZIP_OR_FOLDER WEIGHTS=FILE"; exit 2; }
-	$(BIN)/python -m benchmarks --dataset cifar10 --data "$(DATA)" --model resnet20 --weights "$(WEIGHTS)" \
+	$(BIN)/python -m benchmarks compare --dataset cifar10 --data "$(DATA)" --model resnet20 --weights "$(WEIGHTS)" \
 		--seeds 0 1 2 $(ARGS)
 
 # The stamp is written last, so that an installation that was interrupted is repeated.
