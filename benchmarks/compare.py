@@ -35,7 +35,7 @@ def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
     grid = settings_grid(args)
     settings = _settings(dataset, args.model, model, protocol, args.modes, grid)
     folder = open_run(args.results, f"{dataset.name}-{args.model}", settings, name=args.run, fresh=args.fresh)
-    rows = _rows(folder)
+    rows = rows_of(folder)
     if done := len(rows.finished([setting.name for setting in grid])):
         print(f"resuming {folder}: {done} of {len(grid)} rows are finished already")
 
@@ -50,13 +50,8 @@ def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
     print(f"\n{to_markdown(measured)}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
 
 
-def recompute(folder: Path, settings: dict[str, Any]) -> tuple[str, dict[str, bool]]:
-    """The table and the files of a run, from its stored predictions; see :func:`write_report` for the files."""
-    measured = _rows(folder).stored(settings["grid"])
-    return to_markdown(measured), write_report(folder, measured)
-
-
-def _rows(folder: Path) -> Rows[Measurement]:
+def rows_of(folder: Path) -> Rows[Measurement]:
+    """The stored rows of a run."""
     return Rows(folder / "rows", Measurement)
 
 

@@ -1,18 +1,18 @@
 """Command line: ``python -m benchmarks report`` makes the tables of runs again, without running models."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from benchmarks import BenchmarkError, ablate, compare, robustness
 from benchmarks.command import exit_code
+from benchmarks.evaluate import Measurement
 from benchmarks.options import parse_report
+from benchmarks.report import title, to_markdown, write_report
 from benchmarks.runs import read_settings
 
-KINDS: dict[str, Callable[[Path, dict[str, Any]], tuple[str, dict[str, bool]]]] = {
-    module.NAME: module.recompute for module in (compare, ablate, robustness)
-}
+KINDS: dict[str, ModuleType] = {module.NAME: module for module in (compare, ablate, robustness)}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,11 +22,39 @@ def main(argv: Sequence[str]) -> int:
 
 def _report(args: argparse.Namespace) -> None:
     """Every figure is computed from predictions of single images; a row that says otherwise is an error."""
+    compared: list[list[Measurement]] = []
     for folder in args.runs:
         settings = read_settings(folder)
         kind = settings.get("kind", compare.NAME)  # runs of earlier versions do not say
         if kind not in KINDS or "grid" not in settings:
             raise BenchmarkError(f"{folder} is no run of {', '.join(KINDS)}")
-        text, files = KINDS[kind](folder, settings)
-        state = ", ".join(f"{name} ({'the same' if same else 'written'})" for name, same in files.items())
-        print(f"{text}\n\n{folder}: {state}")
+        if kind == compare.NAME:
+            measured = compare.rows_of(folder).stored(settings["grid"])
+            files = write_report(folder, measured)
+            _join(compared, measured)
+        else:
+            text, files = KINDS[kind].recompute(folder, settings)
+            print(f"{text}\n")
+        _print_files(folder, files)
+    for measured in compared:
+        print(f"\n{to_markdown(measured)}")
+
+
+def _join(tables: list[list[Measurement]], measured: list[Measurement]) -> None:
+    """Runs of one network and protocol go into one table, unless both have measured the same."""
+    for table in tables:
+        alike = title([each.row for each in table]) == title([each.row for each in measured])
+        if alike and not {_cell(each) for each in table} & {_cell(each) for each in measured}:
+            table += measured
+            return
+    tables.append(list(measured))
+
+
+def _cell(measurement: Measurement) -> tuple[str, int, int, int]:
+    row = measurement.row
+    return row.method, row.w_bits, row.a_bits, row.seed
+
+
+def _print_files(folder: Path, files: dict[str, bool]) -> None:
+    states = [f"{name} ({'the same' if same else 'written'})" for name, same in files.items()]
+    print(f"{folder}: {', '.join(states)}")

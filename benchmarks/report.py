@@ -102,7 +102,7 @@ def to_table(measured: Sequence[Measurement]) -> str:
 
 
 def _gain(line: Summary) -> tuple[str, str, str]:
-    interval = f"{line.ci_low:+.2f} to {line.ci_high:+.2f}"
+    interval = f"{signed(line.ci_low)} to {signed(line.ci_high)}"
     return spread(line.delta, line.delta_std, sign="+"), interval, readable_p(line.p_value)
 
 

@@ -6,8 +6,11 @@ import sys
 import pytest
 
 from benchmarks import ablate, compare, robustness
+from benchmarks.evaluate import Setting
 from benchmarks.recompute import main
+from benchmarks.report import to_markdown
 from tests.benchmarks.logits import write_npz
+from tests.benchmarks.rows import make_measurement
 
 FIGURES = (".csv", ".md")
 
@@ -68,6 +71,25 @@ def test_tables_are_the_same(runs, command, request, capsys):
     assert "(written)" in (printed := capsys.readouterr().out) and "(the same)" not in printed
     assert main([str(run)]) == 0
     assert "(written)" not in capsys.readouterr().out
+
+
+def test_runs_of_one_network_share_a_table_unless_they_measured_the_same(tmp_path, capsys):
+    seeds = [
+        [make_measurement(Setting("rtn", 2, 2, seed)) for seed in (0, 1)],
+        [make_measurement(Setting("qdrop", 2, 2, seed), won=30) for seed in (0, 1)],
+        [make_measurement(Setting("rtn", 2, 2, seed), won=40) for seed in (0, 1)],
+        [make_measurement(Setting("rtn", 2, 4, 0))],
+    ]
+    for index, measured in enumerate(seeds):
+        grid = [f"cell{place}" for place in range(len(measured))]
+        for name, measurement in zip(grid, measured, strict=True):
+            measurement.store(tmp_path / str(index) / "rows" / f"{name}.json")
+        (tmp_path / str(index) / "settings.json").write_text(json.dumps({"grid": grid}))
+    assert main([str(tmp_path / name) for name in "0123"]) == 0
+    printed = capsys.readouterr().out
+    for measured in (seeds[0] + seeds[1], seeds[2], seeds[3]):
+        assert to_markdown(measured) in printed
+    assert printed.count("Top-1 in percent") == 3
 
 
 def change(run, **figures):

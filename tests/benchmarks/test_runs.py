@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import BenchmarkError
 from benchmarks.evaluate import Measurement, Setting
-from benchmarks.runs import Rows, open_run
+from benchmarks.runs import Rows, open_run, read_settings
 from tests.benchmarks.rows import all_same, make_measurement
 
 SETTINGS = {"dataset": "digits", "model": "resnet8", "versions": {"torch": "2.4"}}
@@ -133,3 +133,46 @@ def test_folder_of_something_else_is_left_alone(tmp_path, fresh):
 def test_names_that_are_paths_are_refused(tmp_path, name):
     with pytest.raises(BenchmarkError, match="must be a plain folder name"):
         opened(tmp_path, name=name)
+
+
+def test_rows_that_another_run_has_left_are_shared(tmp_path):
+    Rows(tmp_path / "one", Measurement, tmp_path / "shared").complete(GRID[:2], measure)
+    calls = []
+    other = Rows(tmp_path / "two", Measurement, tmp_path / "shared")
+    found = other.complete(GRID, lambda setting: (calls.append(setting), measure(setting))[1])
+    assert calls == GRID[2:] and all_same(found, EXPECTED)
+    assert all_same(Rows(tmp_path / "two", Measurement).stored(NAMES), EXPECTED)
+    other.forget(NAMES[:1])
+    assert sorted(Rows(tmp_path / "three", Measurement, tmp_path / "shared").finished(NAMES)) == NAMES[1:]
+
+
+def test_stored_rows_are_all_there_and_hold_the_figures_of_their_predictions(tmp_path):
+    run = rows(tmp_path)
+    run.complete(GRID, measure)
+    assert all_same(run.stored(NAMES[::-1]), EXPECTED[::-1])
+    path = tmp_path / f"{NAMES[1]}.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "lq_top1": 1.0, "cat_delta": 92.2}))
+    with pytest.raises(
+        BenchmarkError, match=rf"row {NAMES[1]} does not .* lq_top1 1.0 instead of 90.0; cat_delta 92.2"
+    ):
+        run.stored(NAMES)
+    path.unlink()
+    with pytest.raises(BenchmarkError, match=f"lacks 1 of 4 rows, such as {NAMES[1]}"):
+        run.stored(NAMES)
+
+
+def test_run_that_was_killed_while_its_first_file_was_written_starts_anew(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".settings.json.x1y2.part").write_text('{"datas')
+    assert opened(tmp_path, name="mine") == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_settings_are_read_from_runs_only(tmp_path, content):
+    folder = opened(tmp_path, name="mine")
+    assert read_settings(folder) == SETTINGS
+    path = folder / "settings.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(BenchmarkError, match=r"mine is not the folder of a run: it has no readable settings\.json"):
+        read_settings(folder)
