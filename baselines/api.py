@@ -86,8 +86,9 @@ def quantize(
         progress: show a progress bar.
 
     Returns:
-        A new network of the same class, device and type, in eval mode, without gradients and without the
-        hooks of ``fp_model``. Its ``state_dict`` holds the hardened weights, scales and zero points. What of it is
+        A new network of the same class, device and type, in eval mode, without gradients and without the hooks of
+        ``fp_model``. Its ``state_dict`` holds the hardened weights, scales and zero points. A network in half precision
+        is made in float32 and rounded at the end, scales too: its weights lie beside their grid by as much. What is
         quantized, and what stays in floating point, says :func:`baselines.summarize`.
 
     Raises:

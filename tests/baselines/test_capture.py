@@ -212,7 +212,7 @@ def test_replay_keeps_the_type_of_the_network():
             self.a, self.b, self.c, self.d = (torch.nn.Conv2d(3, 3, 1) for _ in range(4))
 
         def forward(self, x):
-            return self.d(self.c(self.c(self.b(self.a(x)))))  # c is no unit, and runs between b and d
+            return self.d(self.b(self.c(self.c(self.a(x)))))  # c is no unit: it gets what stands for a's output
 
     model, inputs = randomized(Steps()).double(), images(8).double()
     seen, _ = walk(model, inputs)
