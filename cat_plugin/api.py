@@ -14,7 +14,9 @@ from cat_plugin.collect import stream_outputs
 from cat_plugin.config import CATConfig
 from cat_plugin.diagnosis import find_warnings
 from cat_plugin.distributed import Processes
+from cat_plugin.errors import CATError
 from cat_plugin.fit import Fit, fit_and_score
+from cat_plugin.layers import fit_layer
 from cat_plugin.models import unwrap
 from cat_plugin.outputs import Output
 from cat_plugin.report import CATReport
@@ -33,6 +35,7 @@ def apply_cat(
     config: CATConfig | None = None,
     eval_loader: Loader | None = None,
     output: Output = None,
+    layer: str | None = None,
     forward_fn: ForwardFn | None = None,
     batch_size: int = 64,
     progress: bool = False,
@@ -55,6 +58,8 @@ def apply_cat(
         eval_loader: labelled images; if given, the report holds top-1 and top-5 of FP, quantized, and corrected.
         output: where the model's output holds the logits, if it is not obvious: a key or field, a position, or two
             functions `(get, set)`, see `cat_plugin.outputs`.
+        layer: name of a layer of both models whose output is corrected instead, channel by channel, see
+            `cat_plugin.layers`; `output` and `config.class_axis` then speak of its output.
         forward_fn: called as `forward_fn(model, batch)` where the models take several inputs or keyword inputs; returns
             what the model returns. `batch` is what the loader yields, with its tensors on the model's device.
         batch_size: into which a loader that is one tensor is cut.
@@ -70,25 +75,43 @@ def apply_cat(
     config = CATConfig.resolve(config)
     start = time.perf_counter()
     quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
-    running = {"output": output, "forward_fn": forward_fn, "batch_size": batch_size, "progress": progress}
-    batches = stream_outputs(quantized_model, fp_model, calib_loader, features=config.features, **running)
+    if layer is not None and config.features is not None:
+        raise CATError(
+            f"layer={layer!r} with features={config.features!r}: features feed the correction of the model's output; "
+            "give one of the two"
+        )
+    running = {"forward_fn": forward_fn, "batch_size": batch_size, "progress": progress}
+    reading = {"output": output, "class_axis": config.class_axis}
+    batches = stream_outputs(
+        quantized_model,
+        fp_model,
+        calib_loader,
+        features=config.features,
+        layer=layer,
+        positions=config.positions,
+        seed=config.seed,
+        **reading,
+        **running,
+    )
     processes = Processes.all(model_device(quantized_model))
     with LogitStore() as store:
         reused: list[float] = []
         with processes.together(), contextlib.closing(batches):  # closed at once if anything raises
             for batch in batches:
-                store.append(batch.q, batch.f, batch.h)
+                store.append(batch.q, batch.f, batch.h, batch.images)
                 if batch.calibrated is not None:
                     reused.append(batch.calibrated.double().sum().item())
         collected = time.perf_counter()
-        fit = fit_and_score(store, config, processes)
+        fit = (fit_and_score if layer is None else fit_layer)(store, config, processes)
         share = processes.sum(torch.tensor(sum(reused))).item() / fit.images if reused else None
         seconds = collected - start, time.perf_counter() - collected
-        report = _report(store, fit, share, processes, model_bytes(quantized_model), *seconds)
-    cat_model = CATWrapper(quantized_model, fit.correction, report, config, output=output)
+        report = _report(store, fit, share, processes, layer, model_bytes(quantized_model), seconds)
+    cat_model = CATWrapper(quantized_model, fit.correction, report, config, output=output, layer=layer)
     if eval_loader is not None:
         try:
-            accuracy = compare_accuracy(fp_model, quantized_model, cat_model, eval_loader, **running)
+            # Of a layer's output, `reading` tells nothing about the model's.
+            how = {**running, **({} if layer else reading)}
+            accuracy = compare_accuracy(fp_model, quantized_model, cat_model, eval_loader, **how)
         except BaseException:
             cat_model.remove()
             raise
@@ -104,14 +127,17 @@ def _report(
     fit: Fit,
     reused: float | None,
     processes: Processes,
+    layer: str | None,
     size: int,
-    collect_seconds: float,
-    fit_seconds: float,
+    seconds: tuple[float, float],
 ) -> CATReport:
     correction = fit.correction
     sizes = torch.zeros(correction.num_clusters, dtype=torch.int64)
     for q, _, _ in store.chunks():
         sizes += torch.bincount(correction.assign(q.to(store.dtype)), minlength=correction.num_clusters)
+    # Channels of a layer are no classes, and positions may well look alike.
+    repeated = fit.repeated if fit.positions is None else 0
+    warnings = [] if layer else find_warnings(fit.f, fit.images, repeated, reused)
     return CATReport(
         images=fit.images,
         num_clusters=correction.num_clusters,
@@ -120,8 +146,10 @@ def _report(
         added_parameters=correction.num_parameters,
         added_bytes=correction.num_bytes,
         model_bytes=size,
-        collect_seconds=collect_seconds,
-        fit_seconds=fit_seconds,
+        collect_seconds=seconds[0],
+        fit_seconds=seconds[1],
+        layer=layer,
         evidence=fit.evidence,
-        warnings=tuple(find_warnings(fit.f, fit.images, fit.repeated, reused)),
+        positions=fit.positions,
+        warnings=tuple(warnings),
     )

@@ -17,7 +17,8 @@ class BakedCAT(nn.Module):
     called with the same arguments. It shares the parameters, buffers and layers of the quantized model, which is not
     copied and keeps its hook: that model stays corrected until `CATWrapper.remove`, this module for good. Moving or
     converting one therefore moves or converts the weights of both; `copy.deepcopy` gives a module of its own, for
-    models that allow it. The correction is a copy. Other forward hooks of the model act here before the correction.
+    models that allow it. The correction is a copy; that of a layer stays a
+    hook, on a layer of this module alone. Other forward hooks of the model act here before the correction.
 
     Args:
         model: the hooked model.
@@ -27,15 +28,20 @@ class BakedCAT(nn.Module):
     def __init__(self, model: nn.Module, hook: CATHook) -> None:
         super().__init__()
         self.training = model.training
-        self.quantized_model = _twin(model, None if hook.features is None else find_layer(model, hook.features))
+        inner = hook.features or hook.layer
+        self.quantized_model = _twin(model, None if inner is None else find_layer(model, inner))
         self._corrector = hook.unattached()
         self.correction = self._corrector.correction
-        self._corrector.tap(self.quantized_model)
+        if hook.layer is None:
+            self._corrector.tap(self.quantized_model)
+        else:
+            self._corrector.attach(self.quantized_model)
         self._take_signature()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The corrected output of the quantized model."""
-        return self._corrector.correct(self.quantized_model, self.quantized_model(*args, **kwargs))
+        output = self.quantized_model(*args, **kwargs)
+        return output if self._corrector.layer else self._corrector.correct(self.quantized_model, output)
 
     def _take_signature(self) -> None:
         """Names the arguments of `forward` as the model does, by which exporters know inputs and their dynamic sizes.

@@ -27,9 +27,12 @@ class CATConfig:
                       there are more classes than this, and in `"auto"` for the shared map
     alpha             0 to 1, how far an output moves from the quantized to the corrected logits
     min_cluster_size  K is lowered until a cluster has on average this many images; None: never
+    class_axis        axis of the classes in outputs that have positions; None: the last of
+                      sequences (N, T, C), 1 of maps (N, C, H, W)
+    positions         of such outputs, how many positions of an image are drawn for the fit
     features          name of a layer of the quantized model whose output, averaged over
                       positions, feeds the map too; `"auto"` only
-    seed              of PCA, k-means and the folds
+    seed              of PCA, k-means, the folds and the positions
     ================  ==========================================================================
     """
 
@@ -38,6 +41,8 @@ class CATConfig:
     pca_dim: int = 50
     alpha: float = 1.0
     min_cluster_size: int | None = 16
+    class_axis: int | None = None
+    positions: int = 64
     features: str | None = None
     seed: int = 0
 
@@ -53,19 +58,24 @@ class CATConfig:
         self._check_int("pca_dim", 1)
         if self.min_cluster_size is not None:
             self._check_int("min_cluster_size", 1)
+        self._check_int("positions", 1)
         self._check_int("seed", 0, 2**32 - 1)
+        if self.class_axis is not None:
+            self._check_int("class_axis")
+            if self.class_axis == 0:
+                raise CATError("class_axis=0 is the axis of images; expected that of classes, such as 1 or -1")
         alpha = self.alpha
         is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
         if not is_number or not math.isfinite(alpha) or not 0 <= alpha <= 1:
             raise CATError(f"alpha={alpha!r} should be a number from 0 (no correction) to 1 (full correction)")
         object.__setattr__(self, "alpha", float(alpha))
 
-    def _check_int(self, name: str, low: int, high: int | None = None) -> None:
+    def _check_int(self, name: str, low: float = -math.inf, high: float = math.inf) -> None:
         value = getattr(self, name)
         is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not is_int or value < low or (high is not None and value > high):
-            limits = f">= {low}" if high is None else f"from {low} to {high}"
-            raise CATError(f"{name}={value!r} should be an integer {limits}")
+        if not is_int or not low <= value <= high:
+            limits = f" from {low} to {high}" if high < math.inf else f" >= {low}" if low > -math.inf else ""
+            raise CATError(f"{name}={value!r} should be an integer{limits}")
         object.__setattr__(self, name, int(value))
 
     @classmethod

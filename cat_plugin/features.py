@@ -65,14 +65,14 @@ class FeatureTap:
         self.__dict__.update(state, _kept=threading.local())
 
 
-def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """The layer `name` of `model`.
+def find_layer(model: nn.Module, name: str, argument: str = "features") -> nn.Module:
+    """The layer `name` of `model`, as it was given for `argument`.
 
     Raises:
         CATError: there is none.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    if not name or name not in modules:
+    if not isinstance(name, str) or not name or name not in modules:
         known = ", ".join(child for child, _ in model.named_children())
-        raise CATError(f"features={name!r} is no layer of {type(model).__name__}; its children are {known}")
+        raise CATError(f"{argument}={name!r} is no layer of {type(model).__name__}; its children are {known}")
     return modules[name]

@@ -13,6 +13,7 @@ from cat_plugin.correction import ClusterAffine
 from cat_plugin.distributed import ALONE, Processes
 from cat_plugin.errors import CATError
 from cat_plugin.metrics import agreement, agreement_gain, kl_divergence
+from cat_plugin.positions import fold_of_rows
 from cat_plugin.selection import Evidence, select
 from cat_plugin.store import LogitStore
 
@@ -40,15 +41,32 @@ class HeldOutScores:
         """Gain in agreement, percentage points."""
         return self.agreement_after - self.agreement_before
 
+    def summary(self) -> list[str]:
+        """What changes, in a few words each."""
+        return [
+            f"agreement with FP {self.agreement_before:.2f} -> {self.agreement_after:.2f} %",
+            f"KL {self.kl_before:.4f} -> {self.kl_after:.4f} nats",
+        ]
+
+    def __str__(self) -> str:
+        return (
+            f"agreement with FP {self.agreement_before:.2f} -> {self.agreement_after:.2f} % "
+            f"({self.agreement_gain:+.2f}, 95 % CI {self.gain_low:+.2f} to {self.gain_high:+.2f}), "
+            f"KL(FP || output) {self.kl_before:.4f} -> {self.kl_after:.4f} nats"
+        )
+
     @classmethod
-    def of(cls, f: Tensor, q: Tensor, out: Tensor) -> "HeldOutScores":
-        """Scores of the corrected logits `out` of images with logits `q` and full-precision logits `f`, all (N, C)."""
+    def of(cls, f: Tensor, q: Tensor, out: Tensor, images: Tensor | None = None) -> "HeldOutScores":
+        """Scores of the corrected logits `out` of images with logits `q` and full-precision logits `f`, all (N, C).
+
+        images: (N,), the image of every row, where rows are positions.
+        """
         return cls(
             agreement(f, q),
             agreement(f, out),
             kl_divergence(f, q),
             kl_divergence(f, out),
-            *agreement_gain(f, q, out),
+            *agreement_gain(f, q, out, images),
         )
 
 
@@ -57,14 +75,15 @@ class Fit:
     """A correction with what is known of it.
 
     held_out: None where images are too few to hold any out. evidence: what it was chosen by, in `"auto"` mode.
-    images: how many it was fitted on, and repeated: how many of them repeat another. q, f: (n, C) logits of those
-    that it was judged on.
+    images: how many it was fitted on, and positions: how many of their positions, where outputs have such; repeated:
+    how many images or positions repeat another. q, f: (n, C) logits of those that it was judged on.
     """
 
     correction: ClusterAffine
     held_out: HeldOutScores | None
     evidence: Evidence | None
     images: int
+    positions: int | None
     repeated: int
     q: Tensor
     f: Tensor
@@ -96,7 +115,7 @@ def fit_cluster_affine(
     """
     config = _check(q, f, config, features)
     if config.mode == "paper":
-        return _fit_paper(q, f, config.clusters_for(len(q)), config)
+        return fit_paper(q, f, config.clusters_for(len(q)), config)
     return _placed(select(LogitStore.of(q, f, features), config).correction, q)
 
 
@@ -110,47 +129,72 @@ def fit_and_score(store: LogitStore, config: CATConfig, processes: Processes = A
     Raises:
         CATError: in `"paper"` mode there are fewer images than clusters.
     """
+    n_images = int(processes.sum(torch.tensor(store.num_images)))
+    dense = store.images is not None
     if config.mode == "auto":
-        selected = select(store, config, processes)
-        judged = selected.evidence.images > 0
-        scores = HeldOutScores.of(selected.f, selected.q, selected.held_out) if judged else None
-        correction = _placed(selected.correction, torch.empty(0, dtype=store.dtype))
-        return Fit(correction, scores, selected.evidence, selected.images, selected.repeated, selected.q, selected.f)
+        made = select(store, config, processes)
+        scores = HeldOutScores.of(made.f, made.q, made.held_out, made.owners) if made.evidence.images > 0 else None
+        correction = _placed(made.correction, torch.empty(0, dtype=store.dtype))
+        positions = made.images if dense else None
+        return Fit(correction, scores, made.evidence, n_images, positions, made.repeated, made.q, made.f)
+    q, f, images = gather_all(store, processes)
+    repeated = len(q) - len(torch.unique(torch.cat([q, f], dim=1), dim=0))
+    correction = fit_paper(q, f, config.clusters_for(len(q)), config)
+    scores = held_out_scores(q, f, config, images=images)
+    return Fit(correction, scores, None, n_images, len(q) if dense else None, repeated, q, f)
+
+
+def gather_all(store: LogitStore, processes: Processes) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All rows of all processes, `(q, f, images)`, logits (N, C) in the dtype of the store."""
     q, f, _ = store.take(torch.arange(len(store)))
     q, f = (processes.gather_rows(logits.to(store.dtype)) for logits in (q, f))
-    repeated = len(q) - len(torch.unique(torch.cat([q, f], dim=1), dim=0))
-    correction = _fit_paper(q, f, config.clusters_for(len(q)), config)
-    return Fit(correction, held_out_scores(q, f, config), None, len(q), repeated, q, f)
+    images = store.images
+    if images is not None:
+        images = processes.gather_rows(images + processes.rows_before(store.num_images))
+    return q, f, images
 
 
 def held_out_scores(
-    q: Tensor, f: Tensor, config: CATConfig | None = None, features: Tensor | None = None
+    q: Tensor,
+    f: Tensor,
+    config: CATConfig | None = None,
+    features: Tensor | None = None,
+    images: Tensor | None = None,
 ) -> HeldOutScores | None:
     """Scores the fit on `q` and `f`, both (N, C), by cross-fitting: each image by maps fitted on the other folds.
 
     In `"paper"` mode there are 5 folds, with as many clusters as the fit on all images has, or as a fold's training
-    part has images. None where images are too few: one in `"paper"` mode, under 20 in `"auto"` mode.
+    part has images. None where images are too few: one in `"paper"` mode, under 20 in `"auto"` mode. `images` (N,)
+    says which image a row is a position of, where it is none; positions of an image are held out together.
     """
     config = _check(q, f, config, features)
     if config.mode == "auto":
-        return fit_and_score(LogitStore.of(q, f, features), config).held_out
-    n_images = len(q)
-    if n_images < 2:
+        return fit_and_score(LogitStore.of(q, f, features, images), config).held_out
+    out = cross_fitted(q.detach().cpu(), f.detach().cpu(), config, images)
+    return None if out is None else HeldOutScores.of(f.detach().cpu(), q.detach().cpu(), out, images)
+
+
+def cross_fitted(q: Tensor, f: Tensor, config: CATConfig, images: Tensor | None = None) -> Tensor | None:
+    """(N, C) corrected logits, each row by the published recipe fitted on the other folds; None for one image."""
+    n_rows = len(q)
+    if images is None:
+        order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(config.seed))
+        fold_of = torch.empty(n_rows, dtype=torch.int64).index_copy_(0, order, torch.arange(n_rows) % FOLDS)
+    else:
+        fold_of = fold_of_rows(images, FOLDS, config.seed)
+    if (fold_of == fold_of[0]).all():
         return None
-    num_clusters = config.clusters_for(n_images)
-    q, f = q.detach().cpu(), f.detach().cpu()
-    order = torch.randperm(n_images, generator=torch.Generator().manual_seed(config.seed))
     out = torch.empty_like(q)
-    for fold in range(min(FOLDS, n_images)):
-        held_out = torch.zeros(n_images, dtype=torch.bool)
-        held_out[order[fold::FOLDS]] = True
-        n_train = n_images - int(held_out.sum())
-        correction = _fit_paper(q[~held_out], f[~held_out], min(num_clusters, n_train), config)
-        out[held_out] = correction(q[held_out])
-    return HeldOutScores.of(f, q, out)
+    for fold in fold_of.unique():
+        held_out = fold_of == fold
+        num_clusters = min(config.clusters_for(n_rows), int((~held_out).sum()))
+        out[held_out] = fit_paper(q[~held_out], f[~held_out], num_clusters, config)(q[held_out])
+    return out
 
 
-def _fit_paper(q: Tensor, f: Tensor, num_clusters: int, config: CATConfig) -> ClusterAffine:
+def fit_paper(q: Tensor, f: Tensor, num_clusters: int, config: CATConfig) -> ClusterAffine:
+    """The published recipe with `num_clusters` clusters on `q` and `f`, both (N, C); the device and dtype are those of
+    `q`."""
     wide_q, wide_f = (logits.detach().to("cpu", torch.float64, copy=True) for logits in (q, f))
     clusters = fit_clusters(wide_q, num_clusters, config)
     gamma, beta = fit_affine(wide_q, wide_f, clusters.ids, num_clusters)

@@ -10,8 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 from cat_plugin.correction import ClusterAffine
 from cat_plugin.errors import CATError
-from cat_plugin.features import FeatureTap
+from cat_plugin.features import FeatureTap, find_layer
 from cat_plugin.outputs import Output, extract, insert
+from cat_plugin.positions import from_rows, to_rows
 
 
 class CATHook:
@@ -22,9 +23,19 @@ class CATHook:
     which the next hook on a model loaded in a new process would overwrite this one.
     """
 
-    def __init__(self, correction: ClusterAffine, features: str | None = None, output: Output = None) -> None:
+    def __init__(
+        self,
+        correction: ClusterAffine,
+        features: str | None = None,
+        output: Output = None,
+        *,
+        class_axis: int | None = None,
+        layer: str | None = None,
+    ) -> None:
         self.correction = correction
         self.output = output
+        self.class_axis = class_axis
+        self.layer = layer
         self._tap = None if features is None else FeatureTap(features)
         self._handle: RemovableHandle | None = None
         self._disabled = 0
@@ -38,8 +49,9 @@ class CATHook:
         logits = extract(output, type(module).__name__, self.output)
         if self.correction.scale.device != logits.device:
             self.correction.to(logits.device)
-        corrected = self.correction(logits, *(part.to(logits.device) for part in features))
-        return insert(output, corrected, self.output)
+        rows = to_rows(logits, self.class_axis)
+        corrected = self.correction(rows, *(part.to(logits.device) for part in features))
+        return insert(output, from_rows(corrected, logits, self.class_axis), self.output)
 
     @property
     def features(self) -> str | None:
@@ -47,14 +59,15 @@ class CATHook:
         return None if self._tap is None else self._tap.name
 
     def attach(self, model: nn.Module) -> None:
-        """Registers the hook on `model`.
+        """Registers the hook on `model`, or on its layer that is to be corrected.
 
         Raises:
-            CATError: the model, or a part of it, already carries a correction, or has no layer of the features' name.
+            CATError: the model, or a part of it, already carries a correction, or has no layer of the name given.
         """
         refuse_attached(model)
+        target = model if self.layer is None else find_layer(model, self.layer, "layer")
         self.tap(model)
-        self._handle = model.register_forward_hook(self)
+        self._handle = target.register_forward_hook(self)
 
     def tap(self, model: nn.Module) -> None:
         """Listens to the layer of `model` that feeds the correction, if one does.

@@ -1,6 +1,7 @@
 """Figures of merit on plain tensors, shared by the report and by benchmarks."""
 
 import dataclasses
+import math
 
 import numpy as np
 import torch
@@ -23,11 +24,29 @@ def agreement(f: Tensor, out: Tensor) -> float:
     return 100.0 * (f.argmax(dim=1) == out.argmax(dim=1)).double().mean().item()
 
 
-def agreement_gain(f: Tensor, q: Tensor, out: Tensor) -> tuple[float, float]:
-    """95 % interval of the gain in agreement with `f` from `q` to `out`, all (N, C), in percentage points."""
+def agreement_gain(f: Tensor, q: Tensor, out: Tensor, images: Tensor | None = None) -> tuple[float, float]:
+    """95 % interval of the gain in agreement with `f` from `q` to `out`, all (N, C), in percentage points.
+
+    By paired bootstrap; where rows are positions of `images` (N,), by the normal distribution and the error of the
+    mean over images.
+    """
     target = f.argmax(dim=1)
     before, after = (logits.argmax(dim=1) == target for logits in (q, out))
-    return bootstrap_interval(100.0 * (after.double() - before.double()))
+    gains = 100.0 * (after.double() - before.double())
+    return bootstrap_interval(gains) if images is None else clustered_interval(gains, images)
+
+
+def standard_error(values: Tensor, images: Tensor | None = None) -> float:
+    """Standard error of the mean of `values` (N,).
+
+    Rows of one image, of which `images` (N,) says which they are, are taken as dependent in any way (Liang and Zeger,
+    Biometrika 1986).
+    """
+    if images is None:
+        return values.std().item() / math.sqrt(len(values))
+    found, index = images.unique(return_inverse=True)
+    sums = values.new_zeros(len(found)).index_add_(0, index, values - values.mean())
+    return math.sqrt(sums.square().sum().item() * len(found) / max(len(found) - 1, 1)) / len(values)
 
 
 def kl_divergence(f: Tensor, out: Tensor) -> float:
@@ -41,7 +60,8 @@ class PairedStatistics:
     """Comparison of two models on the same images.
 
     delta: gain in top-1, percentage points, with its 95 % interval `ci_low` to `ci_high` by paired
-    bootstrap. p_value: exact two-sided McNemar test. won, lost: images that became right or wrong.
+    bootstrap. p_value: exact two-sided McNemar test. won, lost: images that became right or wrong. All of them are
+    positions where outputs have such.
     """
 
     images: int
@@ -53,8 +73,13 @@ class PairedStatistics:
     lost: int
 
 
-def paired_statistics(lq_correct: Tensor, cat_correct: Tensor, seed: int = 0) -> PairedStatistics:
+def paired_statistics(
+    lq_correct: Tensor, cat_correct: Tensor, seed: int = 0, images: Tensor | None = None
+) -> PairedStatistics:
     """Statistics of the gain from `lq_correct` to `cat_correct`, both (N,) bool.
+
+    Where rows are positions of `images` (N,), interval and p-value are those of a normal distribution whose standard
+    error is that over images.
 
     Raises:
         CATError: the two differ in shape or hold no image.
@@ -64,11 +89,17 @@ def paired_statistics(lq_correct: Tensor, cat_correct: Tensor, seed: int = 0) ->
             f"got shapes {tuple(lq_correct.shape)} and {tuple(cat_correct.shape)}; expected (N,) twice, N >= 1"
         )
     lq_correct, cat_correct = lq_correct.bool(), cat_correct.bool()
-    images = len(lq_correct)
+    rows = len(lq_correct)
     won, lost = int((cat_correct & ~lq_correct).sum()), int((lq_correct & ~cat_correct).sum())
-    low, high = bootstrap_interval(100.0 * (cat_correct.double() - lq_correct.double()), seed)
-    p_value = binomtest(won, won + lost).pvalue if won + lost else 1.0
-    return PairedStatistics(images, 100.0 * (won - lost) / images, low, high, float(p_value), won, lost)
+    gains, delta = 100.0 * (cat_correct.double() - lq_correct.double()), 100.0 * (won - lost) / rows
+    if images is None:
+        low, high = bootstrap_interval(gains, seed)
+        p_value = binomtest(won, won + lost).pvalue if won + lost else 1.0
+    else:
+        low, high = clustered_interval(gains, images)
+        error = standard_error(gains, images)
+        p_value = math.erfc(abs(delta) / error / math.sqrt(2)) if error else 1.0
+    return PairedStatistics(rows, delta, low, high, float(p_value), won, lost)
 
 
 def bootstrap_interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
@@ -82,6 +113,12 @@ def bootstrap_interval(differences: Tensor, seed: int = 0) -> tuple[float, float
     draws = np.random.default_rng(seed).multinomial(images, counts / images, size=BOOTSTRAP_SAMPLES)
     low, high = np.percentile(draws @ values / images, [2.5, 97.5])
     return float(low), float(high)
+
+
+def clustered_interval(differences: Tensor, images: Tensor) -> tuple[float, float]:
+    """95 % interval of the mean of `differences` (N,), of which those of one of `images` (N,) depend on each other."""
+    mean, error = differences.mean().item(), standard_error(differences, images)
+    return mean - 1.96 * error, mean + 1.96 * error
 
 
 def percent(correct: Tensor) -> float:

@@ -28,7 +28,7 @@ def check_where(where: Any) -> None:
 
 
 def extract(output: Any, source: str = "the model", where: Output = None, *, lenient: bool = False) -> Tensor:
-    """The logits (N, C) inside `output`, what the model named `source` returned, as a plain tensor.
+    """The logits inside `output`, what the model named `source` returned: a plain tensor (N, C), or (N, ..., C, ...).
 
     A tensor is the logits. Of a tuple, list, dict, dataclass, or Hugging Face `ModelOutput`, they are what `where`
     says, else what is called "logits", else the only floating-point tensor of two or more dimensions. Tensor
@@ -40,13 +40,14 @@ def extract(output: Any, source: str = "the model", where: Output = None, *, len
             return another container than the quantized one.
 
     Raises:
-        CATError: it cannot be told which part are the logits, or they are not 2-D and floating-point.
+        CATError: it cannot be told which part are the logits, or they are not floating-point, of 2 dimensions at least.
     """
     logits = _values(_found(output, source, where, lenient))
-    if logits.ndim != 2 or not logits.is_floating_point():
+    if logits.ndim < 2 or not logits.is_floating_point():
         raise CATError(
             f"{source} returned a tensor of shape {tuple(logits.shape)} and dtype {logits.dtype}; "
-            "expected floating-point logits of shape (images, classes)"
+            "expected floating-point logits of shape (images, classes), or with positions (images, classes, height, "
+            "width) or (images, steps, classes)"
         )
     return logits
 

@@ -26,7 +26,7 @@ def from_plain(kind: type[T], value: Any, name: str) -> T:
         options = [option for option in kind.__args__ if _may_be(option, value)]
         if not options:
             raise CATError(f"{name} is {_short(value)}; expected {kind}")
-        kind = options[0]
+        kind = next((option for option in options if _knows_fields(option, value)), options[0])
     if dataclasses.is_dataclass(kind):
         return _record(kind, value, name)
     if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
@@ -56,6 +56,10 @@ def _may_be(kind: Any, value: Any) -> bool:
     if typing.get_origin(kind) is tuple:
         return isinstance(value, list | tuple)
     return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _knows_fields(kind: Any, value: Any) -> bool:
+    return not dataclasses.is_dataclass(kind) or set(value) <= {field.name for field in dataclasses.fields(kind)}
 
 
 def _short(value: Any) -> str:

@@ -21,21 +21,21 @@ def inference(models: Mapping[str, nn.Module]) -> Iterator[None]:
 
     Restored are the training flag of every module, all buffers, and the global random state of
     Python, NumPy, and PyTorch on the CPU and on the models' devices. An error of the body goes
-    through unchanged.
+    through unchanged. Models are neither copied nor traced, and their `eval()` is not called: graph
+    modules of pt2e refuse it, and others fuse or merge weights there.
 
     Raises:
         CATError: the body succeeded but a forward pass changed parameters or buffers; or, before the
-            body, that a model has tensors without data, on the meta device.
+            body, that a model has tensors without data, on the meta device, or a module that stays in
+            training mode.
     """
     for name, model in models.items():
         _refuse_meta(model, name)
     states = {name: _ModelState(model) for name, model in models.items()}
     random_state = _RandomState(models.values())
     try:
-        for model in models.values():
-            for module in model.modules():
-                # Not model.eval(): graph modules of pt2e refuse it, and a subclass may override it.
-                module.training = False
+        for name, model in models.items():
+            _set_evaluation(model, name)
         with torch.no_grad():
             yield
     except BaseException:
@@ -50,6 +50,30 @@ def inference(models: Mapping[str, nn.Module]) -> Iterator[None]:
             f"a forward pass in evaluation mode changed {'; '.join(changed)}; buffers have been restored. "
             "Freeze observers and range estimators of a quantized model before attaching CAT"
         )
+
+
+def _set_evaluation(model: nn.Module, name: str) -> None:
+    refused = _set_training([(module, False) for module in model.modules() if getattr(module, "training", False)])
+    if refused:
+        paths = {module: path for path, module in model.named_modules()}
+        module, error = refused[0]
+        raise CATError(
+            f"{paths[module] or 'the root module'} of {name}, a {type(module).__name__}, cannot be set to evaluation "
+            f"mode ({error}); do that the way its toolkit does before attaching CAT"
+        ) from error
+
+
+def _set_training(flags: list[tuple[nn.Module, bool]]) -> list[tuple[nn.Module, Exception]]:
+    """Sets training flags, and says which modules still have another and why."""
+    refused = []
+    for module, training in flags:
+        if module.training != training:  # some refuse any change, or act on it
+            try:
+                module.training = training
+            except (AttributeError, NotImplementedError, RuntimeError) as error:
+                refused.append((module, training, error))
+    # What follows another module has changed with it.
+    return [(module, error) for module, training, error in refused if module.training != training]
 
 
 def state_digests(model: nn.Module) -> dict[str, str]:
@@ -108,7 +132,7 @@ class _ModelState:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.flags = [(module, module.training) for module in model.modules()]
+        self.flags = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
         self.buffers = [
             (module, {name: (value, _clone(value)) for name, value in module._buffers.items()})
             for module in model.modules()
@@ -116,8 +140,8 @@ class _ModelState:
         self.digests = state_digests(model)
 
     def restore_flags(self) -> None:
-        for module, training in self.flags:
-            module.training = training
+        for module, error in _set_training(self.flags):
+            logger.warning("the mode of a %s could not be restored: %s", type(module).__name__, error)
 
     def restore_buffers(self) -> list[str]:
         """Puts back changed buffers; returns the names of all parameters and buffers that had changed."""

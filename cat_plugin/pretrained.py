@@ -44,6 +44,7 @@ class Saved:
     tensors_sha256   of the bytes of `cat.safetensors`
     fingerprint      of the quantized model that the correction is for
     output           where its output holds the logits, or `["get", "set"]` for two functions
+    layer            whose output is corrected; None: the model's
     class_names      one for each class, if given
     config, report   how the correction came about, if known
     ===============  ============================================================================
@@ -54,6 +55,7 @@ class Saved:
     tensors_sha256: str
     fingerprint: Fingerprint
     output: str | int | tuple[str, ...] | None = None
+    layer: str | None = None
     class_names: tuple[str, ...] | None = None
     config: CATConfig | None = None
     report: CATReport | None = None
@@ -67,6 +69,7 @@ class Loaded:
     report: CATReport | None
     config: CATConfig | None
     output: Output
+    layer: str | None
     class_names: tuple[str, ...] | None
 
 
@@ -77,6 +80,7 @@ def save(
     report: CATReport | None,
     config: CATConfig | None,
     output: Output,
+    layer: str | None,
     class_names: Sequence[str] | None,
 ) -> None:
     """Writes both files into `folder`, which is made if need be; each is there whole or not at all.
@@ -97,6 +101,7 @@ def save(
         tensors_sha256=hashlib.sha256(data).hexdigest(),
         fingerprint=Fingerprint.of(model),
         output=FUNCTIONS if isinstance(output, tuple) else output,
+        layer=layer,
         class_names=check_class_names(class_names, correction),
         config=config,
         report=report,
@@ -146,7 +151,7 @@ def load(folder: str | os.PathLike, model: nn.Module, strict: bool, output: Outp
         class_names = check_class_names(saved.class_names, correction)
     except CATError as error:
         raise CATError(f"{folder / CONFIG_NAME}: {error}") from error
-    return Loaded(correction, saved.report, saved.config, output, class_names)
+    return Loaded(correction, saved.report, saved.config, output, saved.layer, class_names)
 
 
 def check_class_names(names: Sequence[str] | None, correction: ClusterAffine) -> tuple[str, ...] | None:

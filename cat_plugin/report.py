@@ -6,6 +6,7 @@ from typing import Any
 
 from cat_plugin.accuracy import AccuracyReport
 from cat_plugin.fit import HeldOutScores
+from cat_plugin.layers import LayerScores
 from cat_plugin.plain import from_plain
 from cat_plugin.selection import Evidence
 
@@ -18,9 +19,11 @@ class CATReport:
     field              meaning
     =================  ==================================================================
     images             calibration images the correction was fitted on
+    positions          how many positions of them, for outputs that have such
     num_clusters       K
-    cluster_sizes      images in each cluster
+    cluster_sizes      images, or positions, in each cluster
     held_out           closeness to FP by cross-fitting; None for too few images
+    layer              whose output is corrected; None: the model's
     evidence           which families of maps were tried, how they were weighed, and why
                        the result was or was not accepted; None in `"paper"` mode
     warnings           what makes the figures above doubtful, in words
@@ -37,7 +40,7 @@ class CATReport:
     images: int
     num_clusters: int
     cluster_sizes: tuple[int, ...]
-    held_out: HeldOutScores | None
+    held_out: HeldOutScores | LayerScores | None
     added_parameters: int
     added_bytes: int
     collect_seconds: float
@@ -46,6 +49,8 @@ class CATReport:
     warnings: tuple[str, ...] = ()
     accuracy: AccuracyReport | None = None
     model_bytes: int | None = None
+    positions: int | None = None
+    layer: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-able dict."""
@@ -65,17 +70,23 @@ class CATReport:
         """
         return from_plain(cls, values, "the report")
 
+    @property
+    def _declined(self) -> bool:
+        if self.layer is not None:
+            return self.held_out is None or not self.held_out.accepted
+        return self.evidence is not None and not self.evidence.accepted
+
     def summary(self) -> str:
         """The report in one line."""
         parts = [f"{self.images:,} images"]
-        if self.evidence and not self.evidence.accepted:
+        if self.layer is not None:
+            parts.insert(0, f"layer {self.layer!r}")
+        if self._declined:
             parts.append("left as it is")
         else:
             parts.append(f"{self.num_clusters} cluster{'s' if self.num_clusters > 1 else ''}")
         if self.held_out:
-            scores = self.held_out
-            parts.append(f"agreement with FP {scores.agreement_before:.2f} -> {scores.agreement_after:.2f} %")
-            parts.append(f"KL {scores.kl_before:.4f} -> {scores.kl_after:.4f} nats")
+            parts += self.held_out.summary()
         if self.accuracy:
             parts.append(f"top-1 {self.accuracy.quantized_top1:.2f} -> {self.accuracy.cat_top1:.2f} %")
         return ", ".join(parts)
@@ -99,13 +110,16 @@ class CATReport:
         return f" on top of the {self.model_bytes:,} bytes of the model at its bit widths ({share:.2%})"
 
     def _fitted(self) -> list[str]:
-        sizes = f"{min(self.cluster_sizes)} to {max(self.cluster_sizes)} images each"
+        kind = "images" if self.positions is None else "positions"
+        sizes = f"{min(self.cluster_sizes)} to {max(self.cluster_sizes)} {kind} each"
         clusters = f"{self.num_clusters} clusters of {sizes}" if self.num_clusters > 1 else "1 cluster"
+        where = "" if self.layer is None else f" to layer {self.layer!r}"
+        images = f"{self.images:,} images" + (f" ({self.positions:,} positions)" if self.positions is not None else "")
         evidence = self.evidence
+        outcome = "the model is left as it is" if self._declined else clusters
         if evidence is None:
-            return [f"CAT fitted on {self.images:,} images, {clusters}"]
-        outcome = clusters if evidence.accepted else "the model is left as it is"
-        lines = [f"CAT fitted on {self.images:,} images: {outcome}", f"  {evidence.reason}"]
+            return [f"CAT fitted{where} on {images}{':' if self._declined else ','} {outcome}"]
+        lines = [f"CAT fitted{where} on {images}: {outcome}", f"  {evidence.reason}"]
         if evidence.candidates:
             lines.append("  tried (fall of the held-out softened KL in nats, share of the weight):")
         for candidate in evidence.candidates:
@@ -117,10 +131,6 @@ class CATReport:
         scores = self.held_out
         if scores is None:
             return "  held out: nothing, the images are too few to split"
-        return (
-            f"  held out: agreement with FP {scores.agreement_before:.2f} -> {scores.agreement_after:.2f} % "
-            f"({scores.agreement_gain:+.2f}, 95 % CI {scores.gain_low:+.2f} to {scores.gain_high:+.2f}), "
-            f"KL(FP || output) {scores.kl_before:.4f} -> {scores.kl_after:.4f} nats"
-        )
+        return f"  held out: {scores}"
 
     __repr__ = __str__

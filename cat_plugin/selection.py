@@ -20,6 +20,8 @@ from cat_plugin.config import CATConfig
 from cat_plugin.correction import ClusterAffine
 from cat_plugin.distributed import ALONE, Processes
 from cat_plugin.divergence import cross_entropy, fit_class_divergence, fit_shared_divergence
+from cat_plugin.metrics import standard_error
+from cat_plugin.positions import fold_of_rows
 from cat_plugin.store import LogitStore
 
 IDENTITY, AFFINE, SHARED = "identity", "affine", "low rank"
@@ -69,9 +71,9 @@ class Candidate:
 class Evidence:
     """What held-out images say about a correction.
 
-    images: how many there were. kl_gain: mean fall of the softened KL(FP || output), both at the scale that suits
-    them best, in nats, and kl_gain_error its standard error. changed: percentage of predictions that the correction
-    changes. accepted: whether it is used, and reason says why.
+    images: how many there were (positions, where outputs have such). kl_gain: mean fall of the softened
+    KL(FP || output), both at the scale that suits them best, in nats, and kl_gain_error its standard error. changed:
+    percentage of predictions that the correction changes. accepted: whether it is used, and reason says why.
     """
 
     images: int
@@ -89,7 +91,7 @@ class Selected:
 
     images: how many it was fitted on, in all processes, and repeated: how many of them repeat another. q, f: (n, C)
     float64 logits of those it was judged on, and held_out: (n, C) float64, their corrected logits, each by maps that
-    were fitted without it.
+    were fitted without it. owners: (n,) int64, the image of each, where all of these are positions of images.
     """
 
     correction: ClusterAffine
@@ -99,6 +101,7 @@ class Selected:
     q: Tensor
     f: Tensor
     held_out: Tensor
+    owners: Tensor | None = None
 
 
 def select(store: LogitStore, config: CATConfig, processes: Processes = ALONE) -> Selected:
@@ -107,38 +110,40 @@ def select(store: LogitStore, config: CATConfig, processes: Processes = ALONE) -
     The outcome does not depend on the order of the images, nor on which process has which. Images that repeat
     another one (in the outputs of both models, to about five digits) count once, since they would be held out and
     fitted at a time. Families are weighed, and divergences minimised, on up to `SELECTION_VALUES` logits; the
-    least-squares statistics are those of all images, in passes that take memory for a part of them only.
+    least-squares statistics are those of all images, in passes that take memory for a part of them only. Positions
+    of an image are samples like images, but are held out together, and standard errors are those over images.
 
     Args:
         store: logits (N, C) of both models, and features.
         config: its `num_clusters`, `pca_dim`, `min_cluster_size`, `alpha` and `seed` count.
         processes: that call this function, each with images of its own.
     """
-    q, f, h, n_images, repeated = _sample(store, config, processes)
-    if n_images < MIN_IMAGES:
-        reason = f"{n_images} images are too few to learn from and to check; give at least {MIN_IMAGES}"
+    (q, f, h, owners), rows, repeated = _sample(store, config, processes)
+    n_images = rows if owners is None else int(processes.sum(torch.tensor(store.num_images)))
+    if min(rows, n_images) < MIN_IMAGES:
+        reason = f"{min(rows, n_images)} images are too few to learn from and to check; give at least {MIN_IMAGES}"
         evidence = Evidence(0, 0.0, 0.0, 0.0, False, reason)
-        return Selected(ClusterAffine.identity(store.classes), evidence, n_images + repeated, repeated, q, f, q)
-    data = _Data.prepare(q, f, h, config, config.clusters_for(n_images))
+        return Selected(ClusterAffine.identity(store.classes), evidence, rows + repeated, repeated, q, f, q, owners)
+    data = _Data.prepare(q, f, h, config, config.clusters_for(rows), owners)
     outputs = _cross_fit(data)
     weights = _temper(_weigh(outputs, data), outputs, data)
     held_out = sum(weight * outputs[name].double() for name, weight in weights.items())
     weights, evidence = processes.agree((weights, _judge(outputs, weights, held_out, data)))
     if not evidence.accepted:
-        return Selected(ClusterAffine.identity(store.classes), evidence, n_images + repeated, repeated, q, f, q)
+        return Selected(ClusterAffine.identity(store.classes), evidence, rows + repeated, repeated, q, f, q, owners)
     names = {name for name, weight in weights.items() if weight > 0}
-    maps = data.fit(torch.arange(len(q)), names) if len(q) == n_images else _fit_all(store, data, names, processes)
+    maps = data.fit(torch.arange(len(q)), names) if len(q) == rows else _fit_all(store, data, names, processes)
     total = _combine([(weights[name], maps[name]) for name in weights if name in names])
     correction = processes.agree(data.correction(total, config.alpha))
     judged = q + config.alpha * (held_out - q)
-    return Selected(correction, evidence, n_images + repeated, repeated, q, f, judged)
+    return Selected(correction, evidence, rows + repeated, repeated, q, f, judged, owners)
 
 
 def _sample(
     store: LogitStore, config: CATConfig, processes: Processes
-) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
-    """The images of all processes that families are compared on, `(q, f, h)` in a random order; how many different
-    ones there are; and how many repeat another.
+) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor | None], int, int]:
+    """The rows of all processes that families are compared on, `(q, f, h, owners)` in a random order; how many
+    different ones there are; and how many repeat another.
 
     The random order is one of sorted images, so that it does not depend on how they came.
     """
@@ -153,7 +158,10 @@ def _sample(
     taken = [None if part is None else processes.gather_rows(part) for part in store.take(chosen[places] - before)]
     arranged = processes.gather_rows(places).argsort()
     q, f, h = (None if part is None else part[arranged] for part in taken)
-    return q, f, h, len(order), len(keys) - len(order)
+    owners = store.images
+    if owners is not None:
+        owners = processes.gather_rows(owners + processes.rows_before(store.num_images))[chosen]
+    return (q, f, h, owners), len(order), len(keys) - len(order)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,7 +213,7 @@ def _components(basis: _Basis, feature_basis: _Basis | None, q: Tensor, h: Tenso
 class _Data:
     """Images with what all families share: principal components, clusterings, and the teacher's softened predictions.
 
-    z: (N, R + S) components of the logits, then of the features.
+    z: (N, R + S) components of the logits, then of the features. owners: as in `Selected`. seed: of the folds.
     """
 
     q: Tensor
@@ -216,9 +224,13 @@ class _Data:
     clusterings: dict[int, Clusters]
     temperature: float
     teacher: Tensor
+    owners: Tensor | None
+    seed: int
 
     @classmethod
-    def prepare(cls, q: Tensor, f: Tensor, h: Tensor | None, config: CATConfig, max_clusters: int) -> "_Data":
+    def prepare(
+        cls, q: Tensor, f: Tensor, h: Tensor | None, config: CATConfig, max_clusters: int, owners: Tensor | None = None
+    ) -> "_Data":
         basis = _Basis.fit(q, config.pca_dim, config.seed)
         feature_basis = None if h is None else _Basis.fit(h, config.pca_dim, config.seed)
         z = _components(basis, feature_basis, q, h)
@@ -229,7 +241,7 @@ class _Data:
                 clusterings[count] = cluster(q.numpy(), basis.mean.numpy(), basis.unwhitened(), count, config.seed)
         temperature = SOFTENING * max(f.std(dim=1).mean().item(), 1e-6) if q.shape[1] > 1 else 1.0
         teacher = (f / temperature).softmax(dim=1)
-        return cls(q, f, z, basis, feature_basis, clusterings, temperature, teacher)
+        return cls(q, f, z, basis, feature_basis, clusterings, temperature, teacher, owners, config.seed)
 
     @property
     def rank(self) -> int:
@@ -338,9 +350,13 @@ def _cross_fit(data: _Data) -> dict[str, Tensor]:
     clusterings are those of all images, which says nothing of their full-precision logits. Few images are cut into
     more parts, so that the maps judged are nearly those of all images.
     """
-    n_images = len(data.q)
-    folds = 10 if n_images <= 512 else 5
-    parts = [torch.arange(fold, n_images, folds) for fold in range(folds)]
+    n_rows = len(data.q)
+    folds = 10 if n_rows <= 512 else 5
+    if data.owners is None:
+        parts = [torch.arange(fold, n_rows, folds) for fold in range(folds)]
+    else:
+        fold_of = fold_of_rows(data.owners, folds, data.seed)
+        parts = [(fold_of == fold).nonzero().squeeze(1) for fold in range(folds)]
     others = [torch.cat([part for part in parts if part is not held_out]).sort().values for held_out in parts]
     maps = [data.fit_shared_maps(rows) for rows in others]
 
@@ -459,7 +475,7 @@ def _judge(outputs: dict[str, Tensor], weights: dict[str, float], held_out: Tens
 
     def gain(output: Tensor) -> tuple[float, float]:
         gains = plain - _divergence(output, data.teacher, data.temperature)
-        return gains.mean().item(), gains.std().item() / math.sqrt(len(gains))
+        return gains.mean().item(), standard_error(gains, data.owners)
 
     total = sum(weights.values())
     candidates = tuple(
@@ -470,10 +486,13 @@ def _judge(outputs: dict[str, Tensor], weights: dict[str, float], held_out: Tens
     target, before, after = (logits.argmax(dim=1) for logits in (data.f, data.q, held_out))
     changed = 100.0 * (after != before).double().mean().item()
     won, lost = int(((after == target) & (before != target)).sum()), int(((before == target) & (after != target)).sum())
+    spread = math.sqrt(won + lost)
+    if data.owners is not None:
+        net = (after == target).double() - (before == target).double()
+        spread = standard_error(net, data.owners) * len(net)
     faults = {
         f"softened KL {_falls(kl_gain)} by {abs(kl_gain):.4f} +- {error:.4f} nats": not kl_gain > 0,
-        f"{won} predictions come to agree with FP, and {lost} no longer do": won - lost
-        < MIN_AGREEMENT * math.sqrt(won + lost),
+        f"{won} predictions come to agree with FP, and {lost} no longer do": won - lost < MIN_AGREEMENT * spread,
         f"a correction would change {changed:.2f} % of the predictions": changed < MIN_CHANGED,
     }
     found = [fault for fault, given in faults.items() if given]

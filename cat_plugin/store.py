@@ -23,6 +23,8 @@ CHUNK_VALUES = 2**21
 class LogitStore:
     """Logits (N, C) of the quantized and of the full-precision model, and features (N, D), of the same images.
 
+    Where a row is not an image but a position of one, rows come with the image that they belong to.
+
     Rows are appended batch by batch and read in chunks or by index, as float64. Beyond `memory_values` numbers they
     are kept in float32 in files of a temporary folder, which `close` deletes, so that memory does not grow with N.
     """
@@ -32,19 +34,23 @@ class LogitStore:
         self._parts: list[tuple[Tensor, ...]] = []
         self._keys: list[Tensor] = []
         self._folder: tempfile.TemporaryDirectory | None = None
+        self._images: list[Tensor] = []
         self._length = 0
         self._widths: tuple[int, ...] = ()
         self._dtype = torch.float32
 
     @classmethod
-    def of(cls, q: Tensor, f: Tensor, h: Tensor | None = None) -> "LogitStore":
-        """A store in memory of logits (N, C) twice, and features (N, D)."""
+    def of(cls, q: Tensor, f: Tensor, h: Tensor | None = None, images: Tensor | None = None) -> "LogitStore":
+        """A store in memory of logits (N, C) twice, and features (N, D); `images` as in `append`."""
         store = cls(memory_values=math.inf)
-        store.append(q, f, h)
+        store.append(q, f, h, images)
         return store
 
-    def append(self, q: Tensor, f: Tensor, h: Tensor | None = None) -> None:
-        """Adds the logits of a batch (n, C) twice, and its features (n, D), on any device."""
+    def append(self, q: Tensor, f: Tensor, h: Tensor | None = None, images: Tensor | None = None) -> None:
+        """Adds the logits of a batch (n, C) twice, and its features (n, D), on any device.
+
+        images: (n,) int64, counted from 0 over all batches, the image of every row; None: every row is one.
+        """
         parts = tuple(part.detach().cpu() for part in (q, f, h) if part is not None)
         widths = tuple(part.shape[1] for part in parts)
         if any(len(part) != len(parts[0]) for part in parts) or self._widths not in ((), widths):
@@ -52,6 +58,10 @@ class LogitStore:
             raise CATError(
                 f"a batch has logits and features of shapes {shapes}; expected one row an image, always as wide"
             )
+        if (images is None) != (not self._images) and self._length:
+            raise CATError("some batches have one row an image and others several; expected outputs of one kind")
+        if images is not None:
+            self._images.append(images.cpu())
         mixture = torch.randn(widths[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self._keys.append(torch.stack([(part.double() * mixture).sum(1) for part in parts[:2]], 1))
         self._widths = widths
@@ -66,6 +76,19 @@ class LogitStore:
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def images(self) -> Tensor | None:
+        """(N,) int64, the image of every row; None where every row is one."""
+        return torch.cat(self._images) if self._images else None
+
+    @property
+    def num_images(self) -> int:
+        """How many images there are."""
+        images = self.images
+        if images is None:
+            return self._length
+        return int(images.max()) + 1 if len(images) else 0
 
     @property
     def classes(self) -> int:

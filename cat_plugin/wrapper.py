@@ -12,7 +12,7 @@ from cat_plugin.batches import model_device
 from cat_plugin.config import CATConfig
 from cat_plugin.correction import ClusterAffine
 from cat_plugin.errors import CATError
-from cat_plugin.hook import CATHook
+from cat_plugin.hook import CATHook, find_hooks
 from cat_plugin.models import unwrap
 from cat_plugin.outputs import Output, check_where
 from cat_plugin.pretrained import load, save
@@ -32,10 +32,11 @@ class CATWrapper(nn.Module):
         report, config: how the correction came about, if known. A correction that takes features needs `config`, which
             names their layer.
         output: where the model's output holds the logits, if it is not obvious, see `cat_plugin.outputs`.
+        layer: name of the layer whose output is corrected; None: the model's.
 
     Raises:
         CATError: the model already carries a correction, or the arguments are of other types, or a correction takes
-            features of an unnamed layer.
+            features of an unnamed layer, or features inside of the model, or there is no such layer.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class CATWrapper(nn.Module):
         config: CATConfig | None = None,
         *,
         output: Output = None,
+        layer: str | None = None,
     ) -> None:
         super().__init__()
         quantized_model = unwrap(quantized_model, "quantized_model")
@@ -56,7 +58,11 @@ class CATWrapper(nn.Module):
         takes_features = correction.feature_mix is not None
         if takes_features and (config is None or config.features is None):
             raise CATError("the correction takes features; give a config whose `features` names their layer")
-        hook = CATHook(correction, config.features if takes_features else None, output)
+        if takes_features and layer is not None:
+            raise CATError(f"the correction takes features, which cannot feed that of layer {layer!r}")
+        class_axis = None if config is None else config.class_axis
+        features = config.features if takes_features else None
+        hook = CATHook(correction, features, output, class_axis=class_axis, layer=layer)
         hook.attach(quantized_model)
         correction.to(model_device(quantized_model))
         self.quantized_model = quantized_model
@@ -64,6 +70,7 @@ class CATWrapper(nn.Module):
         self.report = report
         self.config = config
         self.output = output
+        self.layer = layer
         self.class_names: tuple[str, ...] | None = None
         self.training = quantized_model.training
         self._hook = hook
@@ -75,7 +82,7 @@ class CATWrapper(nn.Module):
     @property
     def attached(self) -> bool:
         """Whether the model still carries the correction."""
-        return any(hook is self._hook for hook in self.quantized_model._forward_hooks.values())
+        return any(hook is self._hook for hook in find_hooks(self.quantized_model))
 
     def remove(self) -> nn.Module:
         """Takes the correction off and returns the quantized model as it was; can be called again."""
@@ -103,7 +110,7 @@ class CATWrapper(nn.Module):
             CATError: `folder` is a file, or there are more or fewer names than classes.
         """
         names = self.class_names if class_names is None else class_names
-        save(folder, self.quantized_model, self.correction, self.report, self.config, self.output, names)
+        save(folder, self.quantized_model, self.correction, self.report, self.config, self.output, self.layer, names)
 
     @classmethod
     def from_pretrained(
@@ -130,7 +137,8 @@ class CATWrapper(nn.Module):
         model = unwrap(quantized_model, "quantized_model")
         check_where(output)
         loaded = load(folder, model, strict, output)
-        cat_model = cls(model, loaded.correction, loaded.report, loaded.config, output=loaded.output)
+        reading = {"output": loaded.output, "layer": loaded.layer}
+        cat_model = cls(model, loaded.correction, loaded.report, loaded.config, **reading)
         cat_model.class_names = loaded.class_names
         return cat_model
 

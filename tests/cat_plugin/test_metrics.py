@@ -3,7 +3,7 @@ import torch
 from scipy.stats import binom
 
 from cat_plugin import CATError
-from cat_plugin.metrics import agreement, kl_divergence, paired_statistics, top_k_correct
+from cat_plugin.metrics import agreement, kl_divergence, paired_statistics, standard_error, top_k_correct
 
 
 def test_top_k_table():
@@ -74,3 +74,28 @@ def test_seed_and_errors():
     for wrong in (torch.ones(3, dtype=torch.bool), torch.ones(0, dtype=torch.bool)):
         with pytest.raises(CATError, match=r"expected \(N,\) twice"):
             paired_statistics(wrong, torch.ones(0, dtype=torch.bool))
+
+
+def test_standard_error_of_dependent_rows():
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = standard_error(values)
+    assert plain == pytest.approx(values.std().item() / 50**0.5)
+    assert standard_error(values, torch.arange(50).flip(0)) == pytest.approx(plain)
+    copies = torch.arange(50).repeat(7)
+    assert standard_error(values[copies], copies) == pytest.approx(plain)
+    assert standard_error(values, torch.zeros(50)) == pytest.approx(0, abs=1e-12)
+
+
+def test_statistics_of_positions_are_those_of_images():
+    quantized, corrected = _outcomes(won=30, lost=10, both=100, neither=60)
+    once = paired_statistics(quantized, corrected, images=torch.arange(200))
+    owners = torch.arange(200).repeat_interleave(9)
+    many = paired_statistics(quantized[owners], corrected[owners], images=owners)
+    assert (many.images, many.won, many.lost) == (1800, 270, 90)
+    assert (many.delta, many.ci_low, many.ci_high, many.p_value) == pytest.approx(
+        (once.delta, once.ci_low, once.ci_high, once.p_value)
+    )
+    plain = paired_statistics(quantized, corrected)
+    assert (once.ci_low, once.ci_high) == pytest.approx((plain.ci_low, plain.ci_high), abs=0.4)
+    assert once.p_value == pytest.approx(plain.p_value, abs=0.002)
+    assert paired_statistics(quantized, quantized, images=torch.arange(200)).p_value == 1.0

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from cat_plugin import CATError
+from cat_plugin import CATError, apply_cat
 from cat_plugin.preserve import inference, state_digests
 from tests.cat_plugin.helpers import SmallNet, images, state_of
 
@@ -45,6 +45,80 @@ def test_module_that_refuses_eval():
         assert not model.drop.training
     assert model.training
     assert model.drop.training
+
+
+class Follows(nn.Module):
+    """Its flag is what another module has, so it cannot be set."""
+
+    def __init__(self, leader):
+        super().__init__()
+        self.__dict__["leader"] = leader
+
+    @property
+    def training(self):
+        return self.leader.training
+
+    @training.setter
+    def training(self, mode):
+        if mode is not True:  # as `Module.__init__` does
+            raise AttributeError("follows its leader")
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["leader first", "leader last"])
+def test_module_whose_flag_follows_another(order):
+    leader = SmallNet()
+    model = nn.Sequential(*[leader, Follows(leader)][::order])
+    with inference({"lq": model}):
+        assert not any(module.training for module in model.modules())
+    assert all(module.training for module in model.modules())
+
+
+def test_module_that_stays_in_training_mode():
+    model, follower = nn.Sequential(nn.ReLU(), Follows(SmallNet())), nn.Module()
+    message = r"1 of lq, a Follows, cannot be set to evaluation mode \(follows its leader\)"
+    with pytest.raises(CATError, match=message), inference({"fp": follower, "lq": model}):
+        pytest.fail("the body was run")
+    assert all(module.training for module in (*model.modules(), follower))
+    model[1].leader.eval()
+    with inference({"lq": model}):
+        assert not model[0].training
+
+
+class MergesInEval(SmallNet):
+    """Folds weights when its mode changes, as re-parametrised networks and adapters do."""
+
+    def train(self, mode=True):
+        if not mode:
+            self.first.weight.data.mul_(2)
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_own_train_is_not_called(mode):
+    model = MergesInEval()
+    model.training = mode
+    before = state_of(model)
+    with inference({"model": model}):
+        model(images())
+    assert state_of(model) == before
+
+
+def test_attaching_copies_and_traces_nothing():
+    class Refusing(SmallNet):
+        def __deepcopy__(self, memo):
+            raise NotImplementedError("as frozen models of optimum-quanto do")
+
+        def forward(self, x):
+            return super().forward(x) if float(x.sum()) < 1e9 else x  # control flow that no tracer takes
+
+        def train(self, mode=True):
+            raise NotImplementedError("as graph modules of pt2e do")
+
+    model, fp = Refusing(), SmallNet(seed=1)
+    before = state_of(model, fp)
+    cat_model = apply_cat(model, fp, images(), eval_loader=[(images(), torch.arange(96) % 10)])
+    cat_model.remove()
+    assert state_of(model, fp) == before
 
 
 class Observer(nn.Module):

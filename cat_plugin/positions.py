@@ -1,0 +1,115 @@
+"""Outputs with a class axis and positions: segmentation maps, sequences, feature maps. Every position is a sample."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from cat_plugin.errors import CATError
+
+
+def class_axis_of(output: Tensor, class_axis: int | None = None) -> int:
+    """The axis of classes in `output`: the last of (N, C) and of sequences (N, T, C), axis 1 of maps (N, C, H, W, ...).
+
+    Raises:
+        CATError: `class_axis`, if given, is not an axis of `output`, or the one of images.
+    """
+    if class_axis is None:
+        return 2 if output.ndim == 3 else 1
+    if not -output.ndim <= class_axis < output.ndim or class_axis % output.ndim == 0:
+        raise CATError(
+            f"class_axis={class_axis} for an output of shape {tuple(output.shape)}; expected one of its axes but the "
+            "first, which is that of images"
+        )
+    return class_axis % output.ndim
+
+
+def to_rows(output: Tensor, class_axis: int | None = None) -> Tensor:
+    """(N * P, C) samples of `output`, which has classes along `class_axis` and P positions along the other axes.
+
+    Logits (N, C) are their own rows. Those of an image come together.
+    """
+    if output.ndim == 2:
+        return output
+    moved = output.movedim(class_axis_of(output, class_axis), -1)
+    return moved.reshape(-1, moved.shape[-1])
+
+
+def from_rows(rows: Tensor, output: Tensor, class_axis: int | None = None) -> Tensor:
+    """`rows` (N * P, C) in the shape of `output`; the inverse of `to_rows`."""
+    if output.ndim == 2:
+        return rows
+    axis = class_axis_of(output, class_axis)
+    return rows.reshape(output.movedim(axis, -1).shape).movedim(-1, axis).contiguous()  # as models expect that view it
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn:
+    """Positions of the images of a batch.
+
+    shape: of the outputs. index: (rows,) int64, which of all rows are drawn, or None for all.
+    """
+
+    shape: torch.Size
+    class_axis: int
+    index: Tensor | None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the outputs have positions."""
+        return len(self.shape) > 2
+
+    def rows(self, output: Tensor) -> Tensor:
+        """The drawn rows (rows, C) of `output`; logits (N, C) are theirs."""
+        return self._take(to_rows(output, self.class_axis))
+
+    def labels(self, labels: Tensor | None) -> Tensor | None:
+        """Labels (rows,) of the drawn rows, if `labels` are one an image, or where there are such one a position."""
+        shape = [size for axis, size in enumerate(self.shape) if axis != self.class_axis]
+        if labels is None or _without_ones(labels.shape) != _without_ones(shape):
+            return None
+        return self._take(labels.reshape(-1))
+
+    def images(self) -> Tensor | None:
+        """(rows,) int64, the image in the batch that each row belongs to; None where every row is one."""
+        if not self.dense:
+            return None
+        positions = self.shape.numel() // max(self.shape[0] * self.shape[self.class_axis], 1)
+        return self._take(torch.arange(self.shape[0]).repeat_interleave(positions))
+
+    def _take(self, rows: Tensor) -> Tensor:
+        return rows if self.index is None else rows[self.index.to(rows.device)]
+
+
+class PositionDraw:
+    """Draws up to `budget` positions of every image, others for every image; None: all of them."""
+
+    def __init__(self, class_axis: int | None, budget: int | None, seed: int) -> None:
+        self._class_axis, self._budget = class_axis, budget
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, output: Tensor) -> Drawn:
+        """Those for the images of `output`.
+
+        Raises:
+            CATError: the class axis is none of `output`.
+        """
+        class_axis = class_axis_of(output, self._class_axis) if output.ndim > 2 else 1
+        n_images, positions = output.shape[0], output.numel() // max(output.shape[0] * output.shape[class_axis], 1)
+        if self._budget is None or positions <= self._budget or n_images == 0:
+            return Drawn(output.shape, class_axis, None)
+        drawn = [torch.randperm(positions, generator=self._generator)[: self._budget] for _ in range(n_images)]
+        index = torch.stack(drawn).sort(dim=1).values + positions * torch.arange(n_images).unsqueeze(1)
+        return Drawn(output.shape, class_axis, index.flatten())
+
+
+def _without_ones(shape: Iterable[int]) -> list[int]:
+    images, *others = shape
+    return [images, *(size for size in others if size != 1)]
+
+
+def fold_of_rows(images: Tensor, folds: int, seed: int) -> Tensor:
+    """(N,) int64 fold of every row, the same for all rows of an image; `images` (N,) says whose they are."""
+    found, index = images.unique(return_inverse=True)
+    return (torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)) % folds)[index]
