@@ -29,14 +29,14 @@ _CHUNK_ELEMENTS = 1 << 22
 def weight_range(weight: Tensor, bits: int, method: str = "mse") -> tuple[Tensor, Tensor]:
     """Range of each output channel of ``weight (channels, ...)``: ``scale``, ``zero_point``, both ``(channels,)``."""
     rows = weight.detach().flatten(1)
-    return _search(rows, torch.ones_like(rows[:1]), _ends(rows), bits, method)
+    return _search(rows, None, _ends(rows), bits, method)
 
 
 def activation_range(values: Tensor, bits: int, method: str = "mse") -> tuple[Tensor, Tensor]:
     """One range for a whole activation tensor of any shape: 0-dim ``scale`` and ``zero_point``."""
     flat = values.detach().float().flatten()
     low, high = _ends(flat.unsqueeze(0))
-    rows, counts = flat.unsqueeze(0), torch.ones_like(flat.unsqueeze(0))
+    rows, counts = flat.unsqueeze(0), None
     if flat.numel() > _HISTOGRAM_BINS and high > low:
         counts = torch.histc(flat, _HISTOGRAM_BINS, low.item(), high.item()).unsqueeze(0)
         centres = torch.arange(_HISTOGRAM_BINS, device=flat.device, dtype=flat.dtype) + 0.5
@@ -57,7 +57,10 @@ def _affine(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round().clamp(0, levels)
 
 
-def _search(rows: Tensor, counts: Tensor, ends: tuple[Tensor, Tensor], bits: int, method: str) -> tuple[Tensor, Tensor]:
+def _search(
+    rows: Tensor, counts: Tensor | None, ends: tuple[Tensor, Tensor], bits: int, method: str
+) -> tuple[Tensor, Tensor]:
+    """Range of each row of ``rows (channels, n)``; a value counts as often as ``counts (1, n)`` says (None: once)."""
     levels = 2**bits - 1
     low, high = ends
     if method == "minmax":
@@ -84,7 +87,7 @@ def _pairs(widths: Iterable[float], zero_points: Iterable[float], like: Tensor) 
 
 
 def _best(
-    rows: Tensor, counts: Tensor, unit: Tensor, width: Tensor, zero_point: Tensor, levels: int
+    rows: Tensor, counts: Tensor | None, unit: Tensor, width: Tensor, zero_point: Tensor, levels: int
 ) -> tuple[Tensor, Tensor]:
     """Width, in units, and zero point ``(channels,)`` with the least error, among ``(candidates, channels or 1)``."""
     width, zero_point = (each.expand(-1, len(rows)) for each in (width, zero_point))
@@ -97,7 +100,8 @@ def _best(
     return width.gather(0, best).squeeze(0), zero_point.gather(0, best).squeeze(0)
 
 
-def _error(rows: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+def _error(rows: Tensor, counts: Tensor | None, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
     """Summed error ``(m, channels)`` of ``rows (channels, n)`` for candidates ``(m, channels, 1)``."""
     error = (rows / scale).round_().add_(zero_point).clamp_(0, levels).sub_(zero_point).mul_(scale)
-    return error.sub_(rows).abs_().pow_(NORM).mul_(counts).sum(2)
+    error = error.sub_(rows).abs_().pow_(NORM)
+    return (error if counts is None else error.mul_(counts)).sum(2)
