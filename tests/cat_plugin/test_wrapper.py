@@ -51,6 +51,19 @@ def test_state_dict_of_the_model_is_unchanged(model):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_what_passes_the_hook_by(model):
+    """As the README says, and that `bake()` is the answer."""
+    x = images()
+    plain, cat_model = model(x), CATWrapper(model, _correction())
+    corrected, baked = model(x), cat_model.bake()
+    fresh = SmallNet(seed=1).eval()
+    fresh.load_state_dict(model.state_dict())
+    for passed_by in (model.forward, torch.fx.symbolic_trace(model), fresh):
+        assert torch.equal(passed_by(x), plain)
+    assert not torch.equal(plain, corrected)
+    assert torch.equal(baked.forward(x), corrected)
+
+
 def test_disabled_nests_and_survives_errors(model):
     x = images()
     plain, cat_model = model(x), CATWrapper(model, _correction())
