@@ -12,13 +12,14 @@ from cat_plugin.accuracy import compare_accuracy
 from cat_plugin.batches import ForwardFn, Loader, model_device
 from cat_plugin.collect import stream_outputs
 from cat_plugin.config import CATConfig
-from cat_plugin.diagnosis import find_warnings
+from cat_plugin.diagnosis import find_output_warnings, find_warnings
 from cat_plugin.distributed import Processes
 from cat_plugin.errors import CATError
 from cat_plugin.fit import Fit, fit_and_score
 from cat_plugin.layers import fit_layer
 from cat_plugin.models import unwrap
 from cat_plugin.outputs import Output
+from cat_plugin.preflight import count_layers, find_model_warnings
 from cat_plugin.report import CATReport
 from cat_plugin.size import model_bytes
 from cat_plugin.store import LogitStore
@@ -75,6 +76,7 @@ def apply_cat(
     config = CATConfig.resolve(config)
     start = time.perf_counter()
     quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
+    layers, found = count_layers(quantized_model), find_model_warnings(quantized_model, fp_model)
     if layer is not None and config.features is not None:
         raise CATError(
             f"layer={layer!r} with features={config.features!r}: features feed the correction of the model's output; "
@@ -106,6 +108,7 @@ def apply_cat(
         share = processes.sum(torch.tensor(sum(reused))).item() / fit.images if reused else None
         seconds = collected - start, time.perf_counter() - collected
         report = _report(store, fit, share, processes, layer, model_bytes(quantized_model), seconds)
+    report = dataclasses.replace(report, quantized_layers=layers, warnings=(*found, *report.warnings))
     cat_model = CATWrapper(quantized_model, fit.correction, report, config, output=output, layer=layer)
     if eval_loader is not None:
         try:
@@ -137,7 +140,7 @@ def _report(
         sizes += torch.bincount(correction.assign(q.to(store.dtype)), minlength=correction.num_clusters)
     # Channels of a layer are no classes, and positions may well look alike.
     repeated = fit.repeated if fit.positions is None else 0
-    warnings = [] if layer else find_warnings(fit.f, fit.images, repeated, reused)
+    warnings = [] if layer else find_output_warnings(fit.q, fit.f) + find_warnings(fit.f, fit.images, repeated, reused)
     return CATReport(
         images=fit.images,
         num_clusters=correction.num_clusters,

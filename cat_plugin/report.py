@@ -8,6 +8,7 @@ from cat_plugin.accuracy import AccuracyReport
 from cat_plugin.fit import HeldOutScores
 from cat_plugin.layers import LayerScores
 from cat_plugin.plain import from_plain
+from cat_plugin.preflight import LayerCount
 from cat_plugin.selection import Evidence
 
 
@@ -27,6 +28,7 @@ class CATReport:
     evidence           which families of maps were tried, how they were weighed, and why
                        the result was or was not accepted; None in `"paper"` mode
     warnings           what makes the figures above doubtful, in words
+    quantized_layers   how many layers of the quantized model look quantized
     added_parameters   numbers that the correction stores
     added_bytes        their size
     model_bytes        size of the quantized model at the bit widths of its weights, as far
@@ -51,6 +53,7 @@ class CATReport:
     model_bytes: int | None = None
     positions: int | None = None
     layer: str | None = None
+    quantized_layers: LayerCount | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-able dict."""
@@ -97,6 +100,11 @@ class CATReport:
                 *self._fitted(),
                 self._held_out(),
                 *([f"  accuracy: {self.accuracy}"] if self.accuracy else []),
+                *(
+                    [f"  model: {self.quantized_layers}"]
+                    if self.quantized_layers and self.quantized_layers.total
+                    else []
+                ),
                 f"  cost: {self.added_parameters:,} numbers, {self.added_bytes:,} bytes{self._share()}; "
                 f"{self.collect_seconds:.1f} s to run the models, {self.fit_seconds:.1f} s to fit",
                 *(f"  warning: {warning}" for warning in self.warnings),

@@ -35,7 +35,8 @@ def model_bytes(model: nn.Module) -> int:
 def bits_per_number(tensor: Tensor) -> int:
     """Bits that tell the numbers of a tensor apart, or those they are stored in, see `model_bytes`."""
     stored = 8 * tensor.element_size()
-    if not tensor.is_floating_point() or tensor.ndim < 2 or tensor.layout != torch.strided or stored <= MAX_BITS:
+    plain = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+    if not plain or tensor.ndim < 2 or stored <= MAX_BITS:
         return stored
     rows = tensor[:: max(len(tensor) // ROWS, 1)].flatten(1)
     if rows.shape[1] < 2 or rows.shape[0] == 0:

@@ -1,9 +1,10 @@
+import copy
 import hashlib
 
 import pytest
 import torch
 
-from cat_plugin import apply_cat
+from cat_plugin import CATConfig, apply_cat
 from cat_plugin.diagnosis import find_output_warnings, find_warnings, image_digests
 from tests.cat_plugin.helpers import images, model_pair, paired_logits
 
@@ -32,7 +33,7 @@ def test_warnings(f, n_images, repeated, reused, message):
 
 
 def test_images_of_the_calibration_are_recognised(caplog):
-    quantized, fp = model_pair()
+    quantized, fp = (model.eval() for model in model_pair())
     x = images(400)
     quantized.calibration_digests = {hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in x[:300]}
     assert quantized.calibration_digests == set(image_digests(x[:300]))
@@ -67,3 +68,16 @@ def test_models_that_do_not_go_together(change, message):
     q, f = change(*paired_logits(400, 10))
     (found,) = find_output_warnings(q, f)
     assert message in found
+
+
+def test_apply_cat_says_what_the_models_look_like(caplog):
+    quantized, fp = model_pair()
+    fp.train()
+    cat_model = apply_cat(quantized.eval(), fp, images(400), config=CATConfig.paper(num_clusters=4))
+    assert any("of fp_model that behave differently in training" in warning for warning in cat_model.report.warnings)
+    assert "left in training mode" in caplog.text
+    assert cat_model.report.quantized_layers.total == 2
+    assert "layers look quantized" in str(cat_model.report)
+    cat_model.remove()
+    (found,) = apply_cat(copy.deepcopy(fp).eval(), fp.eval(), images(400)).report.warnings
+    assert "identical outputs" in found
