@@ -237,6 +237,18 @@ def test_correction_of_features_is_not_one_of_a_layer():
         CATWrapper(quantized, correction, config=CATConfig(features="body"), layer="body")
 
 
+def test_output_speaks_of_the_layer_and_not_of_the_model():
+    quantized, fp = net_pair()
+    for model in (quantized, fp):
+        model.body.register_forward_hook(lambda module, args, out: {"a": out, "b": out})
+        model.act.register_forward_pre_hook(lambda module, args: args[0]["a"])
+        model.register_forward_hook(lambda module, args, out: {"logits": out, "a": out[:, :3]})
+    x = pixels()
+    labels = fp(x)["logits"].argmax(dim=1)
+    cat_model = apply_cat(quantized, fp, x, layer="body", output="a", eval_loader=[(x, labels)])
+    assert (cat_model.report.accuracy.fp_top1, cat_model.report.accuracy.top_k) == (100.0, 5)
+
+
 def test_channels_last_layers_by_class_axis():
     quantized, fp = net_pair()
     x = pixels()

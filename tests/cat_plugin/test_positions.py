@@ -225,6 +225,14 @@ def test_accuracy_leaves_out_positions_without_a_class(monkeypatch):
     assert compare_accuracy(fp, quantized, quantized, [(x, labels.clamp(0, 9))]).positions == 12
 
 
+def test_accuracy_does_not_depend_on_batches():
+    quantized, fp, x, _ = dense_pair("segmentation", 6)
+    labels = fp(x).argmax(dim=1)
+    once = compare_accuracy(fp, quantized, fp, [(x, labels)])
+    assert once.paired.ci_low < once.paired.delta < once.paired.ci_high
+    assert compare_accuracy(fp, quantized, fp, list(zip(x.split(2), labels.split(2), strict=True))) == once
+
+
 def test_features_and_positions_do_not_mix():
     quantized, fp, x, _ = dense_pair("segmentation")
     with pytest.raises(CATError, match=r"quantized_model gave \(60, 10, 5, 4\), and features='net.first' feed"):

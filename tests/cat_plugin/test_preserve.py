@@ -60,7 +60,7 @@ class Follows(nn.Module):
 
     @training.setter
     def training(self, mode):
-        if mode is not True:  # as `Module.__init__` does
+        if "leader" in self.__dict__:  # `Module.__init__` sets it
             raise AttributeError("follows its leader")
 
 
@@ -82,6 +82,20 @@ def test_module_that_stays_in_training_mode():
     model[1].leader.eval()
     with inference({"lq": model}):
         assert not model[0].training
+
+
+def test_modules_in_evaluation_mode_are_not_touched():
+    class Recording(SmallNet):
+        def __setattr__(self, name, value):
+            if name == "training":
+                self.__dict__.setdefault("seen", []).append(value)
+            super().__setattr__(name, value)
+
+    model = Recording().eval()
+    model.seen.clear()
+    with inference({"model": model}):
+        model(images())
+    assert model.seen == []
 
 
 class MergesInEval(SmallNet):
