@@ -19,7 +19,7 @@ test: $(STAMP)  ## all tests but the slow ones; ARGS="-m slow" runs those
 
 # In an environment of its own, with pinned toolkits. Two of them compile kernels: ninja, installed there, must be found.
 integration: $(INTEGRATION_STAMP)  ## other toolkits' models, corrected; writes results/integration/results.md
-	PATH="$(INTEGRATION_BIN):$$PATH" $(INTEGRATION_BIN)/python -m pytest -m integration tests/integration $(ARGS)
+	PATH="$(INTEGRATION_BIN):$$PATH" $(INTEGRATION_BIN)/python -m pytest -m integration --disable-warnings tests/integration $(ARGS)
 
 perf: $(STAMP)  ## what applying a correction costs, against a network and against a loop over images
 	$(BIN)/python -m pytest benchmarks/perf $(ARGS)
