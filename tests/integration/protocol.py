@@ -24,7 +24,7 @@ N_CALIB, N_CAT, BATCH_SIZE = 256, 1024, 64
 TOLERANCE = 1e-4  # of the logits of a baked, exported or converted model
 # Share of the images that may differ by more after a conversion: other sums of floats round other values at a tie.
 TIES = 0.02
-HEADER = ("toolkit", "bits", "network", "FP", "quantized", "+ CAT", "agreement with FP")
+HEADER = ("toolkit", "version", "bits", "network", "FP", "quantized", "+ CAT", "agreement with FP")
 VERDICTS = ("hook", "bake", "torch.export", "ONNX Runtime")
 NOTES = "Notes, on the toolkit's own model, without CAT:"
 
@@ -68,6 +68,7 @@ class Row:
     """A line of the table; top-1 and agreement in percent of the test images; one verdict for each of `VERDICTS`."""
 
     toolkit: str
+    version: str
     bits: str
     network: str
     fp: float
@@ -114,7 +115,8 @@ def check(
     check_saved(cat_model, task, corrected)
     assert_same(outputs(quantized, task), before)
     return Row(
-        toolkit=f"{toolkit} {metadata.version(distribution)}",
+        toolkit=toolkit,
+        version=metadata.version(distribution),
         bits=bits,
         network=type(fp).__name__,
         fp=accuracy.fp_top1,
@@ -197,9 +199,7 @@ def verdict(convert: Convert, baked: nn.Module, quantized: nn.Module, correction
     plain_logits = joined(outputs(quantized, task))
     same = (own.argmax(1) == plain_logits.argmax(1)).double().mean()
     off = share_off(own, plain_logits)
-    return Verdict(
-        True, f"the converted model gives other logits for {off:.0%} of the images, same class for {same:.1%}"
-    )
+    return Verdict(True, f"other logits for {off:.0%} of the images after conversion, the same class for {same:.1%}")
 
 
 def attempt(convert: Convert, model: nn.Module, task: Task) -> Tensor | str:
@@ -244,6 +244,6 @@ def to_markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         scores = (f"{score:.2f}" for score in (row.fp, row.quantized, row.corrected))
         agreement = " -> ".join(f"{value:.1f}" for value in row.agreement)
-        lines.append((row.toolkit, row.bits, row.network, *scores, agreement, *map(cell, row.verdicts)))
+        lines.append((row.toolkit, row.version, row.bits, row.network, *scores, agreement, *map(cell, row.verdicts)))
     numbered = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
     return "\n".join([align(lines), *(["", NOTES, "", *numbered] if numbered else [])])
