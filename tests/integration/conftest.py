@@ -37,8 +37,9 @@ def compiled_kernels() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Toolkits draw from the global random states."""
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Toolkits draw from the global random states, and leave files in the current folder."""
+    monkeypatch.chdir(tmp_path)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
