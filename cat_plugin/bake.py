@@ -16,9 +16,9 @@ class BakedCAT(nn.Module):
     Gives what the hooked model gives, to callers, `torch.compile`, `torch.export` and the ONNX exporter alike, and is
     called with the same arguments. It shares the parameters, buffers and layers of the quantized model, which is not
     copied and keeps its hook: that model stays corrected until `CATWrapper.remove`, this module for good. Moving or
-    converting one therefore moves or converts the weights of both; `copy.deepcopy` gives a module of its own, for
-    models that allow it. The correction is a copy; that of a layer stays a
-    hook, on a layer of this module alone. Other forward hooks of the model act here before the correction.
+    converting one therefore moves or converts the weights of both, and `train()` of one sets the mode of the layers of
+    both; `copy.deepcopy` gives a module of its own, for models that allow it. The correction is a copy; that of a layer
+    stays a hook, on a layer of this module alone. Other forward hooks of the model act here before the correction.
 
     Args:
         model: the hooked model.

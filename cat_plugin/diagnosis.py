@@ -11,7 +11,11 @@ REUSED_SHARE = 0.5
 REPEATED_SHARE = 0.05
 ENOUGH_IMAGES = 32
 """To judge how two models go together."""
+ENOUGH_APART = 5
+"""Images on which two models would disagree by chance, to judge whether they agree more often."""
 COLLAPSED_SHARE = 0.5
+ONE_CLASS_SHARE = 0.9
+"""Of the images, from which on it is no surprise that one class is predicted for all of them."""
 
 
 def find_warnings(f: Tensor, n_images: int, repeated: int = 0, reused: float | None = None) -> list[str]:
@@ -67,20 +71,34 @@ def find_output_warnings(q: Tensor, f: Tensor) -> list[str]:
         return found
     theirs, ours = q.argmax(dim=1), f.argmax(dim=1)
     shares = [torch.bincount(predicted, minlength=n_classes).double() / n_images for predicted in (theirs, ours)]
-    chance = (shares[0] * shares[1]).sum().item()
+    chance, error = _chance(*shares)
     agreeing = (theirs == ours).double().mean().item()
     most = shares[0].max().item()
-    if most > COLLAPSED_SHARE and most > 2 * shares[1].max().item():
+    full = shares[1].max().item()
+    if most > COLLAPSED_SHARE and (most > 2 * full or (most == 1 and full < ONE_CLASS_SHARE)):
         found.append(
             f"quantized_model has collapsed: it predicts class {int(shares[0].argmax())} for {most:.0%} of the images, "
-            f"FP its most frequent one for {shares[1].max().item():.0%}; look at its ranges, or give it more bits"
+            f"FP its most frequent one for {full:.0%}; look at its ranges, or give it more bits"
         )
-    elif shares[1].max() < 1 and agreeing <= chance + 3 * math.sqrt(chance * (1 - chance) / n_images):
+    elif (
+        max(most, full) < 1  # else nothing can be told
+        and n_images * (1 - chance) >= ENOUGH_APART
+        and agreeing <= chance + 3 * error / math.sqrt(n_images - 1)
+    ):
         found.append(
             f"the models agree on {agreeing:.1%} of the images, where chance has {chance:.1%}: look at preprocessing, "
             "at the weights and at the order of classes of both, and whether quantized_model was made from fp_model"
         )
     return found
+
+
+def _chance(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """How often predictions with these shares (C,) of classes agree when they are paired at random, and the standard
+    deviation of that times sqrt(n - 1): the exact one over all pairings, which is small where one class is frequent."""
+    both = ours * theirs
+    chance = both.sum()
+    variance = chance - (both * (ours + theirs)).sum() + chance.square()
+    return chance.item(), math.sqrt(max(variance.item(), 0.0))
 
 
 def _are_probabilities(logits: Tensor) -> bool:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from cat_plugin.errors import CATError
 from cat_plugin.preserve import named_tensors, storage_leaves
@@ -36,12 +37,19 @@ def unwrap(model: Any, name: str) -> nn.Module:
 
 
 def check_models(quantized_model: nn.Module, fp_model: nn.Module) -> None:
-    """Raises a `CATError` unless the two are different modules that share no memory."""
+    """Raises a `CATError` unless the two are different modules that share no memory, with weights that are made."""
     if quantized_model is fp_model:
         raise CATError(
             "quantized_model and fp_model are the same object; if quantization works in place, "
             "quantize a copy.deepcopy of the full-precision model"
         )
+    for name, model in (("quantized_model", quantized_model), ("fp_model", fp_model)):
+        lazy = [path for path, tensor in named_tensors(model) if is_lazy(tensor)]
+        if lazy:
+            raise CATError(
+                f"{name} has parameters or buffers that its first batch is to make, such as {lazy[0]!r}; run one, and "
+                "load or train its weights, first"
+            )
     fp_storages = {storage for storages in _storages(fp_model).values() for storage in storages}
     shared = [name for name, storages in _storages(quantized_model).items() if storages & fp_storages]
     if shared:

@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cat_plugin.size import MAX_BITS, bits_per_number
 
@@ -29,10 +31,10 @@ def count_layers(model: nn.Module) -> LayerCount:
     """Counts the layers of `model` that look quantized.
 
     A layer is a module with a weight of two axes or more of its own, or with packed weights. It looks quantized if its
-    weight takes few values in each output channel, is stored in 8 bits or fewer or as a tensor subclass, or if the
-    names of its class, its attributes or its children speak of quantization. In a graph of `torch.fx`
-    or `torch.export` that dequantizes, convolutions and matrix products count, and as many as there are operators that
-    dequantize look quantized. Toolkits that round weights under other names as they run are not seen.
+    weight takes few values in each output channel, but more than one, is stored in 8 bits or fewer or as a tensor
+    subclass, or if the names of its class, its attributes or its children speak of quantization. In a graph of
+    `torch.fx` or `torch.export` that dequantizes, convolutions and matrix products count, and as many as there are
+    operators that dequantize look quantized. Toolkits that round weights under other names as they run are not seen.
     """
     if isinstance(model, GraphModule):
         operators = [str(node.target).lower() for node in model.graph.nodes if node.op.startswith("call_")]
@@ -76,24 +78,35 @@ def _is_packed(module: nn.Module) -> bool:
 def _weights(module: nn.Module) -> list[Tensor]:
     """What of the module's own tensors is a matrix or a filter."""
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return [tensor for name, tensor in own if tensor.ndim >= 2 and "weight" in name]
+    return [tensor for name, tensor in own if tensor.ndim >= 2 and "weight" in name and "mask" not in name]
 
 
 def _looks_quantized(layer: nn.Module) -> bool:
     names = [*vars(layer), *(name for name, _ in layer.named_children())]
     if (
         _is_packed(layer)
-        or MARK in type(layer).__qualname__.lower()
+        or _is_named_so(layer)
         or any(MARK in name.lower() for name in names if getattr(layer, name, None) is not None)
     ):
         return True
     weights = _weights(layer)
     if any(hasattr(tensor, "__tensor_flatten__") for tensor in weights):
         return True
-    return any(bits_per_number(tensor.detach()) <= MAX_BITS for tensor in weights)
+    return any(bits_per_number(tensor.detach()) <= MAX_BITS and not _is_constant(tensor.detach()) for tensor in weights)
+
+
+def _is_named_so(layer: nn.Module) -> bool:
+    """Whether its class speaks of quantization; that in every `nn.MultiheadAttention` means what is not done to it."""
+    return MARK in type(layer).__qualname__.lower() and type(layer) is not NonDynamicallyQuantizableLinear
+
+
+def _is_constant(weight: Tensor) -> bool:
+    """Whether it is as it was initialised, to zero mostly, which takes no quantization."""
+    plain = weight.is_floating_point() and weight.layout == torch.strided and not weight.is_meta and weight.numel() > 0
+    return plain and bool((weight == weight.flatten()[0]).all())
 
 
 def _behaves(module: nn.Module) -> bool:
     """Whether the training flag changes what the module gives, as far as its class tells."""
     batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    return batch_norm or "drop" in type(module).__name__.lower()
+    return batch_norm or any(kind in type(module).__name__.lower() for kind in ("drop", "stochasticdepth"))

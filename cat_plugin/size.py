@@ -42,6 +42,8 @@ def bits_per_number(tensor: Tensor) -> int:
     if rows.shape[1] < 2 or rows.shape[0] == 0:
         return stored
     ordered = rows.float().sort(dim=1).values
-    distinct = 1 + int((ordered.diff(dim=1) != 0).sum(dim=1).max())
-    bits = max(math.ceil(math.log2(distinct)), 1)
-    return bits if bits <= MAX_BITS and distinct <= rows.shape[1] / 2 else stored
+    distinct = 1 + (ordered.diff(dim=1) != 0).sum(dim=1)
+    filled = (rows != 0).sum(dim=1)  # what is pruned to zero tells nothing about the others
+    apart = int((distinct - (filled < rows.shape[1]).int()).max())
+    bits = max(math.ceil(math.log2(int(distinct.max()))), 1)
+    return bits if bits <= MAX_BITS and apart <= int(filled.max()) / 2 else stored

@@ -1,11 +1,14 @@
 import copy
 import hashlib
+import itertools
+import math
 
 import pytest
 import torch
+from torch import nn
 
 from cat_plugin import CATConfig, apply_cat
-from cat_plugin.diagnosis import find_output_warnings, find_warnings, image_digests
+from cat_plugin.diagnosis import _chance, find_output_warnings, find_warnings, image_digests
 from tests.cat_plugin.helpers import images, model_pair, paired_logits
 
 _, F = paired_logits(400, 10)
@@ -51,6 +54,33 @@ def test_nothing_to_say_of_models_that_go_together():
     assert find_output_warnings(q, f) == []
     assert find_output_warnings(q[:, :1], f[:, :1]) == []  # one class: nothing to agree on
     assert find_output_warnings(q[:8], f.flip(0)[:8]) == []  # too few to judge
+
+
+def of_classes(predicted, n_classes=2):
+    """Logits of which these classes (n,) are the largest."""
+    noise = torch.rand(len(predicted), n_classes, generator=torch.Generator().manual_seed(len(predicted)))
+    return noise + 2 * nn.functional.one_hot(predicted, n_classes)
+
+
+@pytest.mark.parametrize(("n_images", "rare", "differing"), [(64, 8, 4), (256, 6, 2), (40, 1, 1), (300, 17, 17)])
+def test_one_frequent_class_is_not_taken_for_chance(n_images, rare, differing):
+    f = (torch.arange(n_images) < rare).long()
+    q = (torch.arange(n_images) < rare - differing).long()
+    assert find_output_warnings(of_classes(q), of_classes(f)) == []
+
+
+def test_the_error_of_chance_is_that_over_all_pairings():
+    ours, theirs = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([0, 1, 1, 1, 2, 0])
+    agreeing = [(ours == theirs[list(order)]).double().mean() for order in itertools.permutations(range(6))]
+    chance, error = _chance(*(torch.bincount(predicted).double() / 6 for predicted in (ours, theirs)))
+    assert chance == pytest.approx(torch.stack(agreeing).mean().item())
+    assert error / math.sqrt(6 - 1) == pytest.approx(torch.stack(agreeing).std(correction=0).item())
+
+
+def test_a_collapse_to_one_of_two_classes_is_told():
+    f = (torch.arange(100) < 40).long()
+    (found,) = find_output_warnings(of_classes(torch.zeros_like(f)), of_classes(f))
+    assert "it predicts class 0 for 100% of the images" in found
 
 
 @pytest.mark.parametrize(

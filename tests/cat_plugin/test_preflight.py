@@ -3,8 +3,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from baselines import quantize
+from cat_plugin import CATError, apply_cat
 from cat_plugin.preflight import LayerCount, count_layers, find_model_warnings
 from tests.cat_plugin.helpers import model_pair
 
@@ -58,6 +60,28 @@ def test_layers_that_look_quantized(model, expected):
     assert count_layers(model) == expected
 
 
+def pruned(model, share):
+    for layer in model:
+        prune.random_unstructured(layer, "weight", share)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.TransformerEncoderLayer(32, 2),  # holds a NonDynamicallyQuantizableLinear
+        nn.Sequential(nn.Linear(40, 4), nn.Conv2d(8, 8, 3)).apply(
+            lambda module: nn.init.zeros_(module.weight) if hasattr(module, "weight") else None
+        ),
+        pruned(nn.Sequential(nn.Linear(400, 4), nn.Conv2d(40, 8, 3)), 0.8),  # masks beside the weights
+        nn.Sequential(*(prune.remove(layer, "weight") for layer in pruned(nn.Sequential(nn.Linear(400, 4)), 0.8))),
+    ],
+    ids=["attention", "zeros", "masked", "pruned"],
+)
+def test_full_precision_that_is_easily_mistaken(model):
+    assert count_layers(model).quantized == 0
+
+
 def test_a_graph_counts_by_its_operators():
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
@@ -69,6 +93,13 @@ def test_a_graph_counts_by_its_operators():
         x = graph.call_function(torch.matmul, (x, x))
     graph.output(x)
     assert count_layers(torch.fx.GraphModule(nn.Module(), graph)) == LayerCount(1, 2)
+
+
+def test_parameters_that_are_still_to_be_made_are_an_error():
+    for lazy_first in (True, False):
+        models = nn.Linear(6, 4), nn.LazyLinear(4)
+        with pytest.raises(CATError, match="its first batch is to make, such as 'weight'; run one"):
+            apply_cat(*(reversed(models) if lazy_first else models), torch.randn(64, 6))
 
 
 def test_networks_of_the_baselines_look_quantized():

@@ -33,6 +33,16 @@ def test_floating_point_counts_as_stored(dtype):
     assert model_bytes(model) == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def test_pruned_weights_count_as_stored_unless_they_are_rounded():
+    keep = torch.rand(20, 1024, generator=torch.Generator().manual_seed(0)) < 0.2
+    model = nn.Linear(1024, 20, bias=False)
+    model.weight.data *= keep
+    assert model_bytes(model) == 20 * 1024 * 4
+    model = rounded(3, 20, 1024)
+    model.weight.data *= keep
+    assert model_bytes(model) == 20 * 1024 * 3 / 8
+
+
 def test_channels_too_short_to_tell_count_as_stored():
     assert model_bytes(rounded(4, 8, 1, 3, 3)) == 8 * 9 * 4
     assert model_bytes(rounded(2, 8, 1, 3, 3)) == 8 * 9 * 2 / 8
