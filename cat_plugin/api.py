@@ -19,7 +19,7 @@ from cat_plugin.fit import Fit, fit_and_score
 from cat_plugin.layers import fit_layer
 from cat_plugin.models import unwrap
 from cat_plugin.outputs import Output
-from cat_plugin.preflight import count_layers, find_model_warnings
+from cat_plugin.preflight import inspect_models
 from cat_plugin.report import CATReport
 from cat_plugin.size import model_bytes
 from cat_plugin.store import LogitStore
@@ -76,7 +76,7 @@ def apply_cat(
     config = CATConfig.resolve(config)
     start = time.perf_counter()
     quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
-    layers, found = count_layers(quantized_model), find_model_warnings(quantized_model, fp_model)
+    layers, found = inspect_models(quantized_model, fp_model)
     if layer is not None and config.features is not None:
         raise CATError(
             f"layer={layer!r} with features={config.features!r}: features feed the correction of the model's output; "

@@ -75,8 +75,7 @@ class Drawn:
         """(rows,) int64, the image in the batch that each row belongs to; None where every row is one."""
         if not self.dense:
             return None
-        positions = self.shape.numel() // max(self.shape[0] * self.shape[self.class_axis], 1)
-        return self._take(torch.arange(self.shape[0]).repeat_interleave(positions))
+        return self._take(torch.arange(self.shape[0]).repeat_interleave(_positions(self.shape, self.class_axis)))
 
     def _take(self, rows: Tensor) -> Tensor:
         return rows if self.index is None else rows[self.index.to(rows.device)]
@@ -96,12 +95,17 @@ class PositionDraw:
             CATError: the class axis is none of `output`.
         """
         class_axis = class_axis_of(output, self._class_axis) if output.ndim > 2 else 1
-        n_images, positions = output.shape[0], output.numel() // max(output.shape[0] * output.shape[class_axis], 1)
+        n_images, positions = output.shape[0], _positions(output.shape, class_axis)
         if self._budget is None or positions <= self._budget or n_images == 0:
             return Drawn(output.shape, class_axis, None)
         drawn = [torch.randperm(positions, generator=self._generator)[: self._budget] for _ in range(n_images)]
         index = torch.stack(drawn).sort(dim=1).values + positions * torch.arange(n_images).unsqueeze(1)
         return Drawn(output.shape, class_axis, index.flatten())
+
+
+def _positions(shape: torch.Size, class_axis: int) -> int:
+    """How many positions an image has in outputs of that shape."""
+    return shape.numel() // max(shape[0] * shape[class_axis], 1)
 
 
 def _without_ones(shape: Iterable[int]) -> list[int]:

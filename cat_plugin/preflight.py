@@ -45,8 +45,9 @@ def count_layers(model: nn.Module) -> LayerCount:
     return LayerCount(sum(map(_looks_quantized, layers)), len(layers))
 
 
-def find_model_warnings(quantized_model: nn.Module, fp_model: nn.Module) -> list[str]:
-    """Sentences about models left in training mode, without quantized layers, or in each other's place."""
+def inspect_models(quantized_model: nn.Module, fp_model: nn.Module) -> tuple[LayerCount, list[str]]:
+    """The layers of `quantized_model`, and sentences about models left in training mode, without quantized layers, or
+    in each other's place."""
     found = []
     for name, model in (("quantized_model", quantized_model), ("fp_model", fp_model)):
         left = [type(module).__name__ for module in model.modules() if module.training and _behaves(module)]
@@ -63,7 +64,7 @@ def find_model_warnings(quantized_model: nn.Module, fp_model: nn.Module) -> list
         )
     elif full.quantized > full.total / 2:
         found.append(f"of fp_model {full}: it should be the full-precision model that quantized_model was made from")
-    return found
+    return low_bit, found
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""A CIFAR-10 of a few generated images, as folder and archive, and weights for it."""
+"""A CIFAR-10 of a few generated images, as folder and archive, and weights for it; a data set of noise."""
 
 import shutil
 import zipfile
@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from benchmarks.data import CIFAR10_CLASSES
+from benchmarks.data import CIFAR10_CLASSES, Dataset
 from benchmarks.models import create_model
 
 IMAGES = {"train": 6, "test": 2}  # a class
@@ -60,3 +61,17 @@ def tiny(shared_folder, weights, tmp_path) -> list[str]:
         *("--methods", "rtn", "--bits", "4/4", "--iters", "2", "--n-calib", "16", "--n-cat", "40"),
         *("--batch-size", "8", "--results", str(tmp_path / "results"), "--no-progress"),
     ]
+
+
+@pytest.fixture(scope="session")
+def dataset() -> Dataset:
+    """Digits that are noise; read only."""
+    generator = torch.Generator().manual_seed(0)
+    return Dataset(
+        name="noise",
+        train_images=torch.randn(40, 1, 8, 8, generator=generator),
+        train_labels=torch.arange(40) % 10,
+        test_images=torch.randn(20, 1, 8, 8, generator=generator),
+        test_labels=torch.arange(20) % 10,
+        classes=tuple("0123456789"),
+    )

@@ -10,7 +10,7 @@ import torch
 
 import benchmarks
 from benchmarks import BenchmarkError, ablate, compare, robustness
-from benchmarks.data import Dataset, split_calibration
+from benchmarks.data import split_calibration
 from benchmarks.draws import Cell, Source, measure
 from benchmarks.evaluate import Protocol, Setting, corrections, paired_logits
 from benchmarks.guard import LeakGuard, fit_guarded, joined
@@ -22,19 +22,6 @@ from tests.benchmarks.logits import make_arrays, write_npz
 SETTING = Setting("rtn", 4, 4, seed=1)
 PROTOCOL = Protocol(iters=1, n_calib=8, n_cat=16, batch_size=8)
 PLAIN = CATConfig.paper(num_clusters=1)
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    generator = torch.Generator().manual_seed(0)
-    return Dataset(
-        name="noise",
-        train_images=torch.randn(40, 1, 8, 8, generator=generator),
-        train_labels=torch.arange(40) % 10,
-        test_images=torch.randn(20, 1, 8, 8, generator=generator),
-        test_labels=torch.arange(20) % 10,
-        classes=tuple("0123456789"),
-    )
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 
 from baselines import quantize
 from benchmarks import BenchmarkError, sources
-from benchmarks.data import Dataset, split_calibration
+from benchmarks.data import split_calibration
 from benchmarks.evaluate import Protocol, Setting
 from benchmarks.models import create_model
 from benchmarks.sources import file_sources, network_sources, read_npz
@@ -15,19 +15,6 @@ from tests.benchmarks.logits import make_arrays, write_npz
 
 PROTOCOL = Protocol(iters=2, n_calib=16, n_cat=24, batch_size=8)
 GRID = [Setting("rtn", 4, 4, 0), Setting("rtn", 2, 4, 1)]
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    generator = torch.Generator().manual_seed(0)
-    return Dataset(
-        name="noise",
-        train_images=torch.randn(40, 1, 8, 8, generator=generator),
-        train_labels=torch.arange(40) % 10,
-        test_images=torch.randn(20, 1, 8, 8, generator=generator),
-        test_labels=torch.arange(20) % 10,
-        classes=tuple("0123456789"),
-    )
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from torch.nn.utils import prune
 
 from baselines import quantize
 from cat_plugin import CATError, apply_cat
-from cat_plugin.preflight import LayerCount, count_layers, find_model_warnings
+from cat_plugin.preflight import LayerCount, count_layers, inspect_models
 from tests.cat_plugin.helpers import model_pair
 
 
@@ -106,27 +106,27 @@ def test_networks_of_the_baselines_look_quantized():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     low_bit = quantize(model, torch.randn(8, 3, 8, 8), method="rtn", w_bits=4, a_bits=4)
     assert count_layers(low_bit) == LayerCount(2, 2)
-    assert find_model_warnings(low_bit.eval(), model.eval()) == []
+    assert inspect_models(low_bit.eval(), model.eval())[1] == []
 
 
 def test_training_mode_is_told_and_left():
     quantized, fp = (model.eval() for model in model_pair())
-    assert find_model_warnings(quantized, fp) == []
+    assert inspect_models(quantized, fp)[1] == []
     quantized.first.train()  # behaves the same
-    assert find_model_warnings(quantized, fp) == []
+    assert inspect_models(quantized, fp)[1] == []
     fp.train()
-    (found,) = find_model_warnings(quantized, fp)
+    (found,) = inspect_models(quantized, fp)[1]
     assert "2 modules of fp_model" in found and "BatchNorm1d" in found and "eval()" in found
     assert fp.training
 
 
 def test_exchanged_models_are_told():
     fp = network().eval()
-    (found,) = find_model_warnings(fp, rounded(fp))
+    (found,) = inspect_models(fp, rounded(fp))[1]
     assert "of quantized_model 0 of 2 layers look quantized, of fp_model 2 of 2" in found and "exchanged" in found
 
 
 def test_a_quantized_fp_model_is_told():
     low_bit = rounded(network()).eval()
-    (found,) = find_model_warnings(low_bit, low_bit)
+    (found,) = inspect_models(low_bit, low_bit)[1]
     assert "of fp_model 2 of 2 layers look quantized: it should be the full-precision model" in found
