@@ -13,9 +13,10 @@ from cat_plugin.batches import ForwardFn, Loader, check_forward, iterate_inputs,
 from cat_plugin.collect import check_finite, check_same_shape, progress_bar, to_cpu
 from cat_plugin.errors import CATError
 from cat_plugin.hook import uncorrected
-from cat_plugin.metrics import PairedStatistics, paired_statistics, percent, top_k_correct
+from cat_plugin.metrics import ClassChanges, PairedStatistics, paired_statistics, percent, top_k_correct
 from cat_plugin.models import unwrap
 from cat_plugin.outputs import Output, check_where, extract
+from cat_plugin.plain import to_plain
 from cat_plugin.positions import Drawn, PositionDraw
 from cat_plugin.preserve import inference
 
@@ -30,7 +31,7 @@ class AccuracyReport:
     """Accuracies in percent of the same labelled images, and the paired comparison of CAT with the quantized model.
 
     `top5` figures count the `top_k = min(5, classes)` largest logits. positions: how many positions of the images were
-    labelled and counted, for outputs that have such.
+    labelled and counted, for outputs that have such. classes: which classes won and lost by CAT.
     """
 
     images: int
@@ -43,10 +44,11 @@ class AccuracyReport:
     cat_top5: float
     paired: PairedStatistics
     positions: int | None = None
+    classes: ClassChanges | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-able dict."""
-        return dataclasses.asdict(self)
+        return to_plain(self)
 
     def __str__(self) -> str:
         paired, counted = self.paired, f"{self.images:,} images"
@@ -93,7 +95,7 @@ def compare_accuracy(
     check_where(output)
     check_forward(models, forward_fn)
     draw = PositionDraw(class_axis, EVALUATED_POSITIONS, seed)
-    top1, top5, owners = [], [], []
+    top1, top5, seen, owners = [], [], [], []
     classes = images = 0
     with inference(models):
         batches = iterate_inputs(loader, batch_size, whole=forward_fn is not None)
@@ -104,6 +106,7 @@ def compare_accuracy(
             rows = [logits[counted] for logits in outputs.values()]
             top1.append(torch.stack([top_k_correct(logits, targets, 1) for logits in rows]))
             top5.append(torch.stack([top_k_correct(logits, targets, 5) for logits in rows]))
+            seen.append(targets)
             if drawn.dense:
                 owners.append(images + drawn.images()[counted])
             images += drawn.shape[0]
@@ -116,6 +119,7 @@ def compare_accuracy(
         *map(percent, torch.cat(top5, dim=1)),
         paired_statistics(quantized, corrected, seed, torch.cat(owners) if owners else None),
         correct.shape[1] if owners else None,
+        ClassChanges.of(torch.cat(seen), quantized, corrected, classes),
     )
 
 

@@ -20,6 +20,7 @@ from cat_plugin.layers import fit_layer
 from cat_plugin.models import unwrap
 from cat_plugin.outputs import Output
 from cat_plugin.preflight import inspect_models
+from cat_plugin.profile import profile_clusters
 from cat_plugin.report import CATReport
 from cat_plugin.size import model_bytes
 from cat_plugin.store import LogitStore
@@ -141,6 +142,8 @@ def _report(
     # Channels of a layer are no classes, and positions may well look alike.
     repeated = fit.repeated if fit.positions is None else 0
     warnings = [] if layer else find_output_warnings(fit.q, fit.f) + find_warnings(fit.f, fit.images, repeated, reused)
+    # Channels of a layer have no softmax, and where nothing changes there is nothing to show.
+    profiled = fit.out is not None and not layer and (fit.evidence is None or fit.evidence.accepted)
     return CATReport(
         images=fit.images,
         num_clusters=correction.num_clusters,
@@ -155,4 +158,5 @@ def _report(
         evidence=fit.evidence,
         positions=fit.positions,
         warnings=tuple(warnings),
+        clusters=profile_clusters(correction, fit.q, fit.f, fit.out) if profiled else (),
     )

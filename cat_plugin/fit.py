@@ -12,7 +12,7 @@ from cat_plugin.config import CATConfig
 from cat_plugin.correction import ClusterAffine
 from cat_plugin.distributed import ALONE, Processes
 from cat_plugin.errors import CATError
-from cat_plugin.metrics import agreement, agreement_gain, kl_divergence
+from cat_plugin.metrics import ClassChanges, agreement, agreement_gain, kl_divergence
 from cat_plugin.positions import fold_of_rows
 from cat_plugin.selection import Evidence, select
 from cat_plugin.store import LogitStore
@@ -26,7 +26,8 @@ class HeldOutScores:
 
     agreement: percentage of images with the same argmax. kl: mean KL(FP || .) in nats. `before` is
     the quantized model, `after` the corrected one. gain_low, gain_high: 95 % interval of the gain in agreement,
-    by paired bootstrap.
+    by paired bootstrap. classes: by the argmax of the full-precision model, how many images came to agree with it, and
+    how many no longer do.
     """
 
     agreement_before: float
@@ -35,6 +36,7 @@ class HeldOutScores:
     kl_after: float
     gain_low: float
     gain_high: float
+    classes: ClassChanges | None = None
 
     @property
     def agreement_gain(self) -> float:
@@ -61,12 +63,14 @@ class HeldOutScores:
 
         images: (N,), the image of every row, where rows are positions.
         """
+        target = f.argmax(dim=1)
         return cls(
             agreement(f, q),
             agreement(f, out),
             kl_divergence(f, q),
             kl_divergence(f, out),
             *agreement_gain(f, q, out, images),
+            ClassChanges.of(target, q.argmax(dim=1) == target, out.argmax(dim=1) == target, f.shape[1]),
         )
 
 
@@ -76,7 +80,8 @@ class Fit:
 
     held_out: None where images are too few to hold any out. evidence: what it was chosen by, in `"auto"` mode.
     images: how many it was fitted on, and positions: how many of their positions, where outputs have such; repeated:
-    how many images or positions repeat another. q, f: (n, C) logits of those that it was judged on.
+    how many images or positions repeat another. q, f: (n, C) logits of those that it was judged on, and out: (n, C)
+    corrected logits of these, by maps that were fitted without them; None where nothing was held out.
     """
 
     correction: ClusterAffine
@@ -87,6 +92,7 @@ class Fit:
     repeated: int
     q: Tensor
     f: Tensor
+    out: Tensor | None = None
 
 
 def fit_cluster_affine(
@@ -133,15 +139,17 @@ def fit_and_score(store: LogitStore, config: CATConfig, processes: Processes = A
     dense = store.images is not None
     if config.mode == "auto":
         made = select(store, config, processes)
-        scores = HeldOutScores.of(made.f, made.q, made.held_out, made.owners) if made.evidence.images > 0 else None
+        out = made.held_out if made.evidence.images > 0 else None
+        scores = None if out is None else HeldOutScores.of(made.f, made.q, out, made.owners)
         correction = _placed(made.correction, torch.empty(0, dtype=store.dtype))
         positions = made.images if dense else None
-        return Fit(correction, scores, made.evidence, n_images, positions, made.repeated, made.q, made.f)
+        return Fit(correction, scores, made.evidence, n_images, positions, made.repeated, made.q, made.f, out)
     q, f, images = gather_all(store, processes)
     repeated = len(q) - len(torch.unique(torch.cat([q, f], dim=1), dim=0))
     correction = fit_paper(q, f, config.clusters_for(len(q)), config)
-    scores = held_out_scores(q, f, config, images=images)
-    return Fit(correction, scores, None, n_images, len(q) if dense else None, repeated, q, f)
+    out = cross_fitted(q, f, config, images)
+    scores = None if out is None else HeldOutScores.of(f, q, out, images)
+    return Fit(correction, scores, None, n_images, len(q) if dense else None, repeated, q, f, out)
 
 
 def gather_all(store: LogitStore, processes: Processes) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -168,10 +176,7 @@ def held_out_scores(
     says which image a row is a position of, where it is none; positions of an image are held out together.
     """
     config = _check(q, f, config, features)
-    if config.mode == "auto":
-        return fit_and_score(LogitStore.of(q, f, features, images), config).held_out
-    out = cross_fitted(q.detach().cpu(), f.detach().cpu(), config, images)
-    return None if out is None else HeldOutScores.of(f.detach().cpu(), q.detach().cpu(), out, images)
+    return fit_and_score(LogitStore.of(q, f, features, images), config).held_out
 
 
 def cross_fitted(q: Tensor, f: Tensor, config: CATConfig, images: Tensor | None = None) -> Tensor | None:

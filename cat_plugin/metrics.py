@@ -102,6 +102,20 @@ def paired_statistics(
     return PairedStatistics(rows, delta, low, high, float(p_value), won, lost)
 
 
+@dataclasses.dataclass(frozen=True)
+class ClassChanges:
+    """How many images (or positions) of every class became right, `won`, and wrong, `lost`: one number a class."""
+
+    won: tuple[int, ...]
+    lost: tuple[int, ...]
+
+    @classmethod
+    def of(cls, targets: Tensor, before: Tensor, after: Tensor, classes: int) -> "ClassChanges":
+        """Of images with `targets` (N,) int64 that were right `before` and are right `after`, both (N,) bool."""
+        changes = (after & ~before, before & ~after)
+        return cls(*(tuple(torch.bincount(targets[part], minlength=classes).tolist()) for part in changes))
+
+
 def bootstrap_interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean of `differences` (N,), resampled with replacement.
 

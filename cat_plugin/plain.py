@@ -1,4 +1,4 @@
-"""Dataclasses out of what JSON holds of them, with every value checked against its type."""
+"""Dataclasses as what JSON holds of them, and back, with every value checked against its type."""
 
 import dataclasses
 import types
@@ -9,6 +9,13 @@ from typing import Any, TypeVar
 from cat_plugin.errors import CATError
 
 T = TypeVar("T")
+
+
+def to_plain(value: Any) -> Any:
+    """Inverse of `from_plain`: dataclasses as dicts and tuples as lists, at any depth."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return [to_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
 def from_plain(kind: type[T], value: Any, name: str) -> T:

@@ -5,9 +5,7 @@ import hashlib
 import json
 import logging
 import os
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from cat_plugin.config import CATConfig
 from cat_plugin.correction import BUFFERS, REQUIRED, ClusterAffine
 from cat_plugin.errors import CATError
+from cat_plugin.files import replacing
 from cat_plugin.fingerprint import Fingerprint
 from cat_plugin.outputs import Output
 from cat_plugin.plain import from_plain
@@ -108,7 +107,7 @@ def save(
     )
     text = json.dumps(dataclasses.asdict(saved), indent=2, ensure_ascii=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    with _replacing(folder / TENSORS_NAME) as tensors_file, _replacing(folder / CONFIG_NAME) as config_file:
+    with replacing(folder / TENSORS_NAME) as tensors_file, replacing(folder / CONFIG_NAME) as config_file:
         tensors_file.write_bytes(data)
         config_file.write_bytes(text.encode())
 
@@ -236,14 +235,3 @@ def _checked(tensors: dict[str, Tensor]) -> ClusterAffine:
     if not tensors["bias"].isfinite().any():
         raise CATError("bias has no finite value")
     return ClusterAffine(**tensors)
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary name beside `target`, renamed to it when the block ends, removed when the block raises."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-    try:
-        yield temporary
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,15 +1,21 @@
 """What was fitted, on what, what it gains and what it costs."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cat_plugin.accuracy import AccuracyReport
 from cat_plugin.fit import HeldOutScores
 from cat_plugin.layers import LayerScores
-from cat_plugin.plain import from_plain
+from cat_plugin.plain import from_plain, to_plain
+from cat_plugin.plotting import plot_report
 from cat_plugin.preflight import LayerCount
+from cat_plugin.profile import ClusterProfile
 from cat_plugin.selection import Evidence
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -36,6 +42,8 @@ class CATReport:
     collect_seconds    running both models over the calibration images
     fit_seconds        fitting the correction, and cross-fitting
     accuracy           on labelled images, where an `eval_loader` was given
+    clusters           mean logits of the largest clusters on held-out images, before and
+                       after; empty where nothing was held out or the model is left as it is
     =================  ==================================================================
     """
 
@@ -54,15 +62,11 @@ class CATReport:
     positions: int | None = None
     layer: str | None = None
     quantized_layers: LayerCount | None = None
+    clusters: tuple[ClusterProfile, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-able dict."""
-        values = dataclasses.asdict(self)
-        for name in ("cluster_sizes", "warnings"):
-            values[name] = list(values[name])
-        if self.evidence:
-            values["evidence"]["candidates"] = list(values["evidence"]["candidates"])
-        return values
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CATReport":
@@ -78,6 +82,25 @@ class CATReport:
         if self.layer is not None:
             return self.held_out is None or not self.held_out.accepted
         return self.evidence is not None and not self.evidence.accepted
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, class_names: Sequence[str] | None = None) -> "Figure":
+        """The report as a figure, by matplotlib (`pip install 'cat-plugin[plots]'`).
+
+        Shows what CAT gains, with intervals; the families of maps that were tried; which classes win and lose, by
+        labels where an `eval_loader` was given, by the full-precision model's predictions on held-out images otherwise;
+        and the mean logits of the largest clusters in all three models, on held-out images.
+
+        Args:
+            path: written to, in the format that its ending names; by default nothing is written.
+            class_names: one for each class; by default classes are numbers.
+
+        Returns:
+            The figure, a `matplotlib.figure.Figure` of its own (`pyplot` is not involved).
+
+        Raises:
+            CATError: matplotlib is not installed, there is nothing to draw, or as many names as classes were not given.
+        """
+        return plot_report(self, path, class_names)
 
     def summary(self) -> str:
         """The report in one line."""

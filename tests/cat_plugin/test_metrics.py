@@ -3,7 +3,14 @@ import torch
 from scipy.stats import binom
 
 from cat_plugin import CATError
-from cat_plugin.metrics import agreement, kl_divergence, paired_statistics, standard_error, top_k_correct
+from cat_plugin.metrics import (
+    ClassChanges,
+    agreement,
+    kl_divergence,
+    paired_statistics,
+    standard_error,
+    top_k_correct,
+)
 
 
 def test_top_k_table():
@@ -44,6 +51,13 @@ def test_paired_statistics_table():
     assert (found.images, found.won, found.lost, found.delta) == (100, 8, 2, 6.0)
     # Two-sided exact test of 2 in 10: 2 * (1 + 10 + 45) / 1024
     assert found.p_value == pytest.approx(2 * 56 / 1024)
+
+
+def test_class_changes_table():
+    targets = torch.tensor([0, 0, 0, 2, 2, 1])
+    before = torch.tensor([True, False, False, True, False, True])
+    after = torch.tensor([False, True, True, True, False, False])
+    assert ClassChanges.of(targets, before, after, 4) == ClassChanges(won=(2, 0, 0, 0), lost=(1, 1, 0, 0))
 
 
 def test_p_value_against_the_binomial_distribution():

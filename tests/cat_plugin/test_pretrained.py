@@ -438,5 +438,5 @@ def test_report_round_trip():
     assert CATReport.from_dict(dataclasses.asdict(report)) == report
     little = apply_cat(*(model.eval() for model in model_pair()), images(1)).report
     assert little.held_out is None and CATReport.from_dict(json.loads(json.dumps(little.to_dict()))) == little
-    with pytest.raises(CATError, match=re.escape("the report has unknown fields ['clusters'] and lacks []")):
-        CATReport.from_dict({**report.to_dict(), "clusters": 3})
+    with pytest.raises(CATError, match=re.escape("the report has unknown fields ['colour'] and lacks []")):
+        CATReport.from_dict({**report.to_dict(), "colour": 3})
