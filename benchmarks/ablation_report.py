@@ -10,9 +10,10 @@ from benchmarks.anchors import CURVES, SOURCE, Anchor, load_anchors
 from benchmarks.draws import Gain
 from benchmarks.evaluate import MODES
 from benchmarks.factors import ABLATED, FACTORS, Value
-from benchmarks.plots import COLOURS, MARKERS, gain_axis, new_figure, save
+from benchmarks.plots import COLOURS, MARKERS, gain_axis, new_figure
 from benchmarks.report import align, signed, to_csv, write_texts
 from benchmarks.robustness_report import gains_table, mean_gain
+from cat_plugin.plotting import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,7 +109,7 @@ def plot(factor: str, lines: Sequence[Line], path: Path) -> bool:
     panels[0].set_ylabel("gain in top-1, percentage points")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="x-small", frameon=False)
-    save(figure, path)
+    save_figure(figure, path)
     return True
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from baselines.files import digest_tensors
 from benchmarks.command import environment, exit_code, load_network, settings_grid
+from benchmarks.comparison_plots import plot_comparison
 from benchmarks.data import Dataset
 from benchmarks.environment import code_digest, versions
 from benchmarks.evaluate import Measurement, Protocol, Setting, measure
@@ -44,7 +45,7 @@ def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
         return measure(setting, protocol, dataset, args.model, model, args.modes, **kept, progress=progress)
 
     measured = rows.complete(grid, work, progress=progress)
-    written = write_report(folder, measured)
+    written = write_report(folder, measured) | plot_comparison(folder, measured, dataset.classes)
     seconds = sum(measurement.seconds for measurement in measured)
     write_environment(folder, environment(NAME, argv, args.seeds, seconds) | settings)
     print(f"\n{to_markdown(measured)}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
@@ -68,6 +69,7 @@ def _settings(
         "kind": NAME,
         "dataset": dataset.name,
         "model": model_name,
+        "classes": list(dataset.classes),
         "data_digest": dataset.digest(),
         "weights_digest": digest_tensors(model.state_dict()),
         "code_digest": code_digest("benchmarks.evaluate", "benchmarks.command"),

@@ -18,7 +18,8 @@ from cat_plugin.collect import PairedOutputs, collect_outputs
 
 SCORING_BATCH = 256
 PAPER_CLUSTERS = 64
-MODES = {"plain_affine": "plain affine", "cat_paper": "CAT (paper)", "cat": "CAT"}
+DEFAULT = "cat"
+MODES = {"plain_affine": "plain affine", "cat_paper": "CAT (paper)", DEFAULT: "CAT"}
 """Kinds of correction, and what they are called in tables."""
 
 
@@ -116,7 +117,9 @@ def measure(
         setting, protocol, dataset, fp_model, cache=cache, cache_device=cache_device, progress=progress
     )
     configs = corrections(protocol.n_cat, setting.seed)
-    predictions = pairs.score({mode: pairs.fit(config) for mode, config in configs.items() if mode in modes})
+    fitted = {mode: pairs.fit(config) for mode, config in configs.items() if mode in modes}
+    predictions = pairs.score(fitted)
+    profiles = pairs.profile(fitted[DEFAULT]) if DEFAULT in fitted else ()
     row = Row(
         dataset=dataset.name,
         model=model_name,
@@ -126,7 +129,7 @@ def measure(
         n_cat=protocol.n_cat,
         **_figures(predictions),
     )
-    return Measurement(row, predictions, time.perf_counter() - started)
+    return Measurement(row, predictions, time.perf_counter() - started, profiles)
 
 
 def paired_logits(
@@ -176,7 +179,7 @@ def corrections(n_cat: int, seed: int) -> dict[str, CATConfig]:
     configs = {
         "plain_affine": CATConfig.paper(num_clusters=1, alpha=1.0, seed=seed),
         "cat_paper": CATConfig.paper(num_clusters=PAPER_CLUSTERS, seed=seed),
-        "cat": CATConfig(seed=seed),
+        DEFAULT: CATConfig(seed=seed),
     }
     return {mode: config for mode, config in configs.items() if mode != "cat_paper" or n_cat >= PAPER_CLUSTERS}
 

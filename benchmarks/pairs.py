@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.guard import LeakGuard, fit_guarded, joined
 from cat_plugin import CATConfig, ClusterAffine
+from cat_plugin.profile import ClusterProfile, profile_clusters
 
 FRESH, TUNED = "fresh", "tuned"
 ORIGINS = FRESH, TUNED
@@ -69,8 +70,15 @@ class PairedLogits:
     def score(self, corrections: dict[str, ClusterAffine]) -> dict[str, Tensor]:
         """Classes that are predicted for the test images, int16 ``(M,)``: ``labels``, ``fp``, ``lq`` and corrected."""
         logits = {"fp": self.test_f, "lq": self.test_q}
-        for name, correction in corrections.items():
-            takes_features = correction.feature_mix is not None
-            logits[name] = correction(self.test_q, self.test_h) if takes_features else correction(self.test_q)
+        logits |= {name: self._corrected(correction) for name, correction in corrections.items()}
         predictions = {name: values.argmax(1).to(torch.int16) for name, values in logits.items()}
         return {"labels": self.labels.to(torch.int16), **predictions}
+
+    def profile(self, correction: ClusterAffine) -> tuple[ClusterProfile, ...]:
+        """What the correction does to the logits of the test images, cluster by cluster."""
+        return profile_clusters(correction, self.test_q, self.test_f, self._corrected(correction))
+
+    def _corrected(self, correction: ClusterAffine) -> Tensor:
+        """``(M, C)`` logits of the test images."""
+        takes_features = correction.feature_mix is not None
+        return correction(self.test_q, self.test_h) if takes_features else correction(self.test_q)

@@ -7,6 +7,7 @@ from types import ModuleType
 
 from benchmarks import BenchmarkError, ablate, compare, robustness
 from benchmarks.command import exit_code
+from benchmarks.comparison_plots import plot_comparison
 from benchmarks.evaluate import Measurement
 from benchmarks.options import parse_report
 from benchmarks.report import title, to_markdown, write_report
@@ -30,7 +31,7 @@ def _report(args: argparse.Namespace) -> None:
             raise BenchmarkError(f"{folder} is no run of {', '.join(KINDS)}")
         if kind == compare.NAME:
             measured = compare.rows_of(folder).stored(settings["grid"])
-            files = write_report(folder, measured)
+            files = write_report(folder, measured) | plot_comparison(folder, measured, settings.get("classes"))
             _join(compared, measured)
         else:
             text, files = KINDS[kind].recompute(folder, settings)

@@ -11,8 +11,10 @@ from torch import Tensor
 from baselines.files import atomic_path
 from benchmarks import BenchmarkError
 from benchmarks.files import write_text
+from cat_plugin.plain import from_plain, to_plain
+from cat_plugin.profile import ClusterProfile
 
-SECONDS = "seconds"  # stands beside the fields of a stored row
+SECONDS, PROFILES = "seconds", "profiles"  # stand beside the fields of a stored row
 LABELS = "labels"
 
 AnyRow = TypeVar("AnyRow")
@@ -23,12 +25,14 @@ class Record(Generic[AnyRow]):
     """A row, a dataclass, and what its figures come from.
 
     ``predictions`` holds int16 tensors ``(n_eval,)``: ``labels``, and the classes that each network predicts (``fp``,
-    ``lq``, and one a correction). ``seconds`` is the time it took, 0 where that is unknown.
+    ``lq``, and one a correction). ``seconds`` is the time it took, 0 where that is unknown. ``profiles`` are what a
+    correction did to the logits of the test images, where that is kept for a figure.
     """
 
     row: AnyRow
     predictions: dict[str, Tensor]
     seconds: float = 0.0
+    profiles: tuple[ClusterProfile, ...] = ()
 
     row_type: ClassVar[type]
 
@@ -55,11 +59,13 @@ class Record(Generic[AnyRow]):
         """Write the row as JSON to ``path``, last: where it is, the predictions are beside it, too."""
         with atomic_path(path.with_suffix(".safetensors")) as temporary:
             save_file(self.predictions, temporary)
-        write_text(path, json.dumps({**asdict(self.row), SECONDS: self.seconds}, indent=2) + "\n")
+        beside = {SECONDS: self.seconds} | ({PROFILES: to_plain(self.profiles)} if self.profiles else {})
+        write_text(path, json.dumps({**asdict(self.row), **beside}, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Record[AnyRow]":
         """Inverse of :meth:`store`."""
         values = json.loads(path.read_text("utf-8"))
         seconds = values.pop(SECONDS, 0.0)
-        return cls(cls.row_type(**values), load_file(path.with_suffix(".safetensors")), seconds)
+        profiles = from_plain(tuple[ClusterProfile, ...], values.pop(PROFILES, []), PROFILES)
+        return cls(cls.row_type(**values), load_file(path.with_suffix(".safetensors")), seconds, profiles)

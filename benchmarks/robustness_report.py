@@ -7,8 +7,9 @@ from pathlib import Path
 
 from benchmarks.draws import Gain, Source
 from benchmarks.evaluate import MODES
-from benchmarks.plots import STYLES, gain_axis, new_figure, save
+from benchmarks.plots import STYLES, gain_axis, new_figure
 from benchmarks.report import align, signed, to_csv, write_texts
+from cat_plugin.plotting import save_figure
 
 FIGURE = "robustness.png"
 SPREAD = 0.3  # of the distance to the next size, that dots of different sources keep from its middle
@@ -102,7 +103,7 @@ def plot(gains: Sequence[Gain], path: Path) -> bool:
         gain_axis(panel)
     panels[0].set_ylabel("gain in top-1, percentage points")
     figure.suptitle("Every dot is a draw, every bar the mean of a size", fontsize="medium")
-    save(figure, path)
+    save_figure(figure, path)
     return True
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from cat_plugin.report import CATReport
 
 # Colours of Okabe and Ito, which people with any colour vision tell apart; markers tell them apart without colour.
-FP, QUANTIZED, CORRECTED = ("#000000", "o"), ("#D55E00", "s"), ("#0072B2", "^")
-WON, LOST = CORRECTED[0], QUANTIZED[0]
+FP, QUANTIZED, CORRECTED = ("#000000", "o"), ("#E69F00", "s"), ("#009E73", "^")
+WON, LOST = "#0072B2", "#D55E00"
 BACKGROUND = "white"  # of its own, so that a figure reads the same on a light and on a dark page
 DPI = 150
 SMALL = "small"
@@ -59,9 +59,16 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
 
 def draw_clusters(
-    part: "Figure", clusters: Sequence[ClusterProfile], num_clusters: int, names: Sequence[str] | None = None
+    part: "Figure",
+    clusters: Sequence[ClusterProfile],
+    num_clusters: int,
+    names: Sequence[str] | None = None,
+    images: str = "held out",
 ) -> None:
-    """A column a cluster: above, mean logits in all three models; below, how far they are from full precision."""
+    """A column a cluster: above, mean logits in all three models; below, how far they are from full precision.
+
+    `images` says in a word which images these are.
+    """
     panels = part.subplots(2, len(clusters), squeeze=False, sharey="row", sharex="col", height_ratios=(3, 2))
     for (panel, differences), profile in zip(panels.T, clusters, strict=True):
         places = range(len(profile.classes))
@@ -83,7 +90,7 @@ def draw_clusters(
         differences.set_xticks(places, labels, rotation=60, fontsize="x-small")
         where = "all images" if num_clusters == 1 else f"cluster {profile.cluster}"
         panel.set_title(
-            f"{where}: {profile.images:,} held out\nKL to FP {profile.kl_before:.3f} -> {profile.kl_after:.3f} nats",
+            f"{where}: {profile.images:,} {images}\nKL to FP {profile.kl_before:.3f} -> {profile.kl_after:.3f} nats",
             fontsize=SMALL,
         )
         panel.grid(axis="y", linewidth=0.3)
