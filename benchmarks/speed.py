@@ -5,6 +5,7 @@ import copy
 import csv
 import io
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -196,3 +197,7 @@ def _images(args: argparse.Namespace) -> Tensor:
         return load_cifar10(args.data, args.cache, progress=not args.no_progress).train_images
     generator = torch.Generator().manual_seed(0)
     return torch.randn(args.n_calib, 3, CIFAR10_SIZE, CIFAR10_SIZE, generator=generator)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

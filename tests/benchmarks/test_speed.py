@@ -1,5 +1,7 @@
 import csv
 import io
+import runpy
+import sys
 
 import pytest
 import torch
@@ -97,3 +99,10 @@ def test_unusable_options_are_errors_of_the_user(options, message, capsys, tmp_p
     assert main([*TINY, "--results", str(tmp_path), *options]) == 2
     assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_the_module_is_a_command_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["speed", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("benchmarks.speed", run_name="__main__")
+    assert ended.value.code == 0 and "python -m benchmarks speed" in capsys.readouterr().out
