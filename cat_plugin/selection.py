@@ -351,9 +351,8 @@ def _cross_fit(data: _Data) -> dict[str, Tensor]:
     """(N, C) float32 outputs of every family, each image by a map that was fitted without it.
 
     Of the clusterings, only the one that brings a family nearest to full precision, by the criterion at temperature 1,
-    is kept. The components and
-    clusterings are those of all images, which says nothing of their full-precision logits. Few images are cut into
-    more parts, so that the maps judged are nearly those of all images.
+    is kept. The components and clusterings are those of all images, which says nothing of their full-precision logits.
+    Few images are cut into more parts, so that the maps judged are nearly those of all images.
     """
     n_rows = len(data.q)
     folds = 10 if n_rows <= 512 else 5

@@ -101,14 +101,14 @@ def to_markdown(found: Sequence[Line]) -> str:
 
 def _table(axis: str, found: Sequence[Line]) -> str:
     fixed = ", ".join(f"{value:,} {name}" for name, value in asdict(Size()).items() if name != axis)
-    table = [("operation", "figure", *(f"{value:,} {axis}" for value in AXES[axis]))]
+    table = [("operation", "figure", *(f"{value:,}" for value in AXES[axis]))]
     for operation in READS:
         own = [line for line in found if line.operation == operation]
         table.append((operation, "ms a call", *(_short(1e3 * line.seconds) for line in own)))
         table.append((operation, "us a row", *(_short(line.us_per_row) for line in own)))
         if operation != "copy":
             table.append((operation, "plain copies", *(_short(line.copies) for line in own)))
-    return f"With {axis}, at {fixed}, processor time on one thread:\n\n{align(table)}"
+    return f"By number of {axis}, at {fixed}, processor time on one thread:\n\n{align(table)}"
 
 
 def _short(figure: float) -> str:

@@ -12,7 +12,7 @@ from benchmarks.perf.timings import copy_of, normal, paired_logits, processor_ti
 from cat_plugin import CATConfig, ClusterAffine, fit_cluster_affine
 
 FOLDER = Path("results") / "perf"
-LARGE = 2**21
+LARGE = 2**20
 """Logits, with which a selection takes so long that it is timed once."""
 
 pytestmark = processor_time
