@@ -21,7 +21,7 @@ test: $(STAMP)  ## all tests but the slow ones; ARGS="-m slow" runs those
 integration: $(INTEGRATION_STAMP)  ## other toolkits' models, corrected; writes results/integration/results.md
 	PATH="$(INTEGRATION_BIN):$$PATH" $(INTEGRATION_BIN)/python -m pytest -m integration --disable-warnings tests/integration $(ARGS)
 
-perf: $(STAMP)  ## what applying a correction costs, against a network and against a loop over images
+perf: $(STAMP)  ## what applying, fitting and collecting cost, and how that grows; writes results/perf/growth.md
 	$(BIN)/python -m pytest benchmarks/perf $(ARGS)
 
 lint: $(STAMP)

@@ -8,6 +8,7 @@ from benchmarks.draws import FIT_SEED, Cell, Source
 from benchmarks.evaluate import corrections
 from benchmarks.pairs import ORIGINS
 from cat_plugin import CATConfig
+from cat_plugin.criteria import CRITERIA
 
 ABLATED = ("cat_paper", "cat")
 Value = int | float | str
@@ -57,6 +58,11 @@ def _featured(cell: Cell, features: str) -> Cell | None:
         return cell
     known = cell.source.features and cell.config.mode == "auto"
     return replace(cell, config=replace(cell.config, features=features)) if known else None
+
+
+def _judged(cell: Cell, criterion: str) -> Cell | None:
+    """Paper mode judges nothing."""
+    return _configured("criterion")(cell, criterion) if cell.config.mode == "auto" else None
 
 
 def _possible(cell: Cell) -> Cell | None:
@@ -112,6 +118,13 @@ FACTORS: dict[str, Factor] = {
         values=("without", "with"),
         kind=str,
         change=_featured,
+        scale="names",
+    ),
+    "criterion": Factor(
+        label="selection criterion",
+        values=tuple(CRITERIA),
+        kind=str,
+        change=_judged,
         scale="names",
     ),
     "seed": Factor(

@@ -83,6 +83,11 @@ def apply_cat(
             f"layer={layer!r} with features={config.features!r}: features feed the correction of the model's output; "
             "give one of the two"
         )
+    if layer is not None and config.criterion != CATConfig.criterion:
+        raise CATError(
+            f"layer={layer!r} with criterion={config.criterion!r}: channels of a layer are no classes, and are judged "
+            "by their squared error; leave criterion out"
+        )
     running = {"forward_fn": forward_fn, "batch_size": batch_size, "progress": progress}
     reading = {"output": output, "class_axis": config.class_axis}
     batches = stream_outputs(

@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from cat_plugin.criteria import CRITERIA
 from cat_plugin.errors import CATError
 
 MODES = ("auto", "paper")
@@ -32,6 +33,11 @@ class CATConfig:
     positions         of such outputs, how many positions of an image are drawn for the fit
     features          name of a layer of the quantized model whose output, averaged over
                       positions, feeds the map too; `"auto"` only
+    criterion         what has to improve on held-out images, and chooses the number of clusters and
+                      how far to go; `"auto"` only. `"softened_kl"`: KL(FP || output) of predictions
+                      softened by a temperature, each side at the scale that suits it; `"kl"`: plain
+                      KL; `"squared_error"` of the logits, less their mean over classes;
+                      `"agreement"` with FP's class; `"none"`: chooses as the first, demands nothing
     seed              of PCA, k-means, the folds and the positions
     ================  ==========================================================================
     """
@@ -44,6 +50,7 @@ class CATConfig:
     class_axis: int | None = None
     positions: int = 64
     features: str | None = None
+    criterion: str = "softened_kl"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,6 +60,13 @@ class CATConfig:
             raise CATError(
                 f"features={self.features!r} with mode={self.mode!r}: expected the name of a layer of the quantized "
                 "model, such as 'layer4', and mode='auto', since the published recipe knows logits only"
+            )
+        if self.criterion not in tuple(CRITERIA):
+            raise CATError(f"criterion={self.criterion!r} should be one of {', '.join(map(repr, CRITERIA))}")
+        if self.mode == "paper" and self.criterion != type(self).criterion:
+            raise CATError(
+                f"criterion={self.criterion!r} with mode='paper': expected mode='auto', since the published recipe "
+                "judges nothing on held-out images"
             )
         self._check_int("num_clusters", 1)
         self._check_int("pca_dim", 1)

@@ -7,10 +7,11 @@ images that they were not fitted on. Where held-out images show no gain, the ide
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize
 from sklearn.decomposition import PCA
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from cat_plugin.affine import AffineSums, DeviationSums, SharedSums, fit_affine,
 from cat_plugin.clustering import Clusters, cluster, one_cluster
 from cat_plugin.config import CATConfig
 from cat_plugin.correction import ClusterAffine
+from cat_plugin.criteria import CRITERIA, SOFTENED_KL, Criterion, best_scale, softened
 from cat_plugin.distributed import ALONE, Processes
 from cat_plugin.divergence import cross_entropy, fit_class_divergence, fit_shared_divergence
 from cat_plugin.metrics import standard_error
@@ -57,8 +59,8 @@ is drawn."""
 class Candidate:
     """A family of maps.
 
-    kl_gain: by how much it lowers the held-out divergence, in nats, and kl_gain_error its standard error, as in
-    `Evidence`; weight: its share in the correction.
+    kl_gain: by how much it lowers the held-out softened divergence, in nats, and kl_gain_error its standard error, as
+    in `Evidence`; weight: its share in the correction.
     """
 
     name: str
@@ -72,8 +74,9 @@ class Evidence:
     """What held-out images say about a correction.
 
     images: how many there were (positions, where outputs have such). kl_gain: mean fall of the softened
-    KL(FP || output), both at the scale that suits them best, in nats, and kl_gain_error its standard error. changed:
-    percentage of predictions that the correction changes. accepted: whether it is used, and reason says why.
+    KL(FP || output), both at the scale that suits them best, in nats, whatever the criterion, and kl_gain_error its
+    standard error. changed: percentage of predictions that the correction changes. accepted: whether it is used, and
+    reason says why, by the criterion.
     """
 
     images: int
@@ -115,7 +118,7 @@ def select(store: LogitStore, config: CATConfig, processes: Processes = ALONE) -
 
     Args:
         store: logits (N, C) of both models, and features.
-        config: its `num_clusters`, `pca_dim`, `min_cluster_size`, `alpha` and `seed` count.
+        config: its `num_clusters`, `pca_dim`, `min_cluster_size`, `alpha`, `criterion` and `seed` count.
         processes: that call this function, each with images of its own.
     """
     (q, f, h, owners), rows, repeated = _sample(store, config, processes)
@@ -226,6 +229,7 @@ class _Data:
     teacher: Tensor
     owners: Tensor | None
     seed: int
+    criterion: Criterion
 
     @classmethod
     def prepare(
@@ -240,8 +244,8 @@ class _Data:
             if count <= limit:
                 clusterings[count] = cluster(q.numpy(), basis.mean.numpy(), basis.unwhitened(), count, config.seed)
         temperature = SOFTENING * max(f.std(dim=1).mean().item(), 1e-6) if q.shape[1] > 1 else 1.0
-        teacher = (f / temperature).softmax(dim=1)
-        return cls(q, f, z, basis, feature_basis, clusterings, temperature, teacher, owners, config.seed)
+        shared = q, f, z, basis, feature_basis, clusterings, temperature, softened(f, temperature)
+        return cls(*shared, owners, config.seed, CRITERIA[config.criterion])
 
     @property
     def rank(self) -> int:
@@ -346,9 +350,9 @@ def _with_count(name: str, count: int) -> str:
 def _cross_fit(data: _Data) -> dict[str, Tensor]:
     """(N, C) float32 outputs of every family, each image by a map that was fitted without it.
 
-    Of the clusterings, only the one that brings a family nearest to full precision is kept. The components and
-    clusterings are those of all images, which says nothing of their full-precision logits. Few images are cut into
-    more parts, so that the maps judged are nearly those of all images.
+    Of the clusterings, only the one that brings a family nearest to full precision, by the criterion at temperature 1,
+    is kept. The components and clusterings are those of all images, which says nothing of their full-precision logits.
+    Few images are cut into more parts, so that the maps judged are nearly those of all images.
     """
     n_rows = len(data.q)
     folds = 10 if n_rows <= 512 else 5
@@ -367,12 +371,12 @@ def _cross_fit(data: _Data) -> dict[str, Tensor]:
                 outputs[name][held_out] = data.apply(affine_map, held_out).float()
         return outputs
 
-    best, best_value, unsoftened = {}, math.inf, data.f.softmax(dim=1)
+    best, best_value, target = {}, math.inf, data.criterion.target(data.f, 1.0)
     for count in data.clusterings:
         if count > 1:
             folded = zip(others, maps, strict=True)
             outputs = outputs_of([data.fit_cluster_maps(rows, found, count) for rows, found in folded])
-            value = min(_divergence(output.double(), unsoftened, 1.0).mean().item() for output in outputs.values())
+            value = min(data.criterion.loss(out.double(), target, 1.0).mean().item() for out in outputs.values())
             if value < best_value:
                 best, best_value = outputs, value
     return outputs_of(maps) | best
@@ -425,7 +429,7 @@ def _weigh(outputs: dict[str, Tensor], data: _Data) -> dict[str, float]:
     trusted = np.array([float(name in TRUSTED) for name in names])
     trusted /= trusted.sum()
     mean = torch.einsum("m,mnc->nc", torch.from_numpy(trusted), stacked)
-    scale = _best_scale(mean, teacher)
+    scale = best_scale(mean, teacher)
     penalty = WEIGHT_PRIOR * _dispersion(stacked, (scale * mean).softmax(dim=1), teacher) / len(data.q)
 
     def value_and_gradient(weights: np.ndarray) -> tuple[float, np.ndarray]:
@@ -439,18 +443,18 @@ def _weigh(outputs: dict[str, Tensor], data: _Data) -> dict[str, float]:
 
 
 def _temper(weights: dict[str, float], outputs: dict[str, Tensor], data: _Data) -> dict[str, float]:
-    """`weights`, moved towards the identity as far as held-out images ask, in steps of a quarter.
+    """`weights`, moved towards the identity as far as held-out images ask by the criterion, in steps of a quarter.
 
     Few images give a direction sooner than a distance.
     """
     total = sum(weights.values())
     output = sum(weight * outputs[name].double() for name, weight in weights.items())
-    plain = total * data.q
+    plain, target = total * data.q, data.criterion.target(data.f, data.temperature)
 
-    def divergence(share: float) -> float:
-        return _divergence(plain + share * (output - plain), data.teacher, data.temperature).mean().item()
+    def loss(share: float) -> float:
+        return data.criterion.loss(plain + share * (output - plain), target, data.temperature).mean().item()
 
-    share = min(SHARES, key=divergence)
+    share = min(SHARES, key=loss)
     tempered = {name: share * weight for name, weight in weights.items()}
     tempered[IDENTITY] += (1 - share) * total
     return tempered
@@ -471,18 +475,13 @@ def _dispersion(stacked: Tensor, predicted: Tensor, teacher: Tensor) -> float:
 
 
 def _judge(outputs: dict[str, Tensor], weights: dict[str, float], held_out: Tensor, data: _Data) -> Evidence:
-    plain = _divergence(data.q, data.teacher, data.temperature)
-
-    def gain(output: Tensor) -> tuple[float, float]:
-        gains = plain - _divergence(output, data.teacher, data.temperature)
-        return gains.mean().item(), standard_error(gains, data.owners)
-
     total = sum(weights.values())
+    softened_kl = _falls(SOFTENED_KL, data)
     candidates = tuple(
-        Candidate(name, *gain(output.double()), weights[name] / total if total else 0.0)
+        Candidate(name, *softened_kl(output.double()), weights[name] / total if total else 0.0)
         for name, output in outputs.items()
     )
-    kl_gain, error = gain(held_out)
+    criterion, (fall, error) = data.criterion, _falls(data.criterion, data)(held_out)
     target, before, after = (logits.argmax(dim=1) for logits in (data.f, data.q, held_out))
     changed = 100.0 * (after != before).double().mean().item()
     won, lost = int(((after == target) & (before != target)).sum()), int(((before == target) & (after != target)).sum())
@@ -491,20 +490,28 @@ def _judge(outputs: dict[str, Tensor], weights: dict[str, float], held_out: Tens
         net = (after == target).double() - (before == target).double()
         spread = standard_error(net, data.owners) * len(net)
     faults = {
-        f"softened KL {_falls(kl_gain)} by {abs(kl_gain):.4f} +- {error:.4f} nats": not kl_gain > 0,
+        criterion.change(fall, error): not fall > 0,
         f"{won} predictions come to agree with FP, and {lost} no longer do": won - lost < MIN_AGREEMENT * spread,
         f"a correction would change {changed:.2f} % of the predictions": changed < MIN_CHANGED,
     }
     found = [fault for fault, given in faults.items() if given]
-    if found:
-        reason = f"nothing to gain: on held-out images, {'; '.join(found)}"
-    else:
-        reason = f"on held-out images, {'; '.join(fault for fault in list(faults)[:2])}"
-    return Evidence(len(data.q), kl_gain, error, changed, not found, reason, candidates)
+    accepted = not (found and criterion.demanded)
+    said = "; ".join(list(faults)[:2] if accepted else found)
+    verdict = "" if accepted and not found else "no evidence was demanded: " if accepted else "nothing to gain: "
+    reason = f"{verdict}on held-out images, {said}"
+    return Evidence(len(data.q), *softened_kl(held_out), changed, accepted, reason, candidates)
 
 
-def _falls(gain: float) -> str:
-    return "falls" if gain > 0 else "does not fall, it changes"
+def _falls(criterion: Criterion, data: _Data) -> Callable[[Tensor], tuple[float, float]]:
+    """A function of logits (N, C): by how much their loss is below the quantized model's, and its standard error."""
+    target = criterion.target(data.f, data.temperature)
+    plain = criterion.loss(data.q, target, data.temperature)
+
+    def fall(output: Tensor) -> tuple[float, float]:
+        falls = plain - criterion.loss(output, target, data.temperature)
+        return falls.mean().item(), standard_error(falls, data.owners)
+
+    return fall
 
 
 def _combine(parts: list[tuple[float, _Map]]) -> _Map:
@@ -514,23 +521,3 @@ def _combine(parts: list[tuple[float, _Map]]) -> _Map:
         sum(weight * getattr(part, name).expand(clusters, -1) for weight, part in parts) for name in ("scale", "shift")
     )
     return _Map(scale, shift, sum(weight * part.mix for weight, part in parts), clusters)
-
-
-def _divergence(output: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """(N,) cross-entropy of predictions against those of the teacher, (N, C), softened by the same temperature, at the
-    scale of `output` (N, C) that makes its mean smallest."""
-    scaled = _best_scale(output / temperature, teacher) * output / temperature
-    return scaled.logsumexp(dim=1) - (teacher * scaled).sum(dim=1)
-
-
-def _best_scale(logits: Tensor, teacher: Tensor) -> float:
-    """The factor of `logits` (N, C) that brings their softmax nearest to `teacher` on average."""
-    inner = (teacher * logits).sum(dim=1).mean()
-    unit = logits.var(dim=1, correction=0).mean().sqrt().clamp(min=1e-12).log().item()
-    found = minimize_scalar(
-        lambda log_scale: ((math.exp(log_scale) * logits).logsumexp(dim=1).mean() - math.exp(log_scale) * inner).item(),
-        bounds=(math.log(0.01) - unit, math.log(1000) - unit),
-        method="bounded",
-        options={"xatol": 1e-3},
-    )
-    return math.exp(found.x)

@@ -1,1 +1,1 @@
-"""What a correction costs, timed by pytest-benchmark: `pytest benchmarks/perf`."""
+"""What applying, fitting and collecting cost, timed by pytest-benchmark: `pytest benchmarks/perf`."""

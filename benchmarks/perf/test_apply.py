@@ -1,17 +1,16 @@
-"""The correction against the network that it corrects, and against scikit-learn's `predict` for each image.
+"""The correction against the network that it corrects, a loop over images, and a plain copy of the logits.
 
-`pytest benchmarks/perf` times all three and then holds their medians against the bars. It is no part of the tests.
+`pytest benchmarks/perf` times all of them and then holds their medians against the bars. It is no part of the tests.
 """
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
 from torchvision.models import resnet18
 
+from benchmarks.perf.naive import Paper
+from benchmarks.perf.timings import Medians, copy_of, normal, processor_time
 from cat_plugin import CATConfig, ClusterAffine, fit_cluster_affine
 
 CLASSES, CLUSTERS, BATCH, PIXELS, IMAGES = 1000, 64, 64, 224, 1024
@@ -21,18 +20,11 @@ MAX_SHARE = 0.001
 MIN_SPEEDUP = 8
 """Against a loop over images."""
 
-medians: dict[str, float] = {}
-"""Seconds, by what was timed."""
+MAX_COPIES = 400
+"""Of the batch of logits."""
 
-
-def normal(*shape: int, seed: int) -> torch.Tensor:
-    """Of logits, images or weights, whose values do not matter here."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def keep_median(name: str, benchmark) -> None:
-    if benchmark.stats is not None:  # as with --benchmark-disable
-        medians[name] = benchmark.stats.stats.median
+pytestmark = processor_time
+medians = Medians()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,43 +46,40 @@ def test_resnet18_forward(benchmark):
         torch.manual_seed(0)
         model = resnet18(weights=None).eval()
     benchmark.pedantic(model, (normal(BATCH, 3, PIXELS, PIXELS, seed=1),), rounds=5, warmup_rounds=1)
-    keep_median("network", benchmark)
+    medians.keep("network", benchmark)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_correction(benchmark, kind):
     benchmark(make_correction(kind), normal(BATCH, CLASSES, seed=1))
-    keep_median(kind, benchmark)
+    medians.keep(kind, benchmark)
 
 
 def test_loop_over_images(benchmark):
     """As the published code does: PCA, `predict` and the map of its cluster for one image at a time."""
     q = normal(IMAGES, CLASSES, seed=0).numpy()
-    pca = PCA(50, random_state=0).fit(q)
-    kmeans = KMeans(CLUSTERS, random_state=0, n_init="auto").fit(pca.transform(q))
-    gamma, beta = np.ones((CLUSTERS, CLASSES), np.float32), np.zeros((CLUSTERS, CLASSES), np.float32)
-    batch = normal(BATCH, CLASSES, seed=1).numpy()
+    paper = Paper.fit(q, q, CLUSTERS)
+    benchmark(paper.apply, normal(BATCH, CLASSES, seed=1).numpy())
+    medians.keep("loop", benchmark)
 
-    def loop() -> np.ndarray:
-        rows = []
-        for row in batch:
-            k = kmeans.predict(pca.transform(row[None]))[0]
-            rows.append(row + 0.4 * (gamma[k] * row + beta[k] - row))
-        return np.stack(rows)
 
-    benchmark(loop)
-    keep_median("loop", benchmark)
+def test_copy(benchmark):
+    benchmark(copy_of(normal(BATCH, CLASSES, seed=1)))
+    medians.keep("copy", benchmark)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bars(kind, record_property):
     """Of the medians above."""
-    if set(medians) != {"network", "loop", *KINDS}:
+    if set(medians) != {"network", "loop", "copy", *KINDS}:
         pytest.skip("needs the timings of all tests above in one run")
     share, speedup = medians[kind] / medians["network"], medians["loop"] / medians[kind]
+    copies = medians[kind] / medians["copy"]
     figures = (
-        f"{share:.4%} of a ResNet-18 forward at {PIXELS} pixels, {speedup:.0f} times as fast as a loop over images"
+        f"{share:.4%} of a ResNet-18 forward at {PIXELS} pixels, {speedup:.0f} times as fast as a loop over images, "
+        f"as long as {copies:.0f} plain copies of the logits"
     )
     record_property("figures", f"correction ({kind}) of {BATCH} images: {figures}")
     assert share < MAX_SHARE
     assert speedup >= MIN_SPEEDUP
+    assert copies < MAX_COPIES

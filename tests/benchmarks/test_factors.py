@@ -68,6 +68,13 @@ def test_features_are_for_the_default_where_there_are_some():
         assert [point.value for point in grid][:2] == ["without", "without"]
 
 
+def test_criterion_is_for_the_default_alone():
+    grid = found("criterion", FACTORS["criterion"].values)
+    assert [point.cell.mode for point in grid] == 5 * ["cat"]
+    expected = [{"criterion": name} for name in ("kl", "squared_error", "agreement", "none")]
+    assert [differences(point.cell) for point in grid] == [{}, *expected]
+
+
 def test_draws_are_disjoint_and_of_every_source():
     grid = found("images", (64, 150), [source("a", 300), source("b", 140)], max_draws=3)
     counts = {}
@@ -88,4 +95,5 @@ def test_fits_that_stand_for_several_values_are_made_once():
     centre = [
         point.factor for point in grid if point.cell.mode == "cat" and not differences(point.cell).keys() - {"images"}
     ]
-    assert {"clusters", "alpha", "pca-dim", "images", "cluster-size", "origin", "features", "seed"} == set(centre)
+    assert set(FACTORS) == set(centre)
+    assert {"clusters", "alpha", "pca-dim", "images", "criterion", "origin"} <= set(FACTORS)

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from cat_plugin import CATConfig, CATError
+from cat_plugin.criteria import CRITERIA
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,13 @@ from cat_plugin import CATConfig, CATError
         ("alpha", 1.5, "alpha=1.5 should be a number from 0"),
         ("alpha", float("nan"), "alpha=nan should be a number from 0"),
         ("alpha", "half", "alpha='half' should be a number from 0"),
+        (
+            "criterion",
+            "top1",
+            "criterion='top1' should be one of 'softened_kl', 'kl', 'squared_error', 'agreement', 'n",
+        ),
+        ("criterion", None, "criterion=None should be one of"),
+        ("criterion", ["kl"], r"criterion=\['kl'\] should be one of"),
     ],
 )
 def test_invalid_value_is_named(field, value, message):
@@ -44,6 +52,21 @@ def test_dict_round_trip_through_json():
     assert CATConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(CATError, match=r"unknown CATConfig fields \['clusters'\]"):
         CATConfig.from_dict({"clusters": 3})
+
+
+def test_criterion_is_no_setting_of_paper_mode():
+    with pytest.raises(CATError, match=r"^criterion='kl' with mode='paper': expected mode='auto'"):
+        CATConfig(mode="paper", criterion="kl")
+    assert CATConfig(mode="paper", criterion="softened_kl") == CATConfig(mode="paper")
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_criterion_goes_through_json_and_may_be_absent(criterion):
+    config = CATConfig(criterion=criterion)
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values.pop("criterion") == criterion
+    assert CATConfig.from_dict(values) == CATConfig()
+    assert CATConfig.from_dict(values | {"criterion": criterion}) == config
 
 
 def test_is_a_frozen_value():

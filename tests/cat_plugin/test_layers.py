@@ -208,6 +208,11 @@ ERRORS = {
         {"layer": "body", "config": CATConfig(features="body")},
         "layer='body' with features='body'",
     ),
+    "with a criterion": (
+        net_pair,
+        {"layer": "body", "config": CATConfig(criterion="agreement")},
+        "layer='body' with criterion='agreement': channels of a layer are no classes",
+    ),
     "no class axis": (net_pair, {"layer": "head", "config": CATConfig(class_axis=3)}, None),
     "wrong class axis": (
         net_pair,
