@@ -1,4 +1,8 @@
-"""Collecting paired logits, against running both models on the same batches and against a copy of their outputs."""
+"""Collecting paired logits, against running both models on the same batches and against a copy of their outputs.
+
+Most of what is added to large models comes once a call, however many batches there are: a digest of all parameters and
+buffers of both models, before and after, by which a change of them is noticed.
+"""
 
 from collections.abc import Callable
 
@@ -10,8 +14,8 @@ from torchvision.models import resnet18
 from benchmarks.perf.timings import Medians, copy_of, normal, processor_time
 from cat_plugin.collect import collect_outputs
 
-CLASSES, BATCH, BATCHES, PIXELS, INPUTS = 1000, 64, 2, 64, 16
-MAX_ADDED = 0.25
+CLASSES, BATCH, BATCHES, PIXELS, INPUTS = 1000, 64, 4, 64, 16
+MAX_ADDED = 0.4
 """Of the time that both networks take, timings of which vary by more than what is added."""
 
 pytestmark = processor_time
@@ -79,8 +83,8 @@ def test_what_collecting_adds(kind, record_property):
     both, alone = medians[kind], medians[f"{kind} alone"]
     added = both - alone
     figures = (
-        f"{1e3 * both:.2f} ms, {added / alone:+.1%} on top of running both models, {1e6 * added / BATCHES:+,.0f} us a "
-        f"batch, {added / medians['copy']:+,.0f} plain copies of their outputs"
+        f"{1e3 * both:.1f} ms, {1e3 * added:+.1f} ms ({added / alone:+.0%}) on top of running both models, as long as "
+        f"{added / medians['copy']:,.0f} plain copies of their outputs"
     )
     record_property("figures", f"collecting ({kind}, {BATCHES} batches of {BATCH}): {figures}")
     if kind != "a linear layer":
