@@ -88,6 +88,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         held = f"a mapping with the keys {_some(state)}" if isinstance(state, Mapping) else type(state).__name__
         raise BenchmarkError(f"{path} is not a state_dict, that is names with tensors; it holds {held}")
+    # Files from before torch 0.4.1 lack these counters, which only training uses.
+    counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
+    state = {**counters, **state}
     _refuse_misfit(model, state, path)
     model.load_state_dict(state)
 
