@@ -25,6 +25,7 @@ from benchmarks.imagenet import NAME as IMAGENET
 from benchmarks.models import create_model, load_weights
 from benchmarks.options import parse_speed
 from benchmarks.pretrained import untrained
+from benchmarks.processes import refuse_several, this_process
 
 WARM_UP = 0.2  # share of the steps that are not counted; the recipes leave the rounding penalty out as long
 TYPICAL_ITERS = 1000
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _time(args: argparse.Namespace) -> None:
     """Time every unit, then write and print the table."""
+    refuse_several("speed", this_process())
     torch.set_num_threads(args.threads)
     timing = measure(_job(args), args.steps)
     path = args.results / "speed" / f"{args.dataset}-{args.model}-{args.method}-w{args.w_bits}a{args.a_bits}.csv"

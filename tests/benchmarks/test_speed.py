@@ -97,3 +97,17 @@ def test_unusable_options_are_errors_of_the_user(options, message, capsys, tmp_p
     assert main([*TINY, "--results", str(tmp_path), *options]) == 2
     assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_data_of_imagenet_are_not_read(tmp_path, capsys):
+    assert main(["--dataset", "imagenet", "--data", str(tmp_path), "--results", str(tmp_path)]) == 2
+    assert "random images in place of ImageNet's; leave --data out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_network_for_imagenet_is_timed_on_random_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "IMAGENET_SIZE", 32)
+    options = ["--dataset", "imagenet", "--model", "mobilenet_v2", *TINY[2:], "--results", str(tmp_path)]
+    assert main(options) == 0
+    lines = rows(tmp_path / "speed" / "imagenet-mobilenet_v2-qdrop-w2a2.csv")
+    assert lines[-1]["unit"] == "TOTAL" and len(lines) > 10
