@@ -149,7 +149,7 @@ def test_ablation_and_robustness_draw_files_too(tiny_imagenet, tmp_path, capsys)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*TORCHVISION, *TIMM])
-def test_every_network_runs_at_its_own_image_size(name, shared_imagenet, tmp_path, monkeypatch):
+def test_every_network_runs_at_its_own_image_size(name, shared_imagenet, cheap_ranges, tmp_path, monkeypatch):
     if name in TIMM:
         pytest.importorskip("timm")
     save_file(untrained(name, 3, seed=1).state_dict(), tmp_path / "weights.safetensors")

@@ -1,5 +1,6 @@
 """Folders in ImageNet's layout, whole and damaged."""
 
+import os
 import shutil
 
 import pytest
@@ -105,6 +106,15 @@ def test_digest_changes_with_images_and_labels(imagenet_folder, part, change):
     after = load(imagenet_folder)
     assert after.digest() != whole
     assert (after.test_digest() != test) == (part == "val")
+
+
+def test_digest_of_the_val_part_sees_every_byte(imagenet_folder):
+    before = load(imagenet_folder).test_digest()
+    path = imagenet_folder / "val" / WNIDS[1] / "val_3.JPEG"
+    changed, then = path.read_bytes(), path.stat().st_mtime_ns
+    path.write_bytes(changed[:-3] + bytes([changed[-3] ^ 1]) + changed[-2:])
+    os.utime(path, ns=(then, then + 10**6))
+    assert load(imagenet_folder).test_digest() != before
 
 
 SETTING, PROTOCOL = Setting("rtn", 4, 4, seed=1), Protocol(iters=1, n_calib=8, n_cat=16, batch_size=4)
