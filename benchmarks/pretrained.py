@@ -28,8 +28,9 @@ TIMM = {
     "deit_small_patch16_224": "norm",
     "deit_base_patch16_224": "norm",
     "vit_small_patch16_224": "norm",
+    "regnetx_006": "s4",  # of 600 MF, which torchvision lacks and the papers have
 }
-TIMM_FAMILIES = ("deit_", "deit3_", "vit_tiny_", "vit_small_", "vit_base_")
+TIMM_FAMILIES = ("deit_", "deit3_", "vit_tiny_", "vit_small_", "vit_base_", "regnetx_")
 # Top-1 in percent, from results/results-imagenet.csv of huggingface/pytorch-image-models, commit 0173a139.
 TIMM_TOP1 = {
     "deit_tiny_patch16_224.fb_in1k": 72.172,
@@ -37,6 +38,7 @@ TIMM_TOP1 = {
     "deit_base_patch16_224.fb_in1k": 81.992,
     "vit_small_patch16_224.augreg_in21k_ft_in1k": 81.384,
     "vit_tiny_patch16_224.augreg_in21k_ft_in1k": 75.454,
+    "regnetx_006.pycls_in1k": 73.868,
 }
 
 

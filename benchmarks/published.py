@@ -9,17 +9,18 @@ from benchmarks.comparisons import Summary, summarize
 from benchmarks.evaluate import Measurement
 from benchmarks.imagenet import NAME as IMAGENET
 
-# torchvision's names and the papers'.
+# torchvision's and timm's names, and the papers'.
 NETWORKS = {
     "resnet18": "resnet18",
     "resnet50": "resnet50",
     "mobilenet_v2": "mobilenetv2",
+    "regnetx_006": "regnetx_600m",
     "regnet_x_3_2gf": "regnetx_3200m",
 }
-# The papers' other two networks, and what torchvision has in their place.
+# Networks that resemble one of the papers'.
 OTHERS = {
-    "mnasnet1_0": "The papers' MNasNet is the one of twice the width (x2.0); torchvision has x0.5 to x1.3.",
-    "regnet_x_400mf": "The papers' smaller RegNetX has 600 MF; torchvision has 400 and 800 MF.",
+    "mnasnet1_0": "The papers' MNasNet is of twice the width (x2.0); torchvision and timm have none wider than x1.4.",
+    "regnet_x_400mf": "The papers' smaller RegNetX has 600 MF: regnetx_006, of timm.",
 }
 HEADER = "quantized by", "figures of", "FP", "low-bit", "difference", "gain of CAT (paper)", "gain of CAT"
 OURS = "this run"

@@ -83,7 +83,12 @@ def test_named_weights_are_for_all_classes(hub):
 
 @pytest.mark.parametrize(
     ("name", "resize", "mean"),
-    [("resnet18", 256, 0.485), ("deit_tiny_patch16_224", 248, 0.485), ("vit_tiny_patch16_224", 248, 0.5)],
+    [
+        ("resnet18", 256, 0.485),
+        ("deit_tiny_patch16_224", 248, 0.485),
+        ("vit_tiny_patch16_224", 248, 0.5),
+        ("regnetx_006", 256, 0.485),
+    ],
 )
 def test_file_gives_weights_and_the_network_its_transform(tmp_path, name, resize, mean):
     state = untrained(name, 4, seed=5).state_dict()

@@ -8,7 +8,7 @@ import pytest
 import benchmarks.anchors
 from benchmarks.anchors import SOURCES, load_published
 from benchmarks.evaluate import Setting
-from benchmarks.pretrained import TORCHVISION
+from benchmarks.pretrained import TIMM, TORCHVISION
 from benchmarks.published import NETWORKS, OTHERS, beside
 from benchmarks.report import to_markdown
 from tests.benchmarks.rows import make_measurement
@@ -93,7 +93,7 @@ def test_what_was_not_measured_is_a_dash():
 
 
 @pytest.mark.parametrize("model", OTHERS)
-def test_networks_that_torchvision_lacks_are_named(model):
+def test_networks_that_only_resemble_the_papers_have_a_note(model):
     text = to_markdown(run(model))
     assert "Beside" not in text
     assert text.endswith(f"No published figures for these. {OTHERS[model]}")
@@ -110,5 +110,5 @@ def test_nothing_is_said_of_what_the_papers_do_not_speak_of(model, dataset):
 
 
 def test_names_are_networks_on_both_sides():
-    assert NETWORKS.keys() | OTHERS.keys() < TORCHVISION.keys()
+    assert NETWORKS.keys() | OTHERS.keys() < TORCHVISION.keys() | TIMM.keys()
     assert all(len(load_published(name)) > 10 for name in NETWORKS.values())
