@@ -152,7 +152,10 @@ def test_ablation_and_robustness_draw_files_too(tiny_imagenet, tmp_path, capsys)
 def test_every_network_runs_at_its_own_image_size(name, shared_imagenet, cheap_ranges, tmp_path, monkeypatch):
     if name in TIMM:
         pytest.importorskip("timm")
-    save_file(untrained(name, 3, seed=1).state_dict(), tmp_path / "weights.safetensors")
+    model = untrained(name, 3, seed=1)
+    head = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    torch.nn.init.normal_(head.weight)  # zero in torchvision's ViT, so that all images would have the same logits
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
     options = ["--dataset", "imagenet", "--data", str(shared_imagenet), "--model", name, "--workers", "0"]
     options += ["--weights", str(tmp_path / "weights.safetensors"), "--methods", "rtn", "--bits", "4/4"]
     options += ["--n-calib", "4", "--n-cat", "8", "--batch-size", "4", "--modes", "plain_affine", "cat"]

@@ -85,6 +85,8 @@ def test_named_weights_are_for_all_classes(hub):
     ("name", "resize", "mean"),
     [
         ("resnet18", 256, 0.485),
+        ("mnasnet1_0", 256, 0.485),  # loads nothing without the versions of its layers
+        ("regnet_x_400mf", 256, 0.485),  # its DEFAULT weights have 232
         ("deit_tiny_patch16_224", 248, 0.485),
         ("vit_tiny_patch16_224", 248, 0.5),
         ("regnetx_006", 256, 0.485),
