@@ -10,7 +10,10 @@ import torch
 from baselines import METHODS
 from baselines.api import CACHE_DEVICES
 from benchmarks.factors import FACTORS, Value
+from benchmarks.pretrained import TIMM, TIMM_FAMILIES, TORCHVISION
+from benchmarks.processes import this_process, use_device
 
+METHODS_BY_DEFAULT = "rtn", "qdrop"
 BITS = "2/2", "2/4", "4/2", "4/4"
 FLOAT_BITS = 32
 
@@ -39,16 +42,34 @@ DATASETS = {
         features={"resnet20": "layer3", "mobilenetv2": "features"},
         trains=False,
     ),
+    "imagenet": Defaults(
+        models=(*TORCHVISION, *TIMM), iters=20_000, n_calib=1024, n_cat=1024, features=TORCHVISION | TIMM, trains=False
+    ),
 }
 
 
 def add_network_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--data", type=Path, metavar="ZIP_OR_FOLDER", help="train/<class>/* and test/<class>/*; default: download"
+        "--data",
+        type=Path,
+        metavar="ZIP_OR_FOLDER",
+        help="train/<class>/* and test/<class>/*, for imagenet a folder with val/<class>/*; default: download CIFAR-10",
     )
-    group.add_argument("--model", choices=models())
-    group.add_argument("--weights", type=Path, metavar="FILE", help="state_dict of the full-precision network")
-    group.add_argument("--methods", nargs="+", choices=METHODS, default=["rtn", "qdrop"])
+    group.add_argument("--model", type=network, metavar="NAME", help=", ".join(models()))
+    group.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="state_dict of the full-precision network; for imagenet also the name of published weights, such as "
+        "IMAGENET1K_V1 (default: DEFAULT)",
+    )
+    group.add_argument(
+        "--fp-top1", type=percent, metavar="PERCENT", help="imagenet: expected of the full-precision network"
+    )
+    group.add_argument("--workers", type=natural, metavar="N", help="imagenet: processes that decode images")
+    group.add_argument(
+        "--methods", nargs="+", choices=METHODS, help=f"of quantization (default: {' '.join(METHODS_BY_DEFAULT)})"
+    )
     group.add_argument(
         "--bits", nargs="+", type=bits, metavar="W/A", default=[bits(each) for each in BITS], help=" ".join(BITS)
     )
@@ -105,6 +126,22 @@ def models() -> list[str]:
 def cache() -> Path:
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "cat-plugin"
+
+
+def network(text: str) -> str:
+    if text not in models() and not text.startswith(TIMM_FAMILIES):
+        raise argparse.ArgumentTypeError(f"{text!r} should be one of {', '.join(models())}, or one of timm's")
+    return text
+
+
+def percent(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} should be a number from 0 to 100")
+    return value
 
 
 def bits(text: str) -> tuple[int, int]:
@@ -173,6 +210,7 @@ def _whole_number(text: str, low: int, high: int | None = None) -> int:
 
 def device(text: str) -> str:
     try:
+        use_device(text, this_process())
         # Has something computed and given back: the meta device would take tensors and hold none.
         ones = torch.ones(2, 2, device=text)
         (ones @ ones).sum().item()

@@ -9,12 +9,14 @@ from typing import Any
 from torch import nn
 
 from baselines.files import digest_tensors
+from benchmarks import BenchmarkError
 from benchmarks.command import environment, exit_code, load_network, settings_grid
 from benchmarks.comparison_plots import plot_comparison
 from benchmarks.data import Dataset
 from benchmarks.environment import code_digest, versions
 from benchmarks.evaluate import Measurement, Protocol, Setting, measure
 from benchmarks.options import parse_compare
+from benchmarks.processes import Process, this_process
 from benchmarks.report import to_markdown, write_environment, write_report
 from benchmarks.runs import Rows, open_run
 
@@ -27,8 +29,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Measure every method, bit setting and seed, then write and print the table."""
-    progress = not args.no_progress
+    """Measure every method, bit setting and seed, then write and print the table; several processes share the work."""
+    process = this_process()
+    _refuse_fresh(args, process)
+    progress = not args.no_progress and process.first
     dataset, model = load_network(args)
     protocol = Protocol(
         iters=args.iters, n_calib=args.n_calib, n_cat=args.n_cat, batch_size=args.batch_size, device=args.device
@@ -37,18 +41,26 @@ def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
     settings = _settings(dataset, args.model, model, protocol, args.modes, grid)
     folder = open_run(args.results, f"{dataset.name}-{args.model}", settings, name=args.run, fresh=args.fresh)
     rows = rows_of(folder)
-    if done := len(rows.finished([setting.name for setting in grid])):
+    if process.first and (done := len(rows.finished([setting.name for setting in grid]))):
         print(f"resuming {folder}: {done} of {len(grid)} rows are finished already")
 
     def work(setting: Setting) -> Measurement:
         kept = {"cache": args.cache, "cache_device": args.cache_device}
         return measure(setting, protocol, dataset, args.model, model, args.modes, **kept, progress=progress)
 
-    measured = rows.complete(grid, work, progress=progress)
+    measured = rows.complete_together(grid, work, process, progress=progress)
+    if measured is None:
+        return
     written = write_report(folder, measured) | plot_comparison(folder, measured, dataset.classes)
     seconds = sum(measurement.seconds for measurement in measured)
     write_environment(folder, environment(NAME, argv, args.seeds, seconds) | settings)
     print(f"\n{to_markdown(measured)}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
+
+
+def _refuse_fresh(args: argparse.Namespace, process: Process) -> None:
+    # The other processes could not tell whether what they find was there before the first one has emptied the folder.
+    if args.fresh and not process.alone:
+        raise BenchmarkError(f"--fresh is for one process, got WORLD_SIZE={process.world}; delete the folder instead")
 
 
 def rows_of(folder: Path) -> Rows[Measurement]:

@@ -1,4 +1,4 @@
-"""Data sets as normalised tensors in memory, and the split of training images into disjoint parts."""
+"""Data sets, most of them as normalised tensors in memory, and the split of training images into disjoint parts."""
 
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from baselines.files import digest_tensors
 from benchmarks import BenchmarkError
-from benchmarks.files import extract_zip
+from benchmarks.files import digest_text, extract_zip
+from benchmarks.images import ImageFiles, Images
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_SIZE = 32
@@ -37,20 +38,34 @@ DECODING_THREADS = 4
 class Dataset:
     """Images ``(N, channels, height, width)`` float32, normalised; labels ``(N,)`` int64, indices into ``classes``.
 
-    Training images are for training, calibration and fitting; test images only score.
+    Training images are for training, calibration and fitting; test images only score. Images that would not fit into
+    memory are files, see :mod:`benchmarks.images`.
     """
 
     name: str
-    train_images: Tensor
+    train_images: Images
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Images
     test_labels: Tensor
     classes: tuple[str, ...]
 
     def digest(self) -> str:
-        """Changes whenever an image or a label does."""
-        parts = ("train_images", "train_labels", "test_images", "test_labels")
-        return digest_tensors({part: getattr(self, part) for part in parts})
+        """Changes whenever an image or a label does.
+
+        Training images that are files are told by names and sizes: nobody reads 140 GB for this.
+        """
+        parts = {part: getattr(self, part) for part in ("train_images", "train_labels", "test_images", "test_labels")}
+        tensors = digest_tensors({part: images for part, images in parts.items() if isinstance(images, Tensor)})
+        if not isinstance(self.train_images, ImageFiles):
+            return tensors
+        return digest_text(tensors, self.train_images.listing(), self.test_digest())
+
+    def test_digest(self) -> str:
+        """Changes whenever a test image or its label does."""
+        labels = digest_tensors({"test_labels": self.test_labels})
+        if isinstance(self.test_images, ImageFiles):
+            return digest_text(labels, self.test_images.listing(), *self.test_images.digests())
+        return digest_text(labels, digest_tensors({"test_images": self.test_images}))
 
 
 def load_digits() -> Dataset:

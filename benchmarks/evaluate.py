@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.data import Dataset, split_calibration
 from benchmarks.guard import LeakGuard
+from benchmarks.images import Images, batches, stacked
 from benchmarks.pairs import PairedLogits
 from benchmarks.quantized import quantized_model
 from benchmarks.records import Record
@@ -152,13 +153,12 @@ def paired_logits(
     guard.check(dataset.train_images[calib], "images for quantization")
     guard.check(dataset.train_images[cat], "images for corrections")
     device, options = protocol.device, quantization_options(setting, protocol)
-    images = dataset.train_images[calib].to(device)
+    images = stacked(dataset.train_images[calib]).to(device)
     quantized = quantized_model(fp_model, images, cache, cache_device=cache_device, progress=progress, **options)
 
-    def outputs(images: Tensor) -> PairedOutputs:
-        return collect_outputs(
-            quantized, fp_model, images.to(device), features=protocol.features, batch_size=SCORING_BATCH
-        )
+    def outputs(images: Images) -> PairedOutputs:
+        options = {"features": protocol.features, "batch_size": SCORING_BATCH}
+        return collect_outputs(quantized, fp_model, batches(images), **options)
 
     tuned, fit, test = map(outputs, (images, dataset.train_images[cat], dataset.test_images))
     return PairedLogits(

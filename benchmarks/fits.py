@@ -13,6 +13,7 @@ from benchmarks.draws import Cell, Draw, Source, measure
 from benchmarks.environment import code_digest, versions
 from benchmarks.evaluate import Protocol
 from benchmarks.files import digest_text
+from benchmarks.processes import refuse_several, this_process
 from benchmarks.runs import Rows
 from benchmarks.sources import file_sources, network_sources
 
@@ -21,8 +22,10 @@ def load_sources(args: argparse.Namespace, most: int | None = None) -> list[Sour
     """Files of logits, then networks that are quantized here, with up to ``most`` fresh images to draw from each.
 
     Raises:
-        BenchmarkError: files that cannot be used, no training image left to draw, or two sources of one name.
+        BenchmarkError: files that cannot be used, no training image left to draw, two sources of one name, or several
+            processes.
     """
+    refuse_several("a command that fits many corrections", this_process())
     sources = file_sources(args.logits, args.skip)
     if args.dataset is not None:
         dataset, model = load_network(args)

@@ -4,29 +4,31 @@ import torch
 from torch import Tensor
 
 from benchmarks import BenchmarkError
+from benchmarks.images import Images, digests, shown
 from cat_plugin import CATConfig, ClusterAffine, fit_cluster_affine
-from cat_plugin.diagnosis import image_digests
 
 
 class LeakGuard:
     """Knows test images, or the outputs for them, by digest, and refuses them elsewhere."""
 
-    def __init__(self, test: Tensor) -> None:
-        """``test``: ``(M, ...)`` images or outputs of test images."""
-        self._places = {digest: place for place, digest in enumerate(image_digests(test))}
+    def __init__(self, test: Images) -> None:
+        """``test``: ``M`` test images, in memory or as files, or outputs ``(M, ...)`` of them."""
+        self._test = test
+        self._places = {digest: place for place, digest in enumerate(digests(test))}
 
-    def check(self, given: Tensor, role: str) -> None:
-        """Refuse ``given`` ``(N, ...)``, called ``role`` in the message, if a test image is among it.
+    def check(self, given: Images, role: str) -> None:
+        """Refuse ``given``, ``N`` of the same kind, called ``role`` in the message, if a test image is among it.
 
         Raises:
             BenchmarkError: one is.
         """
-        found = [(row, self._places[key]) for row, key in enumerate(image_digests(given)) if key in self._places]
+        found = [(row, self._places[key]) for row, key in enumerate(digests(given)) if key in self._places]
         if found:
             row, place = found[0]
             raise BenchmarkError(
-                f"leak: {len(found):,} of {len(given):,} {role} are test images, such as number {row}, which is test "
-                f"image {place}; figures would be better than they are. Take them out of one of the two"
+                f"leak: {len(found):,} of {len(given):,} {role} are test images, such as number {shown(given, row)}, "
+                f"which is test image {shown(self._test, place)}; figures would be better than they are. Take them out "
+                "of one of the two"
             )
 
 

@@ -1,7 +1,9 @@
 """The networks that are measured, and loading of weights that come from outside."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -88,8 +90,22 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         held = f"a mapping with the keys {_some(state)}" if isinstance(state, Mapping) else type(state).__name__
         raise BenchmarkError(f"{path} is not a state_dict, that is names with tensors; it holds {held}")
-    _refuse_misfit(model, state, path)
-    model.load_state_dict(state)
+    # Files from before torch 0.4.1 lack these counters, which only training uses.
+    counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
+    whole = OrderedDict({**counters, **state})
+    _refuse_misfit(model, whole, path)
+    load_state(model, whole, getattr(state, "_metadata", None))
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[str, Any] | None = None) -> None:
+    """``model.load_state_dict(state)`` for a state whose names and shapes fit.
+
+    ``versions`` are those of layers that ``torch.save`` keeps in a state_dict; safetensors does not, and a network such
+    as torchvision's MNASNet refuses to load without. Where there are none, they are the network's own.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = versions or model.state_dict()._metadata
+    model.load_state_dict(versioned)
 
 
 def check_outputs(model: nn.Module, images: Tensor, classes: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ from baselines import METHODS
 from benchmarks import BenchmarkError
 from benchmarks.arguments import (
     DATASETS,
+    METHODS_BY_DEFAULT,
     add_network_options,
     add_quantization_options,
     add_run_options,
@@ -14,14 +15,21 @@ from benchmarks.arguments import (
     cache,
     factor,
     models,
+    network,
     one_width,
     positive,
 )
 from benchmarks.evaluate import MODES
 from benchmarks.factors import FACTORS
+from benchmarks.imagenet import NAME as IMAGENET
+from benchmarks.imagenet import default_workers
+from benchmarks.pretrained import DEFAULT, is_timm
 
 IMAGES = 256, 512, 1024, 4096
 MAX_DRAWS = 5
+# Of the papers; batches of 32, all four bit settings, and 8 bits in first and last layer are the defaults.
+PRESETS = {"paper": {"methods": ["pd_quant"], "iters": 20_000, "n_calib": 1024, "n_cat": 1024}}
+PAPER_WEIGHTS = "IMAGENET1K_V1"  # the ones that come nearest to the full-precision accuracy in the papers
 
 
 def parse_compare(argv: list[str]) -> argparse.Namespace:
@@ -32,6 +40,7 @@ def parse_compare(argv: list[str]) -> argparse.Namespace:
         SystemExit: options that argparse refuses by themselves; it has printed why.
     """
     args = _compare_parser().parse_args(argv)
+    _apply_preset(args)
     args.n_cat = args.n_cat or DATASETS[args.dataset].n_cat
     args.modes = [mode for mode in MODES if mode in args.modes]
     _complete_networks(args)
@@ -99,7 +108,7 @@ def _complete_sources(args: argparse.Namespace) -> None:
     if args.dataset is not None:
         _complete_networks(args)
         return
-    for name in ("data", "model", "weights", "iters", "n_calib"):
+    for name in ("data", "model", "weights", "fp_top1", "workers", "iters", "n_calib"):
         if getattr(args, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise BenchmarkError(f"{option} is for networks, which beside --logits are asked for by --dataset")
@@ -109,7 +118,9 @@ def _complete_networks(args: argparse.Namespace) -> None:
     """Fill in what is not given of the networks to quantize, and refuse what does not go together."""
     defaults = DATASETS[args.dataset]
     args.iters, args.n_calib = args.iters or defaults.iters, args.n_calib or defaults.n_calib
+    args.methods = args.methods or METHODS_BY_DEFAULT
     args.model = _model_for(args)
+    _complete_imagenet(args)
     if args.weights is None and not defaults.trains:
         raise BenchmarkError(
             f"--dataset {args.dataset} needs --weights FILE, a state_dict of {args.model} trained on these images: "
@@ -119,10 +130,35 @@ def _complete_networks(args: argparse.Namespace) -> None:
     args.methods, args.bits, args.seeds = (list(dict.fromkeys(each)) for each in (args.methods, args.bits, args.seeds))
 
 
+def _apply_preset(args: argparse.Namespace) -> None:
+    """What a preset says where the options say nothing."""
+    if args.preset is None:
+        return
+    if args.dataset != IMAGENET:
+        raise BenchmarkError(f"--preset {args.preset} is for --dataset imagenet, got --dataset {args.dataset}")
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.weights is None:
+        args.weights = Path(DEFAULT if is_timm(_model_for(args)) else PAPER_WEIGHTS)
+
+
+def _complete_imagenet(args: argparse.Namespace) -> None:
+    if args.dataset != IMAGENET:
+        for name in ("fp_top1", "workers"):
+            if getattr(args, name) is not None:
+                raise BenchmarkError(f"--{name.replace('_', '-')} is for --dataset imagenet")
+        return
+    if args.data is None:
+        raise BenchmarkError("--dataset imagenet needs --data DIR with train/<class>/* and val/<class>/*")
+    args.weights = args.weights or Path(DEFAULT)
+    args.workers = default_workers() if args.workers is None else args.workers
+
+
 def _model_for(args: argparse.Namespace) -> str:
     known = DATASETS[args.dataset].models
     model = args.model or known[0]
-    if model not in known:
+    if model not in known and not (args.dataset == IMAGENET and is_timm(model)):
         raise BenchmarkError(f"--model {model} is not for {args.dataset}; choose from {', '.join(known)}")
     return model
 
@@ -143,6 +179,9 @@ def _compare_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to measure")
     what.add_argument("--dataset", choices=DATASETS, default="digits")
     add_network_options(what)
+    what.add_argument(
+        "--preset", choices=PRESETS, help="imagenet: the protocol of the papers; options that are given go before it"
+    )
     what.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the correction; default: all")
 
     how = parser.add_argument_group("how")
@@ -199,7 +238,7 @@ def _speed_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to time")
     what.add_argument("--dataset", choices=DATASETS, default="cifar10", help="sets size of images (default: cifar10)")
     what.add_argument("--data", type=Path, metavar="ZIP_OR_FOLDER", help="CIFAR-10 images; default: random ones")
-    what.add_argument("--model", choices=models())
+    what.add_argument("--model", type=network, metavar="NAME", help=", ".join(models()))
     what.add_argument("--weights", type=Path, metavar="FILE", help="state_dict of the FP network; default: random")
     what.add_argument("--method", choices=METHODS, default="qdrop")
     what.add_argument("--w-bits", type=one_width, default=2, metavar="BITS", help="of weights (default: 2)")

@@ -14,6 +14,7 @@ from baselines.files import atomic_path, digest_tensors
 from benchmarks import BenchmarkError
 from benchmarks.environment import source_digest, versions
 from benchmarks.files import digest_text
+from benchmarks.models import load_state
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def quantized_model(
         try:
             # Rounding to nearest costs a pass over the images and makes a network of the same structure.
             network = _quantize(fp_model, images, **(options | {"method": "rtn"}))
-            network.load_state_dict({name: tensor.to(images.device) for name, tensor in load_file(path).items()})
+            load_state(network, {name: tensor.to(images.device) for name, tensor in load_file(path).items()})
             return network
         except (OSError, SafetensorError, RuntimeError) as error:
             logger.warning("quantizing again, the cached network is unusable: %s", error)

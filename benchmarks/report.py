@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks import published
 from benchmarks.comparisons import Summary, compare, summarize
 from benchmarks.evaluate import MODES, Measurement, Row
 from benchmarks.files import write_text
@@ -64,8 +65,11 @@ def to_csv(rows: Sequence[Any]) -> str:
 
 
 def to_markdown(measured: Sequence[Measurement]) -> str:
-    """Title and table."""
-    return f"{title([measurement.row for measurement in measured])}\n\n{to_table(measured)}"
+    """Title and table; then the published figures for the same networks, where there are some."""
+    found = published.beside(measured)
+    table = ["Beside published figures:", align(found.lines)] if found and found.lines else []
+    parts = [title([measurement.row for measurement in measured]), to_table(measured), *table]
+    return "\n\n".join([*parts, found.notes] if found else parts)
 
 
 def title(rows: Sequence[Row]) -> str:

@@ -9,6 +9,7 @@ from benchmarks import BenchmarkError
 from benchmarks.command import environment, exit_code
 from benchmarks.draws import cells
 from benchmarks.fits import draw_rows, fit_draws, fit_settings, load_sources, subject
+from benchmarks.imagenet import NAME as IMAGENET
 from benchmarks.options import parse_robustness
 from benchmarks.report import write_environment
 from benchmarks.robustness_report import shortfalls, to_markdown, write_report
@@ -24,7 +25,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Measure every source, number of images, draw and mode, then write and print the tables."""
-    sources = load_sources(args)
+    # Of a million images, only those that are drawn run through the networks.
+    sources = load_sources(args, max(args.images) * args.max_draws if args.dataset == IMAGENET else None)
     notes = shortfalls(sources, args.images, args.max_draws)
     grid = cells(sources, args.images, args.max_draws)
     if not grid:

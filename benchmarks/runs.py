@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -12,12 +13,14 @@ from tqdm import tqdm
 
 from benchmarks import BenchmarkError
 from benchmarks.files import digest_text, write_text
+from benchmarks.processes import Process, claimed
 from benchmarks.records import Record
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
 PARTIAL = ".part"  # ending of the names under which files are written
+PAUSE = 1.0  # seconds between looks at what other processes are measuring
 
 
 class Cell(Protocol):
@@ -76,6 +79,44 @@ class Rows(Generic[AnyRecord]):
                 found[cell.name] = measure(cell)
                 self._store(cell.name, found[cell.name])
         return [found[cell.name] for cell in grid]
+
+    def complete_together(
+        self,
+        grid: Sequence[AnyCell],
+        measure: Callable[[AnyCell], AnyRecord],
+        process: Process,
+        *,
+        progress: bool = False,
+    ) -> list[AnyRecord] | None:
+        """As :meth:`complete`, by several processes, which each take cells that no other one is at.
+
+        The first process ends with all records, and waits for them; what another one that has died has left, it
+        measures itself. The others end, with None, when all cells are finished or claimed.
+        """
+        if process.alone:
+            return self.complete(grid, measure, progress=progress)
+        # Every one starts with its own share, so that they seldom meet.
+        shares = [grid[(process.rank + shift) % process.world :: process.world] for shift in range(process.world)]
+        pending = [cell for share in shares for cell in share]
+        with tqdm(total=len(grid), unit="row", disable=not progress) as bar:
+            while pending:
+                for cell in pending:
+                    self._measure_unclaimed(cell, measure)
+                pending = [cell for cell in pending if not self._path(cell.name).is_file()]
+                bar.update(len(grid) - len(pending) - bar.n)
+                if not process.first:
+                    return None
+                if pending:
+                    time.sleep(PAUSE)
+        return self.complete(grid, measure)
+
+    def _measure_unclaimed(self, cell: AnyCell, measure: Callable[[AnyCell], AnyRecord]) -> None:
+        if self._read(cell.name) is not None:
+            return
+        with claimed(self.folder / f".{cell.name}.lock") as free:
+            # Another process may have finished it between the line above and the claim.
+            if free and self._read(cell.name) is None:
+                self._store(cell.name, measure(cell))
 
     def forget(self, names: Sequence[str]) -> None:
         """Delete what is stored of the cells with these names."""

@@ -20,6 +20,7 @@ from benchmarks.data import Dataset, split_calibration
 from benchmarks.draws import Source
 from benchmarks.evaluate import Protocol, Setting, paired_logits, quantization_options
 from benchmarks.files import digest_text
+from benchmarks.images import stacked
 from benchmarks.pairs import PairedLogits
 from benchmarks.quantized import cache_key
 from cat_plugin.collect import check_finite
@@ -109,7 +110,7 @@ def network_sources(
         for setting in bar:
             bar.set_description(setting.name)
             calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
-            images = dataset.train_images[calib].to(protocol.device)
+            images = stacked(dataset.train_images[calib]).to(protocol.device)
             key = cache_key(fp_model, images, quantization_options(setting, protocol))
             parts = key, data, digest_tensors({"cat": cat}), str(protocol.features), LOGITS_FORMAT
             path = cache / "logits" / f"{digest_text(*parts)}.safetensors"

@@ -22,12 +22,16 @@ from benchmarks import BenchmarkError
 from benchmarks.command import exit_code
 from benchmarks.data import CIFAR10_CLASSES, CIFAR10_SIZE, load_cifar10, load_digits
 from benchmarks.files import write_text
+from benchmarks.imagenet import NAME as IMAGENET
 from benchmarks.models import create_model, load_weights
 from benchmarks.options import parse_speed
+from benchmarks.pretrained import untrained
+from benchmarks.processes import refuse_several, this_process
 
 WARM_UP = 0.2  # share of the steps that are not counted; the recipes leave the rounding penalty out as long
 TYPICAL_ITERS = 1000
 TOTAL = "TOTAL"
+IMAGENET_CLASSES, IMAGENET_SIZE = 1000, 224
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _time(args: argparse.Namespace) -> None:
     """Time every unit, then write and print the table."""
+    refuse_several("speed", this_process())
     torch.set_num_threads(args.threads)
     timing = measure(_job(args), args.steps)
     path = args.results / "speed" / f"{args.dataset}-{args.model}-{args.method}-w{args.w_bits}a{args.a_bits}.csv"
@@ -179,7 +184,10 @@ def _title(args: argparse.Namespace) -> str:
 
 def _job(args: argparse.Namespace) -> Job:
     device = torch.device(args.device)
-    model = create_model(args.model, len(CIFAR10_CLASSES))  # there are as many digits
+    if args.dataset == IMAGENET:
+        model = untrained(args.model, IMAGENET_CLASSES)
+    else:
+        model = create_model(args.model, len(CIFAR10_CLASSES))  # there are as many digits
     if args.weights is not None:
         load_weights(model, args.weights)
     plan = CachePlan(device if args.cache_device == "model" else torch.device("cpu"), None, device)
@@ -193,10 +201,13 @@ def _images(args: argparse.Namespace) -> Tensor:
     """Real ones where they are at hand, else random ones: it makes no difference to the time."""
     if args.dataset == "digits":
         return load_digits().train_images
+    if args.data is not None and args.dataset == IMAGENET:
+        raise BenchmarkError("speed takes random images in place of ImageNet's; leave --data out")
     if args.data is not None:
         return load_cifar10(args.data, args.cache, progress=not args.no_progress).train_images
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(args.n_calib, 3, CIFAR10_SIZE, CIFAR10_SIZE, generator=generator)
+    size = IMAGENET_SIZE if args.dataset == IMAGENET else CIFAR10_SIZE
+    return torch.randn(args.n_calib, 3, size, size, generator=generator)
 
 
 if __name__ == "__main__":

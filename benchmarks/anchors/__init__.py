@@ -1,11 +1,15 @@
-"""Gains that the authors of CAT published, to be shown beside ours.
+"""Figures that others published, to be shown beside ours.
 
 ``cat_alpha.csv``, ``cat_clusters.csv`` and ``cat_samples.csv`` are the authors' logs of arXiv 2509.26277, tabulated:
 top-1 in percent on the 50,000 validation images of ImageNet, networks quantized by PD-Quant, with and without CAT.
 Curves over alpha and over clusters were fitted on all 1.28 million training images.
+
+``imagenet_ptq.csv`` holds what quantized networks are published to reach on the same images; its column ``source`` is a
+key of :data:`SOURCES`.
 """
 
 import csv
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +19,18 @@ CURVES = {
     "alpha": ("cat_alpha.csv", "alpha", "K = 64, all training images"),
     "clusters": ("cat_clusters.csv", "num_clusters", "alpha = 0.6, all training images"),
     "images": ("cat_samples.csv", "cat_fit_images", "K = 64, alpha = 0.5"),
+}
+
+
+CAT_AUTHORS = "CAT authors"
+PAPER_ALPHA = 0.4
+SOURCES = {
+    "PD-Quant authors": "hustvl/PD-Quant, README.md, commit 189265db (arXiv 2212.07048)",
+    "QDrop authors": "wimh966/QDrop, README.md, commit ef37616c (arXiv 2203.05740)",
+    "MQBench": "ModelTC/MQBench, docs/source/benchmark/ImageClassification/Benchmark.rst; there AdaRound and BRECQ "
+    "learn rounding with quantized activations, and AdaRound has 10,000 iterations",
+    CAT_AUTHORS: f"{SOURCE}; mean over seeds, K = 64, alpha = {PAPER_ALPHA:g}, CAT fitted on all 1.28 million training "
+    "images",
 }
 
 
@@ -47,3 +63,62 @@ def load_anchors(factor: str) -> list[Anchor]:
             )
             for line in csv.DictReader(opened)
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """Top-1 in percent of a quantized network on ImageNet's validation images, as ``source`` says.
+
+    ``fp_top1`` is that of its full-precision original and ``cat_gain`` what CAT adds, in points; None: not stated.
+    """
+
+    network: str
+    method: str
+    w_bits: int
+    a_bits: int
+    top1: float
+    source: str
+    fp_top1: float | None = None
+    cat_gain: float | None = None
+
+
+def load_published(network: str) -> list[Published]:
+    """All that is published of a network, by the papers' name for it; nothing where it is not in their tables."""
+    with (Path(__file__).parent / "imagenet_ptq.csv").open(encoding="utf-8", newline="") as opened:
+        found = [
+            Published(
+                network=network,
+                method=line["method"],
+                w_bits=int(line["w_bits"]),
+                a_bits=int(line["a_bits"]),
+                top1=float(line["top1"]),
+                source=line["source"],
+                fp_top1=float(line["fp_top1"]),
+            )
+            for line in csv.DictReader(opened)
+            if line["network"] == network
+        ]
+    return found + _logs_of_cat(network)
+
+
+def _logs_of_cat(network: str) -> list[Published]:
+    """Means over the seeds in ``cat_alpha.csv``."""
+    with (Path(__file__).parent / CURVES["alpha"][0]).open(encoding="utf-8", newline="") as opened:
+        lines = [
+            line for line in csv.DictReader(opened) if line["arch"] == network and float(line["alpha"]) == PAPER_ALPHA
+        ]
+    seeds: dict[tuple[int, int], list[dict[str, str]]] = {}
+    for line in lines:
+        seeds.setdefault((int(line["w_bits"]), int(line["a_bits"])), []).append(line)
+    return [
+        Published(
+            network=network,
+            method="pd_quant",
+            w_bits=w_bits,
+            a_bits=a_bits,
+            top1=statistics.fmean(float(line["baseline_top1"]) for line in group),
+            source=CAT_AUTHORS,
+            cat_gain=statistics.fmean(float(line["top1"]) - float(line["baseline_top1"]) for line in group),
+        )
+        for (w_bits, a_bits), group in seeds.items()
+    ]

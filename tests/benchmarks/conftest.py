@@ -1,7 +1,9 @@
-"""A CIFAR-10 of a few generated images, as folder and archive, and weights for it; a data set of noise."""
+"""A CIFAR-10 and an ImageNet of a few generated images, weights for them, and a data set of noise."""
 
 import shutil
 import zipfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.transforms._presets import ImageClassification
 
+from benchmarks import command, quantized
 from benchmarks.data import CIFAR10_CLASSES, Dataset
 from benchmarks.models import create_model
+from benchmarks.pretrained import load_pretrained, untrained
 
 IMAGES = {"train": 6, "test": 2}  # a class
+WNIDS = "n00000003", "n00000007", "n00000100"
+IMAGENET_IMAGES = {"train": 14, "val": 5}  # a class
+SMALL = ImageClassification(crop_size=32, resize_size=36)
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +83,60 @@ def dataset() -> Dataset:
         test_labels=torch.arange(20) % 10,
         classes=tuple("0123456789"),
     )
+
+
+@pytest.fixture(scope="session")
+def shared_imagenet(tmp_path_factory) -> Path:
+    """ImageNet's layout: JPEG files of several sizes, the first one of a class grey; read only."""
+    root = tmp_path_factory.mktemp("imagenet")
+    generator = np.random.default_rng(0)
+    for part, number in IMAGENET_IMAGES.items():
+        for name in WNIDS:
+            (root / part / name).mkdir(parents=True)
+            for index in range(number):
+                size = generator.integers(40, 80, 2)
+                blobs = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(tuple(size))
+                blobs.convert("RGB" if index else "L").save(root / part / name / f"{part}_{index}.JPEG")
+    return root
+
+
+@pytest.fixture
+def imagenet_folder(shared_imagenet, tmp_path) -> Path:
+    """A copy for one test."""
+    return Path(shutil.copytree(shared_imagenet, tmp_path / "imagenet"))
+
+
+@pytest.fixture(scope="session")
+def imagenet_weights(tmp_path_factory) -> Path:
+    """Random weights of a ResNet-18 for the three classes."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
+    save_file(untrained("resnet18", len(WNIDS), seed=3).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def small_images(monkeypatch) -> ImageClassification:
+    """All networks get images of 32x32 pixels, which take little time."""
+
+    def load(*args, **options):
+        return replace(load_pretrained(*args, **options), transform=SMALL)
+
+    monkeypatch.setattr(command, "load_pretrained", load)
+    return SMALL
+
+
+@pytest.fixture
+def cheap_ranges(monkeypatch) -> None:
+    """Quantizers take smallest and largest value: the search for better ranges takes half a minute for a ResNet-18."""
+    monkeypatch.setattr(quantized, "quantize", partial(quantized.quantize, range_method="minmax"))
+
+
+@pytest.fixture
+def tiny_imagenet(shared_imagenet, imagenet_weights, small_images, cheap_ranges, tmp_path) -> list[str]:
+    """Options of a comparison that takes seconds; options that follow override them."""
+    return [
+        *("--dataset", "imagenet", "--data", str(shared_imagenet), "--model", "resnet18", "--workers", "0"),
+        *("--weights", str(imagenet_weights), "--methods", "rtn", "--bits", "4/4", "--n-calib", "8"),
+        *("--batch-size", "4", "--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache")),
+        "--no-progress",
+    ]

@@ -90,6 +90,16 @@ def test_keys_and_shapes_that_do_not_fit_are_named(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_counters_that_only_training_uses_may_be_missing(tmp_path):
+    state = create_model("resnet8", 10, seed=1).state_dict()
+    old = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    assert len(old) < len(state)
+    torch.save(old, tmp_path / "weights.pt")
+    model = create_model("resnet8", 10, seed=0)
+    load_weights(model, tmp_path / "weights.pt")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
 def test_long_lists_of_keys_are_cut(tmp_path):
     torch.save(create_model("resnet20", 10).state_dict(), tmp_path / "weights.pt")
     with pytest.raises(BenchmarkError, match=r"unexpected: (layer1\S+ ){5}and \d+ more"):

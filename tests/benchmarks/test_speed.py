@@ -106,3 +106,17 @@ def test_the_module_is_a_command_of_its_own(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("benchmarks.speed", run_name="__main__")
     assert ended.value.code == 0 and "python -m benchmarks speed" in capsys.readouterr().out
+
+
+def test_data_of_imagenet_are_not_read(tmp_path, capsys):
+    assert main(["--dataset", "imagenet", "--data", str(tmp_path), "--results", str(tmp_path)]) == 2
+    assert "random images in place of ImageNet's; leave --data out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_network_for_imagenet_is_timed_on_random_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "IMAGENET_SIZE", 32)
+    options = ["--dataset", "imagenet", "--model", "mobilenet_v2", *TINY[2:], "--results", str(tmp_path)]
+    assert main(options) == 0
+    lines = rows(tmp_path / "speed" / "imagenet-mobilenet_v2-qdrop-w2a2.csv")
+    assert lines[-1]["unit"] == "TOTAL" and len(lines) > 10

@@ -1,0 +1,108 @@
+"""Several processes that share the cells of one run, as ``torchrun`` starts them.
+
+They meet in the folder of the run alone: no process group is made, which would make corrections be fitted together.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from benchmarks import BenchmarkError
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where two processes may then do the same work
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """Number ``rank`` of ``world`` processes, and number ``local_rank`` of those on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes and prints the report."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.world == 1
+
+
+def this_process(environment: Mapping[str, str] = os.environ) -> Process:
+    """What ``torchrun`` says in the environment; one process where it says nothing.
+
+    Raises:
+        BenchmarkError: the variables are no numbers that go together.
+    """
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return Process()
+    values = {name: environment.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if not all(value.isascii() and value.isdigit() for value in values.values()) or not (
+        int(values["RANK"]) < int(values["WORLD_SIZE"])
+    ):
+        found = ", ".join(f"{name}={value}" for name, value in values.items())
+        raise BenchmarkError(f"{found} in the environment are not what torchrun sets: whole numbers, RANK < WORLD_SIZE")
+    return Process(rank=int(values["RANK"]), world=int(values["WORLD_SIZE"]), local_rank=int(values["LOCAL_RANK"]))
+
+
+def local_device(text: str, process: Process) -> torch.device:
+    """The device ``text``; of several accelerators, where ``text`` names none, the one that is the process's own."""
+    device = torch.device(text)
+    if process.alone or device.index is not None or device.type == "cpu":
+        return device
+    return torch.device(device.type, process.local_rank)
+
+
+def use_device(text: str, process: Process) -> None:
+    """Make ``text`` mean :func:`local_device` in this process, so that settings say the same in all of them."""
+    device = local_device(text, process)
+    backend = getattr(torch, device.type, None)
+    if str(device) != text and hasattr(backend, "set_device"):
+        backend.set_device(device.index)
+
+
+def refuse_several(command: str, process: Process) -> None:
+    """Raise :class:`BenchmarkError` unless this is the only process."""
+    if not process.alone:
+        raise BenchmarkError(f"{command} runs in one process, got WORLD_SIZE={process.world}; torchrun is for compare")
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether nobody else is at the work that ``path`` stands for; if so, it is claimed inside the block.
+
+    The claim is a lock on the file, which the system takes back when the process ends, however it ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as opened:
+        free = _locked(opened)
+        try:
+            yield free
+        finally:
+            if free:
+                path.unlink(missing_ok=True)
+
+
+def _locked(opened: IO[str]) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # a file system without locks: two processes may do the same work, with the same result
+        logger.warning("%s cannot be locked: %s", opened.name, error)
+    return True
