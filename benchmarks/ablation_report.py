@@ -10,7 +10,7 @@ from benchmarks.anchors import CURVES, SOURCE, Anchor, load_anchors
 from benchmarks.draws import Gain
 from benchmarks.evaluate import MODES
 from benchmarks.factors import ABLATED, FACTORS, Value
-from benchmarks.plots import COLOURS, MARKERS, gain_axis, new_figure
+from benchmarks.plots import COLOURS, GAIN_LABEL, MARKERS, gain_axis, new_figure
 from benchmarks.report import align, signed, to_csv, write_texts
 from benchmarks.robustness_report import gains_table, mean_gain
 from cat_plugin.plotting import save_figure
@@ -106,7 +106,7 @@ def plot(factor: str, lines: Sequence[Line], path: Path) -> bool:
         if FACTORS[factor].scale == "log":
             panel.set_xscale("log", base=2 if not anchors or factor != "images" else 10)
             panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    panels[0].set_ylabel("gain in top-1, percentage points")
+    panels[0].set_ylabel(GAIN_LABEL)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="x-small", frameon=False)
     save_figure(figure, path)

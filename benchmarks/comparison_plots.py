@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.comparisons import summarize
 from benchmarks.evaluate import MODES, Measurement
-from benchmarks.plots import STYLES, blank_figure, gain_axis, new_figure
+from benchmarks.plots import GAIN_LABEL, LINEAR_TO, STYLES, blank_figure, gain_axis, new_figure
 from cat_plugin.plotting import draw_clusters, save_figure
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 GAINS, CLASSES, LOGITS = "gains.png", "classes.png", "logits.png"
 CLASSES_DRAWN = 20
 """With more classes than this, those that change most are drawn."""
-LINEAR_TO = 1.0  # points, up to which colours of gains are linear; logarithmic beyond
+HATCHES = {"plain_affine": "", "cat_paper": "///", "cat": "..."}  # tell bars apart without colour
 
 
 def plot_comparison(folder: Path, measured: Sequence[Measurement], classes: Sequence[str] | None) -> dict[str, bool]:
@@ -59,12 +59,14 @@ def draw_gains(measured: Sequence[Measurement]) -> "Figure | None":
             gains = [line.delta for line in found]
             below = [max(line.delta - line.ci_low, 0) for line in found]  # an interval may end at the gain, but for
             above = [max(line.ci_high - line.delta, 0) for line in found]  # rounding
-            panel.bar(places, gains, width, color=STYLES[mode][0], label=MODES[mode])
+            panel.bar(
+                places, gains, width, color=STYLES[mode][0], hatch=HATCHES[mode], edgecolor="white", label=MODES[mode]
+            )
             panel.errorbar(places, gains, [below, above], fmt="none", ecolor="black", elinewidth=1, capsize=2)
         panel.set_title(method, fontsize="medium")
         panel.set_xticks(range(len(settings)), settings, fontsize="small")
         gain_axis(panel)
-    panels[0].set_ylabel("gain in top-1, percentage points")
+    panels[0].set_ylabel(GAIN_LABEL)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(modes), fontsize="small", frameon=False)
     return figure
@@ -95,7 +97,10 @@ def draw_changes(measured: Sequence[Measurement], classes: Sequence[str] | None)
     labels = [str(label) if classes is None else classes[label] for label in shown]
     panel.set_xticks(range(len(shown)), labels, rotation=45, ha="right", fontsize="small")
     which = "" if len(shown) == gains.shape[1] else f", {len(shown)} classes that change most"
-    panel.set_title(f"{MODES[_last_mode(measured)]}: gain of each class, percentage points{which}", fontsize="medium")
+    sizes = torch.bincount(measured[0].predictions["labels"].long())[shown]
+    images = f"{sizes.min():,}" if sizes.min() == sizes.max() else f"{sizes.min():,} to {sizes.max():,}"
+    title = f"{MODES[_last_mode(measured)]}: gain of each class in percentage points, {images} test images each{which}"
+    panel.set_title(title, fontsize="medium")
     figure.colorbar(image, ax=panel, shrink=0.8, ticks=[-largest, -LINEAR_TO, 0, LINEAR_TO, largest], format="%+.0f")
     return figure
 

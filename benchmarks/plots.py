@@ -16,6 +16,7 @@ STYLES = {"plain_affine": ("#0072B2", "o"), "cat_paper": ("#D55E00", "s"), "cat"
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 MARKERS = "o", "s", "^", "D", "v", "P", "X"
 LINEAR_TO = 1.0  # points, up to which the axis of gains is linear; logarithmic beyond, since some losses are huge
+GAIN_LABEL = f"gain in top-1, percentage points\n(logarithmic beyond ±{LINEAR_TO:g})"
 TICKS = 0.0, *(sign * tick for tick in (0.3, 1.0, 3.0, 10.0, 30.0, 100.0) for sign in (-1, 1))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.draws import Gain, Source
 from benchmarks.evaluate import MODES
-from benchmarks.plots import STYLES, gain_axis, new_figure
+from benchmarks.plots import GAIN_LABEL, STYLES, gain_axis, new_figure
 from benchmarks.report import align, signed, to_csv, write_texts
 from cat_plugin.plotting import save_figure
 
@@ -101,7 +101,7 @@ def plot(gains: Sequence[Gain], path: Path) -> bool:
                 panel.hlines(statistics.fmean(values), place - 0.4, place + 0.4, color="black", linewidth=1.5)
         panel.set(title=MODES[mode], xlabel="images", xticks=range(len(sizes)), xticklabels=[f"{n:,}" for n in sizes])
         gain_axis(panel)
-    panels[0].set_ylabel("gain in top-1, percentage points")
+    panels[0].set_ylabel(GAIN_LABEL)
     figure.suptitle("Every dot is a draw, every bar the mean of a size", fontsize="medium")
     save_figure(figure, path)
     return True
