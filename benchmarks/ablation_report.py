@@ -13,7 +13,7 @@ from benchmarks.factors import ABLATED, FACTORS, Value
 from benchmarks.plots import COLOURS, GAIN_LABEL, MARKERS, gain_axis, new_figure
 from benchmarks.report import align, signed, to_csv, write_texts
 from benchmarks.robustness_report import gains_table, mean_gain
-from cat_plugin.plotting import save_figure
+from cat_plugin.plotting import plain_style, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,6 +85,7 @@ def anchors_table(anchors: Sequence[Anchor]) -> str:
     return align(table)
 
 
+@plain_style()
 def plot(factor: str, lines: Sequence[Line], path: Path) -> bool:
     """Draw gains against values: a panel a mode, with a thin line a source and a thick one for their mean, and a panel
     for what was published; False without matplotlib."""

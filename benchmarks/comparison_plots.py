@@ -11,17 +11,18 @@ from torch import Tensor
 from benchmarks.comparisons import summarize
 from benchmarks.evaluate import MODES, Measurement
 from benchmarks.plots import GAIN_LABEL, LINEAR_TO, STYLES, blank_figure, gain_axis, new_figure
-from cat_plugin.plotting import draw_clusters, save_figure
+from cat_plugin.plotting import draw_clusters, plain_style, readable, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GAINS, CLASSES, LOGITS = "gains.png", "classes.png", "logits.png"
 CLASSES_DRAWN = 20
-"""With more classes than this, those that change most are drawn."""
+"""With more classes than this, those at either end are drawn."""
 HATCHES = {"plain_affine": "", "cat_paper": "///", "cat": "..."}  # tell bars apart without colour
 
 
+@plain_style()
 def plot_comparison(folder: Path, measured: Sequence[Measurement], classes: Sequence[str] | None) -> dict[str, bool]:
     """Write all figures that can be drawn; False beside the name of each, since none is looked at before.
 
@@ -94,10 +95,10 @@ def draw_changes(measured: Sequence[Measurement], classes: Sequence[str] | None)
             colour = "white" if abs(image.norm(gain) - 0.5) > 0.33 else "black"  # on dark, on light
             panel.text(column, row, f"{gain + 0.0:+.1f}", ha="center", va="center", fontsize=7, color=colour)
     panel.set_yticks(range(len(names)), names, fontsize="small")
-    labels = [str(label) if classes is None else classes[label] for label in shown]
-    panel.set_xticks(range(len(shown)), labels, rotation=45, ha="right", fontsize="small")
-    which = "" if len(shown) == gains.shape[1] else f", {len(shown)} classes that change most"
-    sizes = torch.bincount(measured[0].predictions["labels"].long())[shown]
+    labels = [readable(label, classes) for label in shown]
+    panel.set_xticks(range(len(shown)), labels, rotation=45, ha="right", rotation_mode="anchor", fontsize="small")
+    which = "" if len(shown) == gains.shape[1] else f", {CLASSES_DRAWN // 2} classes at either end"
+    sizes = torch.bincount(measured[0].predictions["labels"].long(), minlength=gains.shape[1])[shown]
     images = f"{sizes.min():,}" if sizes.min() == sizes.max() else f"{sizes.min():,} to {sizes.max():,}"
     title = f"{MODES[_last_mode(measured)]}: gain of each class in percentage points, {images} test images each{which}"
     panel.set_title(title, fontsize="medium")
@@ -107,7 +108,7 @@ def draw_changes(measured: Sequence[Measurement], classes: Sequence[str] | None)
 
 def draw_logits(measured: Sequence[Measurement], classes: Sequence[str] | None) -> "Figure | None":
     """Mean logits of the largest clusters in all three networks, of the network on which CAT gains most."""
-    profiled = [each for each in measured if each.profiles]
+    profiled = [each for each in measured if any(profile.quantized != profile.corrected for profile in each.profiles)]
     if not profiled:
         return None
     best = max(profiled, key=lambda each: (each.row.cat_delta, each.row.method))
@@ -117,7 +118,7 @@ def draw_logits(measured: Sequence[Measurement], classes: Sequence[str] | None) 
     row, profiles = best.row, best.profiles
     figure.suptitle(
         f"{row.model} by {row.method}, {_bits(row.w_bits, row.a_bits)}, seed {row.seed}, on test images: "
-        f"top-1 {row.lq_top1:.2f} -> {row.cat_top1:.2f} % (FP {row.fp_top1:.2f} %)",
+        f"top-1 {row.lq_top1:.2f} -> {row.cat_top1:.2f} % (FP {row.fp_top1:.2f} %), the largest gain of this run",
         fontsize="medium",
     )
     (part,) = figure.subfigures(1, 1, squeeze=False)[0]

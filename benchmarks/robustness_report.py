@@ -9,7 +9,7 @@ from benchmarks.draws import Gain, Source
 from benchmarks.evaluate import MODES
 from benchmarks.plots import GAIN_LABEL, STYLES, gain_axis, new_figure
 from benchmarks.report import align, signed, to_csv, write_texts
-from cat_plugin.plotting import save_figure
+from cat_plugin.plotting import plain_style, save_figure
 
 FIGURE = "robustness.png"
 SPREAD = 0.3  # of the distance to the next size, that dots of different sources keep from its middle
@@ -82,6 +82,7 @@ def shortfalls(sources: Sequence[Source], images: Sequence[int], max_draws: int)
     return notes
 
 
+@plain_style()
 def plot(gains: Sequence[Gain], path: Path) -> bool:
     """Draw every gain as a dot against the number of images, one panel a mode; False without matplotlib."""
     modes = [mode for mode in MODES if any(gain.mode == mode for gain in gains)]

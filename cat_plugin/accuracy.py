@@ -44,7 +44,7 @@ class AccuracyReport:
     cat_top5: float
     paired: PairedStatistics
     positions: int | None = None
-    classes: ClassChanges | None = None
+    classes: ClassChanges | None = dataclasses.field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-able dict."""

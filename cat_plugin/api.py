@@ -147,8 +147,8 @@ def _report(
     # Channels of a layer are no classes, and positions may well look alike.
     repeated = fit.repeated if fit.positions is None else 0
     warnings = [] if layer else find_output_warnings(fit.q, fit.f) + find_warnings(fit.f, fit.images, repeated, reused)
-    # Channels of a layer have no softmax, and where nothing changes there is nothing to show.
-    profiled = fit.out is not None and not layer and (fit.evidence is None or fit.evidence.accepted)
+    # Where nothing changes there is nothing to show.
+    profiled = fit.out is not None and (fit.evidence is None or fit.evidence.accepted)
     return CATReport(
         images=fit.images,
         num_clusters=correction.num_clusters,

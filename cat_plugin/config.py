@@ -37,7 +37,9 @@ class CATConfig:
                       how far to go; `"auto"` only. `"softened_kl"`: KL(FP || output) of predictions
                       softened by a temperature, each side at the scale that suits it; `"kl"`: plain
                       KL; `"squared_error"` of the logits, less their mean over classes;
-                      `"agreement"` with FP's class; `"none"`: chooses as the first, demands nothing
+                      `"agreement"` with FP's class. Besides, 1 % of the predictions have to change,
+                      and agreement may not fall beyond chance. `"none"` chooses as the first does and
+                      demands nothing; under 20 images nothing is fitted all the same
     seed              of PCA, k-means, the folds and the positions
     ================  ==========================================================================
     """

@@ -25,7 +25,7 @@ class Criterion:
 
     def change(self, fall: float, error: float) -> str:
         """In words: by how much the loss falls, and the standard error of that."""
-        verb = "falls" if fall > 0 else "does not fall, it changes"
+        verb = "falls" if fall > 0 else "does not fall, it rises"
         return f"{self.label} {verb} by {abs(fall):.4f} +- {error:.4f}{self.unit}"
 
 
@@ -43,8 +43,10 @@ def softened_divergence(output: Tensor, teacher: Tensor, temperature: float) -> 
 
 def best_scale(logits: Tensor, teacher: Tensor) -> float:
     """The factor of `logits` (N, C) that brings their softmax nearest to `teacher` on average."""
-    inner = (teacher * logits).sum(dim=1).mean()
-    unit = logits.var(dim=1, correction=0).mean().sqrt().clamp(min=1e-12).log().item()
+    spread = logits.var(dim=1, correction=0).mean().sqrt().item()
+    if not spread > 1e-12:
+        return 1.0  # all classes alike, as where there is but one: no factor changes a prediction
+    inner, unit = (teacher * logits).sum(dim=1).mean(), math.log(spread)
     found = minimize_scalar(
         lambda log_scale: ((math.exp(log_scale) * logits).logsumexp(dim=1).mean() - math.exp(log_scale) * inner).item(),
         bounds=(math.log(0.01) - unit, math.log(1000) - unit),

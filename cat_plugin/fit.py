@@ -36,7 +36,7 @@ class HeldOutScores:
     kl_after: float
     gain_low: float
     gain_high: float
-    classes: ClassChanges | None = None
+    classes: ClassChanges | None = dataclasses.field(default=None, repr=False)
 
     @property
     def agreement_gain(self) -> float:
@@ -81,7 +81,7 @@ class Fit:
     held_out: None where images are too few to hold any out. evidence: what it was chosen by, in `"auto"` mode.
     images: how many it was fitted on, and positions: how many of their positions, where outputs have such; repeated:
     how many images or positions repeat another. q, f: (n, C) logits of those that it was judged on, and out: (n, C)
-    corrected logits of these, by maps that were fitted without them; None where nothing was held out.
+    corrected logits of these, by maps that were fitted without them; None where nothing was held out, and for layers.
     """
 
     correction: ClusterAffine
@@ -126,7 +126,11 @@ def fit_cluster_affine(
 
 
 def fit_and_score(store: LogitStore, config: CATConfig, processes: Processes = ALONE) -> Fit:
-    """The correction for the logits in `store`, those of all processes together, and `held_out_scores`.
+    """The correction for the logits in `store`, those of all processes together, and its scores by cross-fitting.
+
+    Each image is scored by maps that were fitted on other images. In `"paper"` mode there are 5 folds, with as many
+    clusters as the fit on all images has, or as a fold's training part has images. There are no scores where images
+    are too few: one in `"paper"` mode, under 20 in `"auto"` mode.
 
     Args:
         store: finite logits of both models, and features.
@@ -160,23 +164,6 @@ def gather_all(store: LogitStore, processes: Processes) -> tuple[Tensor, Tensor,
     if images is not None:
         images = processes.gather_rows(images + processes.rows_before(store.num_images))
     return q, f, images
-
-
-def held_out_scores(
-    q: Tensor,
-    f: Tensor,
-    config: CATConfig | None = None,
-    features: Tensor | None = None,
-    images: Tensor | None = None,
-) -> HeldOutScores | None:
-    """Scores the fit on `q` and `f`, both (N, C), by cross-fitting: each image by maps fitted on the other folds.
-
-    In `"paper"` mode there are 5 folds, with as many clusters as the fit on all images has, or as a fold's training
-    part has images. None where images are too few: one in `"paper"` mode, under 20 in `"auto"` mode. `images` (N,)
-    says which image a row is a position of, where it is none; positions of an image are held out together.
-    """
-    config = _check(q, f, config, features)
-    return fit_and_score(LogitStore.of(q, f, features, images), config).held_out
 
 
 def cross_fitted(q: Tensor, f: Tensor, config: CATConfig, images: Tensor | None = None) -> Tensor | None:

@@ -104,16 +104,32 @@ def paired_statistics(
 
 @dataclasses.dataclass(frozen=True)
 class ClassChanges:
-    """How many images (or positions) of every class became right, `won`, and wrong, `lost`: one number a class."""
+    """How many images (or positions) of a class became right, `won`, and wrong, `lost`.
 
+    num_classes: how many classes there are; labels: those of which an image changed, ascending, to which `won` and
+    `lost` belong.
+    """
+
+    num_classes: int
+    labels: tuple[int, ...]
     won: tuple[int, ...]
     lost: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if not len(self.labels) == len(self.won) == len(self.lost):
+            lengths = len(self.labels), len(self.won), len(self.lost)
+            raise CATError(f"labels, won and lost of classes have the lengths {lengths}; expected one length")
+        if not all(0 <= label < self.num_classes for label in self.labels):
+            raise CATError(f"labels {self.labels} should be from 0 to {self.num_classes - 1}")
+
     @classmethod
-    def of(cls, targets: Tensor, before: Tensor, after: Tensor, classes: int) -> "ClassChanges":
+    def of(cls, targets: Tensor, before: Tensor, after: Tensor, num_classes: int) -> "ClassChanges":
         """Of images with `targets` (N,) int64 that were right `before` and are right `after`, both (N,) bool."""
-        changes = (after & ~before, before & ~after)
-        return cls(*(tuple(torch.bincount(targets[part], minlength=classes).tolist()) for part in changes))
+        won, lost = (
+            torch.bincount(targets[part], minlength=num_classes) for part in (after & ~before, before & ~after)
+        )
+        labels = (won + lost).nonzero().squeeze(1)
+        return cls(num_classes, *(tuple(part.tolist()) for part in (labels, won[labels], lost[labels])))
 
 
 def bootstrap_interval(differences: Tensor, seed: int = 0) -> tuple[float, float]:

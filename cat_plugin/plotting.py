@@ -1,13 +1,15 @@
 """Figures of a report, drawn by matplotlib where it is installed."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cat_plugin.errors import CATError
 from cat_plugin.files import replacing
 from cat_plugin.metrics import ClassChanges
+from cat_plugin.names import check_class_names
 from cat_plugin.profile import ClusterProfile
 from cat_plugin.selection import Candidate
 
@@ -25,31 +27,45 @@ DPI = 150
 SMALL = "small"
 CLUSTERS_DRAWN = 4
 CLASSES_DRAWN = 16
-"""With more classes than this, those that change most are drawn."""
+"""With more classes that change than this, those at either end are drawn."""
+NAME_LENGTH = 20
 
 
 def plot_report(
     report: "CATReport", path: str | os.PathLike[str] | None = None, class_names: Sequence[str] | None = None
 ) -> "Figure":
     """See `CATReport.plot`."""
-    figure_type = _figure_type()
+    target = None if path is None else _writable(path)
     names = _checked_names(report, class_names)
-    panels = _summary_panels(report, names)
-    clusters = report.clusters[:CLUSTERS_DRAWN]
+    panels, clusters = _summary_panels(report, names), report.clusters[:CLUSTERS_DRAWN]
     if not panels and not clusters:
-        raise CATError("the report holds nothing to draw: no images were held out, and there was no eval_loader")
-    heights = [height for height, there in ((4.0, panels), (5.0, clusters)) if there]
-    figure = figure_type(figsize=(12, sum(heights)), layout="constrained", facecolor=BACKGROUND)
-    parts = iter(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
-    if panels:
-        axes = next(parts).subplots(1, len(panels), squeeze=False)[0]
-        for axis, draw in zip(axes, panels, strict=True):
-            draw(axis)
-    if clusters:
-        draw_clusters(next(parts), clusters, report.num_clusters, names)
-    if path is not None:
-        save_figure(figure, Path(path))
+        raise CATError("the report holds nothing to draw: no labelled images, and no agreement on held-out images")
+    with plain_style():
+        heights = [height for height, there in ((4.0, panels), (5.0, clusters)) if there]
+        figure = _new_figure(12, sum(heights))
+        parts = iter(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
+        if panels:
+            axes = next(parts).subplots(1, len(panels), squeeze=False)[0]
+            for axis, draw in zip(axes, panels, strict=True):
+                draw(axis)
+        if clusters:
+            kind = "images" if report.positions is None else "positions"
+            draw_clusters(next(parts), clusters, report.num_clusters, names, f"{kind} held out")
+        if target is not None:
+            save_figure(figure, target)
     return figure
+
+
+@contextmanager
+def plain_style() -> Iterator[None]:
+    """matplotlib's own style, whatever the user's is: a dark one would draw white on white."""
+    try:
+        from matplotlib import style
+    except ImportError:
+        yield
+        return
+    with style.context("default"):
+        yield
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -62,12 +78,12 @@ def draw_clusters(
     part: "Figure",
     clusters: Sequence[ClusterProfile],
     num_clusters: int,
-    names: Sequence[str] | None = None,
-    images: str = "held out",
+    names: Sequence[str] | None,
+    images: str,
 ) -> None:
     """A column a cluster: above, mean logits in all three models; below, how far they are from full precision.
 
-    `images` says in a word which images these are.
+    `images` says which ones these are means over.
     """
     panels = part.subplots(2, len(clusters), squeeze=False, sharey="row", sharex="col", height_ratios=(3, 2))
     for (panel, differences), profile in zip(panels.T, clusters, strict=True):
@@ -86,9 +102,10 @@ def draw_clusters(
             shifted = [place + offset for place in places]
             differences.bar(shifted, errors, 0.4, color=colour, hatch=hatch, edgecolor="white")
         differences.axhline(0, color=FP[0], linewidth=0.8)
-        labels = [_name(label, names) for label in profile.classes]
-        differences.set_xticks(places, labels, rotation=60, fontsize="x-small")
-        where = "all images" if num_clusters == 1 else f"cluster {profile.cluster}"
+        labels = [readable(label, names) for label in profile.classes]
+        turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+        differences.set_xticks(places, labels, fontsize="x-small", **turned)
+        where = "1 cluster" if num_clusters == 1 else f"cluster {profile.cluster}"
         panel.set_title(
             f"{where}: {profile.images:,} {images}\nKL to FP {profile.kl_before:.3f} -> {profile.kl_after:.3f} nats",
             fontsize=SMALL,
@@ -101,39 +118,58 @@ def draw_clusters(
     part.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False)
 
 
-def draw_classes(panel: "Axes", changes: ClassChanges, title: str, names: Sequence[str] | None = None) -> None:
-    """A bar to the right for what every class won, to the left for what it lost; a mark at the difference."""
-    net = [won - lost for won, lost in zip(changes.won, changes.lost, strict=True)]
-    order = sorted(range(len(net)), key=lambda label: (net[label], changes.won[label], -label))
-    if len(order) > CLASSES_DRAWN:
+def draw_classes(
+    panel: "Axes", changes: ClassChanges, title: str, names: Sequence[str] | None = None, kind: str = "images"
+) -> None:
+    """A bar to the right for what every class won, to the left for what it lost; a mark at the difference.
+
+    Classes of which nothing changed are left out. `kind` says what is counted.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    rows = zip(changes.labels, changes.won, changes.lost, strict=True)
+    rows = sorted(rows, key=lambda row: (row[1] - row[2], row[1], -row[0]))
+    found = len(rows)
+    if found > CLASSES_DRAWN:
         half = CLASSES_DRAWN // 2
-        title, order = f"{title}\nthe {half} classes at either end", order[:half] + order[-half:]
-    places = range(len(order))
-    panel.barh(places, [changes.won[label] for label in order], color=WON, label="won")
-    panel.barh(
-        places, [-changes.lost[label] for label in order], color=LOST, hatch="///", edgecolor="white", label="lost"
-    )
-    panel.plot(
-        [net[label] for label in order], places, "D", color="black", markersize=4, linestyle="", label="difference"
-    )
-    panel.axvline(0, color="black", linewidth=0.8)
-    panel.set_yticks(places, [_name(label, names) for label in order], fontsize="x-small")
-    panel.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
-    panel.set_xlabel("images", fontsize=SMALL)
+        rows = rows[:half] + rows[-half:]
+        title = f"{title}\n{half} classes at either end of {found} that change"
+    elif found < changes.num_classes:
+        title = f"{title}\n{found} of {changes.num_classes:,} classes change"
     panel.set_title(title, fontsize=SMALL)
+    panel.set_xlabel(kind, fontsize=SMALL)
+    panel.axvline(0, color="black", linewidth=0.8)
+    if not rows:
+        panel.set_yticks([])
+        return
+    labels, won, lost = zip(*rows, strict=True)
+    places = range(len(rows))
+    panel.barh(places, won, color=WON, label="won")
+    panel.barh(places, [-count for count in lost], color=LOST, hatch="///", edgecolor="white", label="lost")
+    net = [gain - loss for gain, loss in zip(won, lost, strict=True)]
+    panel.plot(net, places, "D", color="black", markersize=4, label="difference")
+    panel.set_yticks(places, [readable(label, names) for label in labels], fontsize="x-small")
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    panel.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     panel.legend(fontsize="x-small", frameon=False, loc="lower right")
+
+
+def readable(label: int, names: Sequence[str] | None) -> str:
+    """The name of a class on an axis: shortened, and without a meaning as a formula."""
+    name = str(label) if names is None else names[label]
+    return (name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…").replace("$", r"\$")
 
 
 def _summary_panels(report: "CATReport", names: Sequence[str] | None) -> list[Callable[["Axes"], None]]:
     """What there is to draw of the whole model, as functions that draw it."""
     panels: list[Callable[[Axes], None]] = []
-    agreement = None if report.layer is not None else report.held_out
+    accuracy, agreement = report.accuracy, None if report.layer is not None else report.held_out
     gains = {}
-    if report.accuracy is not None:
-        accuracy, paired = report.accuracy, report.accuracy.paired
-        label = f"top-1, {accuracy.images:,} labelled images (FP {accuracy.fp_top1:.2f} %)"
+    if accuracy is not None:
+        kind, count = _counted(accuracy.images, accuracy.positions)
+        label = f"top-1, {count:,} labelled {kind} (FP {accuracy.fp_top1:.2f} %)"
         scores = f"{accuracy.quantized_top1:.2f} -> {accuracy.cat_top1:.2f} %"
-        gains[f"{label}\n{scores}"] = paired.delta, paired.ci_low, paired.ci_high
+        gains[f"{label}\n{scores}"] = accuracy.paired.delta, accuracy.paired.ci_low, accuracy.paired.ci_high
     if agreement is not None:
         label = f"agreement with FP, held out\n{agreement.agreement_before:.2f} -> {agreement.agreement_after:.2f} %"
         gains[label] = agreement.agreement_gain, agreement.gain_low, agreement.gain_high
@@ -141,13 +177,18 @@ def _summary_panels(report: "CATReport", names: Sequence[str] | None) -> list[Ca
         panels.append(lambda panel: _draw_gains(panel, gains))
     if report.evidence is not None and report.evidence.candidates:
         panels.append(lambda panel: _draw_candidates(panel, report.evidence.candidates))
-    if report.accuracy is not None and report.accuracy.classes is not None:
-        found = report.accuracy.classes
-        panels.append(lambda panel: draw_classes(panel, found, "labelled images put right and wrong", names))
+    if accuracy is not None and accuracy.classes is not None:
+        title = f"labelled {kind} put right and wrong"
+        panels.append(lambda panel: draw_classes(panel, accuracy.classes, title, names, kind))
     elif agreement is not None and agreement.classes is not None:
-        held_out = agreement.classes
-        panels.append(lambda panel: draw_classes(panel, held_out, "agreement with FP won and lost, held out", names))
+        kind, _ = _counted(report.images, report.positions)
+        title = "agreement with FP won and lost, held out"
+        panels.append(lambda panel: draw_classes(panel, agreement.classes, title, names, kind))
     return panels
+
+
+def _counted(images: int, positions: int | None) -> tuple[str, int]:
+    return ("images", images) if positions is None else ("positions", positions)
 
 
 def _draw_gains(panel: "Axes", gains: dict[str, tuple[float, float, float]]) -> None:
@@ -179,23 +220,35 @@ def _draw_candidates(panel: "Axes", candidates: Sequence[Candidate]) -> None:
     panel.set_title("families of maps (share of the weight)", fontsize=SMALL)
 
 
-def _checked_names(report: "CATReport", class_names: Sequence[str] | None) -> list[str] | None:
-    if class_names is None:
-        return None
-    scores = report.accuracy or report.held_out
-    changes = getattr(scores, "classes", None)
-    if changes is not None and len(class_names) != len(changes.won):
-        raise CATError(f"class_names are {len(class_names)} names; expected one for each of {len(changes.won)} classes")
-    return [str(name) for name in class_names]
+def _checked_names(report: "CATReport", class_names: Sequence[str] | None) -> tuple[str, ...] | None:
+    scores = (report.accuracy, report.held_out)
+    known = [changes.num_classes for score in scores if (changes := getattr(score, "classes", None)) is not None]
+    highest = max((label for profile in report.clusters for label in profile.classes), default=-1)
+    if class_names is not None and not known and hasattr(class_names, "__len__"):
+        known = [max(highest + 1, len(class_names))]  # a report of an earlier version does not tell more
+    names = check_class_names(class_names, known[0] if known else 0)
+    if names is not None and highest >= len(names):
+        raise CATError(f"clusters speak of class {highest}, and there are {len(names)} class_names")
+    return names
 
 
-def _name(label: int, names: Sequence[str] | None) -> str:
-    return str(label) if names is None else names[label]
+def _writable(path: str | os.PathLike[str]) -> Path:
+    """The path of a file that a figure may be written to."""
+    target = Path(path)
+    if not target.name or target.is_dir() or not target.parent.is_dir():
+        raise CATError(f"{str(path)!r} cannot be written; expected the path of a file in a folder that exists")
+    _new_figure(1, 1)
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if target.suffix and target.suffix[1:] not in known:
+        raise CATError(f"{target} has the ending {target.suffix}; expected one of {', '.join(sorted(known))}")
+    return target
 
 
-def _figure_type() -> Any:
+def _new_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise CATError("plots need matplotlib, which is not installed: pip install 'cat-plugin[plots]'") from error
-    return Figure
+    return Figure(figsize=(width, height), layout="constrained", facecolor=BACKGROUND)

@@ -18,6 +18,7 @@ from cat_plugin.correction import BUFFERS, REQUIRED, ClusterAffine
 from cat_plugin.errors import CATError
 from cat_plugin.files import replacing
 from cat_plugin.fingerprint import Fingerprint
+from cat_plugin.names import check_class_names
 from cat_plugin.outputs import Output
 from cat_plugin.plain import from_plain
 from cat_plugin.report import CATReport
@@ -101,7 +102,7 @@ def save(
         fingerprint=Fingerprint.of(model),
         output=FUNCTIONS if isinstance(output, tuple) else output,
         layer=layer,
-        class_names=check_class_names(class_names, correction),
+        class_names=check_class_names(class_names, correction.num_classes),
         config=config,
         report=report,
     )
@@ -147,28 +148,10 @@ def load(folder: str | os.PathLike, model: nn.Module, strict: bool, output: Outp
             )
         output = saved.output
     try:
-        class_names = check_class_names(saved.class_names, correction)
+        class_names = check_class_names(saved.class_names, correction.num_classes)
     except CATError as error:
         raise CATError(f"{folder / CONFIG_NAME}: {error}") from error
     return Loaded(correction, saved.report, saved.config, output, saved.layer, class_names)
-
-
-def check_class_names(names: Sequence[str] | None, correction: ClusterAffine) -> tuple[str, ...] | None:
-    """`names` as a tuple.
-
-    Raises:
-        CATError: they are not one text for each class of `correction`.
-    """
-    if names is None:
-        return None
-    expected = f"expected a list of {correction.num_classes} texts, one for each class in order"
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise CATError(f"class_names is a {type(names).__name__}; {expected}")
-    others = [name for name in names if not isinstance(name, str)]
-    if others or len(names) != correction.num_classes:
-        found = f"hold {others[0]!r}" if others else f"are {len(names)}"
-        raise CATError(f"class_names {found}; {expected}")
-    return tuple(names)
 
 
 def _existing(folder: str | os.PathLike) -> Path:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cat_plugin.correction import ClusterAffine
+from cat_plugin.errors import CATError
 from cat_plugin.metrics import kl_divergence
 
 CLUSTERS_KEPT = 6
@@ -32,6 +33,14 @@ class ClusterProfile:
     corrected: tuple[float, ...]
     kl_before: float
     kl_after: float
+
+    def __post_init__(self) -> None:
+        lengths = [len(part) for part in (self.classes, self.fp, self.quantized, self.corrected)]
+        if len(set(lengths)) > 1 or any(label < 0 for label in self.classes):
+            raise CATError(
+                f"classes {self.classes}, fp, quantized and corrected of a cluster have the lengths {lengths}; "
+                "expected one length, and classes from 0"
+            )
 
 
 def profile_clusters(correction: ClusterAffine, q: Tensor, f: Tensor, out: Tensor) -> tuple[ClusterProfile, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cat_plugin.accuracy import AccuracyReport
+from cat_plugin.errors import CATError
 from cat_plugin.fit import HeldOutScores
 from cat_plugin.layers import LayerScores
 from cat_plugin.plain import from_plain, to_plain
@@ -43,7 +44,8 @@ class CATReport:
     fit_seconds        fitting the correction, and cross-fitting
     accuracy           on labelled images, where an `eval_loader` was given
     clusters           mean logits of the largest clusters on held-out images, before and
-                       after; empty where nothing was held out or the model is left as it is
+                       after; empty where nothing was held out, the model is left as it is,
+                       or `layer` is corrected
     =================  ==================================================================
     """
 
@@ -63,6 +65,13 @@ class CATReport:
     layer: str | None = None
     quantized_layers: LayerCount | None = None
     clusters: tuple[ClusterProfile, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_clusters == len(self.cluster_sizes):
+            raise CATError(
+                f"num_clusters is {self.num_clusters}, and there are {len(self.cluster_sizes)} cluster_sizes; expected "
+                "one size for each of at least one cluster"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-able dict."""
@@ -91,14 +100,16 @@ class CATReport:
         and the mean logits of the largest clusters in all three models, on held-out images.
 
         Args:
-            path: written to, in the format that its ending names; by default nothing is written.
+            path: written to, in the format that its ending names, PNG without one; by default nothing is written.
             class_names: one for each class; by default classes are numbers.
 
         Returns:
-            The figure, a `matplotlib.figure.Figure` of its own (`pyplot` is not involved).
+            The figure, a `matplotlib.figure.Figure` of its own: `pyplot` and the user's style are not involved. A
+            notebook shows it after `%matplotlib inline`.
 
         Raises:
-            CATError: matplotlib is not installed, there is nothing to draw, or as many names as classes were not given.
+            CATError: matplotlib is not installed, there is nothing to draw, names that are not one for each class, or a
+                path in no folder or of an unknown format.
         """
         return plot_report(self, path, class_names)
 

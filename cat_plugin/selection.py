@@ -481,7 +481,8 @@ def _judge(outputs: dict[str, Tensor], weights: dict[str, float], held_out: Tens
         Candidate(name, *softened_kl(output.double()), weights[name] / total if total else 0.0)
         for name, output in outputs.items()
     )
-    criterion, (fall, error) = data.criterion, _falls(data.criterion, data)(held_out)
+    criterion, kl = data.criterion, softened_kl(held_out)
+    fall, error = kl if criterion.loss is SOFTENED_KL.loss else _falls(criterion, data)(held_out)
     target, before, after = (logits.argmax(dim=1) for logits in (data.f, data.q, held_out))
     changed = 100.0 * (after != before).double().mean().item()
     won, lost = int(((after == target) & (before != target)).sum()), int(((before == target) & (after != target)).sum())
@@ -496,10 +497,10 @@ def _judge(outputs: dict[str, Tensor], weights: dict[str, float], held_out: Tens
     }
     found = [fault for fault, given in faults.items() if given]
     accepted = not (found and criterion.demanded)
-    said = "; ".join(list(faults)[:2] if accepted else found)
+    said = "; ".join(found or list(faults)[:2])
     verdict = "" if accepted and not found else "no evidence was demanded: " if accepted else "nothing to gain: "
     reason = f"{verdict}on held-out images, {said}"
-    return Evidence(len(data.q), *softened_kl(held_out), changed, accepted, reason, candidates)
+    return Evidence(len(data.q), *kl, changed, accepted, reason, candidates)
 
 
 def _falls(criterion: Criterion, data: _Data) -> Callable[[Tensor], tuple[float, float]]:

@@ -12,7 +12,8 @@ from benchmarks.models import create_model
 from tests.benchmarks.rows import make_measurement
 
 TABLES = ["comparisons.csv", "results.csv", "results.json", "results.md", "summary.csv"]
-ALL_FILES = sorted([*TABLES, "environment.json", "rows", "settings.json"])
+FIGURES = ["classes.png", "gains.png", "logits.png"]
+ALL_FILES = sorted([*TABLES, *FIGURES, "environment.json", "rows", "settings.json"])
 
 
 def results(tmp_path, name="results"):
@@ -21,6 +22,7 @@ def results(tmp_path, name="results"):
 
 
 def test_run_on_a_folder_writes_and_prints_its_table(tiny, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     assert compare.main([*tiny, "--seeds", "3"]) == 0
     folder = results(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ALL_FILES

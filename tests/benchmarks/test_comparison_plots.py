@@ -72,7 +72,7 @@ def test_of_many_classes_those_that_change_most_are_drawn():
     panel = draw_changes([of_classes(labels, lq, cat)], [f"class {label}" for label in range(50)]).axes[0]
     shown = [tick.get_text() for tick in panel.get_xticklabels()]
     assert len(shown) == 20 and shown[0] == "class 9" and shown[-1] == "class 7"
-    assert "20 classes that change most" in panel.get_title()
+    assert "10 classes at either end" in panel.get_title()
 
 
 def test_logits_are_those_of_the_network_that_gains_most():

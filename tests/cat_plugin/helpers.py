@@ -7,6 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from cat_plugin import CATConfig
+from cat_plugin.fit import fit_and_score
+from cat_plugin.store import LogitStore
+
 
 def paired_logits(n_images, n_classes, seed=0, dtype=torch.float64, noise=0.5):
     """Clustered full-precision logits and distorted quantized ones, `(q, f)`, both (N, C)."""
@@ -17,6 +21,11 @@ def paired_logits(n_images, n_classes, seed=0, dtype=torch.float64, noise=0.5):
     distortion = 0.7 + 0.1 * torch.randn(n_classes, generator=generator, dtype=torch.float64)
     q = f * distortion + 0.3 + noise * torch.randn(n_images, n_classes, generator=generator, dtype=torch.float64)
     return q.to(dtype), f.to(dtype)
+
+
+def held_out_scores(q, f, config=None, images=None):
+    """What a fit says of images that it was cross-fitted on."""
+    return fit_and_score(LogitStore.of(q, f, None, images), CATConfig.resolve(config)).held_out
 
 
 class SmallNet(nn.Module):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from cat_plugin import CATError, CATWrapper, ClusterAffine, compare_accuracy
+from cat_plugin.metrics import ClassChanges
 from tests.cat_plugin.helpers import images, model_pair, state_of
 
 
@@ -38,7 +39,7 @@ def test_table_computed_by_hand():
     assert (report.fp_top1, report.quantized_top1, report.cat_top1) == (87.5, 37.5, 62.5)
     assert (report.fp_top5, report.quantized_top5, report.cat_top5) == (87.5, 87.5, 87.5)
     assert (report.paired.won, report.paired.lost, report.paired.delta) == (3, 1, 25.0)
-    assert (report.classes.won, report.classes.lost) == ((1, 2, 0, 0, 0, 0), (1, 0, 0, 0, 0, 0))
+    assert report.classes == ClassChanges(6, labels=(0, 1), won=(1, 2), lost=(1, 0))
     assert report.paired.p_value == pytest.approx(2 * 5 / 16)
     assert "FP 87.50, quantized 37.50, with CAT 62.50 (+25.00, 95 % CI" in str(report)
     assert json.loads(json.dumps(report.to_dict()))["paired"]["won"] == 3

@@ -8,8 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import cat_plugin
 from cat_plugin import CATConfig, CATError, apply_cat, compare_accuracy, fit_cluster_affine
-from cat_plugin.fit import held_out_scores
-from tests.cat_plugin.helpers import images, model_pair, state_of
+from tests.cat_plugin.helpers import held_out_scores, images, model_pair, state_of
 
 
 @pytest.fixture
@@ -104,7 +103,6 @@ def test_config_of_another_type(pair, config):
     calls = [
         lambda: apply_cat(*pair, never(), config=config),
         lambda: fit_cluster_affine(q, f, config),
-        lambda: held_out_scores(q, f, config),
     ]
     message = re.escape(f"config={config!r} is a {type(config).__name__}; expected a CATConfig or None")
     for call in calls:

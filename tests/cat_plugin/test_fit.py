@@ -7,9 +7,8 @@ import torch
 
 from cat_plugin import CATConfig, CATError, fit_cluster_affine
 from cat_plugin.clustering import fit_clusters
-from cat_plugin.fit import held_out_scores
 from cat_plugin.metrics import agreement, kl_divergence
-from tests.cat_plugin.helpers import paired_logits
+from tests.cat_plugin.helpers import held_out_scores, paired_logits
 from tests.reference import PaperCAT, lstsq_per_cluster
 
 LOGITS = sorted(Path(os.environ["CAT_LOGITS"]).glob("*.npz")) if "CAT_LOGITS" in os.environ else []

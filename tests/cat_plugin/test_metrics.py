@@ -57,7 +57,7 @@ def test_class_changes_table():
     targets = torch.tensor([0, 0, 0, 2, 2, 1])
     before = torch.tensor([True, False, False, True, False, True])
     after = torch.tensor([False, True, True, True, False, False])
-    assert ClassChanges.of(targets, before, after, 4) == ClassChanges(won=(2, 0, 0, 0), lost=(1, 1, 0, 0))
+    assert ClassChanges.of(targets, before, after, 4) == ClassChanges(4, labels=(0, 1), won=(2, 0), lost=(1, 1))
 
 
 def test_p_value_against_the_binomial_distribution():

@@ -6,9 +6,8 @@ from torch import nn
 
 from cat_plugin import CATConfig, CATError, apply_cat, compare_accuracy, fit_cluster_affine
 from cat_plugin.collect import collect_outputs
-from cat_plugin.fit import held_out_scores
 from cat_plugin.positions import PositionDraw, class_axis_of, fold_of_rows, from_rows, to_rows
-from tests.cat_plugin.helpers import images, model_pair, paired_logits, state_of
+from tests.cat_plugin.helpers import held_out_scores, images, model_pair, paired_logits, state_of
 
 SHAPES = [
     ((3, 5), None),
