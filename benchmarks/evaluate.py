@@ -19,8 +19,8 @@ from cat_plugin.collect import PairedOutputs, collect_outputs
 
 SCORING_BATCH = 256
 PAPER_CLUSTERS = 64
-DEFAULT = "cat"
-MODES = {"plain_affine": "plain affine", "cat_paper": "CAT (paper)", DEFAULT: "CAT"}
+DEFAULT_MODE = "cat"
+MODES = {"plain_affine": "plain affine", "cat_paper": "CAT (paper)", DEFAULT_MODE: "CAT"}
 """Kinds of correction, and what they are called in tables."""
 
 
@@ -120,7 +120,7 @@ def measure(
     configs = corrections(protocol.n_cat, setting.seed)
     fitted = {mode: pairs.fit(config) for mode, config in configs.items() if mode in modes}
     predictions = pairs.score(fitted)
-    profiles = pairs.profile(fitted[DEFAULT]) if DEFAULT in fitted else ()
+    profiles = pairs.profile(fitted[DEFAULT_MODE]) if DEFAULT_MODE in fitted else ()
     row = Row(
         dataset=dataset.name,
         model=model_name,
@@ -179,7 +179,7 @@ def corrections(n_cat: int, seed: int) -> dict[str, CATConfig]:
     configs = {
         "plain_affine": CATConfig.paper(num_clusters=1, alpha=1.0, seed=seed),
         "cat_paper": CATConfig.paper(num_clusters=PAPER_CLUSTERS, seed=seed),
-        DEFAULT: CATConfig(seed=seed),
+        DEFAULT_MODE: CATConfig(seed=seed),
     }
     return {mode: config for mode, config in configs.items() if mode != "cat_paper" or n_cat >= PAPER_CLUSTERS}
 

@@ -19,7 +19,7 @@ from benchmarks.arguments import (
     one_width,
     positive,
 )
-from benchmarks.evaluate import MODES
+from benchmarks.evaluate import MODES, PAPER_CLUSTERS, corrections
 from benchmarks.factors import FACTORS
 from benchmarks.imagenet import NAME as IMAGENET
 from benchmarks.imagenet import default_workers
@@ -43,6 +43,7 @@ def parse_compare(argv: list[str]) -> argparse.Namespace:
     _apply_preset(args)
     args.n_cat = args.n_cat or DATASETS[args.dataset].n_cat
     args.modes = [mode for mode in MODES if mode in args.modes]
+    _refuse_too_few(args)
     _complete_networks(args)
     return args
 
@@ -128,6 +129,15 @@ def _complete_networks(args: argparse.Namespace) -> None:
         )
     _check_images(args)
     args.methods, args.bits, args.seeds = (list(dict.fromkeys(each)) for each in (args.methods, args.bits, args.seeds))
+
+
+def _refuse_too_few(args: argparse.Namespace) -> None:
+    # Else everything would be quantized before it turns out that there is nothing to report.
+    if not set(args.modes) & corrections(args.n_cat, seed=0).keys():
+        raise BenchmarkError(
+            f"--n-cat {args.n_cat} is too few for --modes {' '.join(args.modes)}, which has {PAPER_CLUSTERS} clusters "
+            "and needs an image for each; give more, or another mode beside it"
+        )
 
 
 def _apply_preset(args: argparse.Namespace) -> None:

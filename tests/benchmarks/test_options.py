@@ -83,6 +83,14 @@ def test_wrong_values_end_with_code_2(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [["--n-cat", "63"], ["--n-cat", "1"]])
+def test_modes_that_cannot_be_fitted_are_refused_before_anything_is_quantized(options):
+    with pytest.raises(BenchmarkError, match=r"--n-cat \d+ is too few for --modes cat_paper, which has 64 clusters"):
+        parse_compare(["--modes", "cat_paper", *options])
+    assert parse_compare(["--modes", "cat_paper", "cat", *options]).modes == ["cat_paper", "cat"]
+    assert parse_compare(["--modes", "cat_paper", "--n-cat", "64"]).n_cat == 64
+
+
 def test_other_commands_take_imagenet_too():
     args = parse_ablate([*IMAGENET, "--model", "mobilenet_v2"])
     assert (args.features, args.iters, args.weights) == ("features", 20_000, Path("DEFAULT"))
