@@ -13,10 +13,10 @@ from benchmarks.data import Dataset
 from benchmarks.environment import versions
 from benchmarks.evaluate import top1
 from benchmarks.files import digest_text, write_text
+from benchmarks.imagenet import VAL_IMAGES
 from benchmarks.images import batches
 
 TOLERANCE = 0.5  # percentage points
-VAL_IMAGES = 50_000
 VAL_CLASSES = 1000
 TENSOR_BATCH = 256
 

@@ -15,6 +15,7 @@ from benchmarks.data import Dataset
 from benchmarks.images import ImageFiles
 
 NAME = "imagenet"
+VAL_IMAGES = 50_000
 PARTS = "train", "val"
 LAYOUT = "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
 CLASSES_SHOWN = 3
