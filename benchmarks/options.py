@@ -23,7 +23,8 @@ from benchmarks.evaluate import MODES, PAPER_CLUSTERS, corrections
 from benchmarks.factors import FACTORS
 from benchmarks.imagenet import NAME as IMAGENET
 from benchmarks.imagenet import default_workers
-from benchmarks.pretrained import DEFAULT, is_timm
+from benchmarks.pretrained import DEFAULT, features_of, is_timm
+from benchmarks.processes import this_process
 
 IMAGES = 256, 512, 1024, 4096
 MAX_DRAWS = 5
@@ -70,7 +71,7 @@ def parse_ablate(argv: list[str]) -> argparse.Namespace:
     args.factors = dict(args.factors)
     _complete_sources(args)
     if args.dataset is not None and args.features is None:
-        args.features = DATASETS[args.dataset].features.get(args.model)
+        args.features = DATASETS[args.dataset].features.get(args.model) or features_of(args.model)
     return args
 
 
@@ -162,7 +163,7 @@ def _complete_imagenet(args: argparse.Namespace) -> None:
     if args.data is None:
         raise BenchmarkError("--dataset imagenet needs --data DIR with train/<class>/* and val/<class>/*")
     args.weights = args.weights or Path(DEFAULT)
-    args.workers = default_workers() if args.workers is None else args.workers
+    args.workers = default_workers(this_process().local_world) if args.workers is None else args.workers
 
 
 def _model_for(args: argparse.Namespace) -> str:
