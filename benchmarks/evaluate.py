@@ -156,11 +156,13 @@ def paired_logits(
     images = stacked(dataset.train_images[calib]).to(device)
     quantized = quantized_model(fp_model, images, cache, cache_device=cache_device, progress=progress, **options)
 
-    def outputs(images: Images) -> PairedOutputs:
+    def outputs(images: Images, title: str) -> PairedOutputs:
         options = {"features": protocol.features, "batch_size": SCORING_BATCH}
-        return collect_outputs(quantized, fp_model, batches(images), **options)
+        return collect_outputs(quantized, fp_model, batches(images, title if progress else None), **options)
 
-    tuned, fit, test = map(outputs, (images, dataset.train_images[cat], dataset.test_images))
+    tuned = outputs(images, "images for quantization")
+    fit = outputs(dataset.train_images[cat], "images for corrections")
+    test = outputs(dataset.test_images, "test images")
     return PairedLogits(
         **{"fit_q": fit.q, "fit_f": fit.f, "fit_h": fit.h},
         **{"tuned_q": tuned.q, "tuned_f": tuned.f, "tuned_h": tuned.h},
