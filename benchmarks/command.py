@@ -5,8 +5,10 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -45,23 +47,50 @@ def exit_code(work: Callable[[], None], *, resumes: bool) -> int:
     return 0
 
 
-def load_network(args: argparse.Namespace) -> tuple[Dataset, nn.Module]:
-    """The data set, and the full-precision network on its device, that the options ask for."""
-    progress = not args.no_progress and this_process().first
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A data set and a full-precision network on its device.
+
+    ``weights`` says where the network is from, alike wherever a file lies; ``fp_check`` is a sentence about its
+    accuracy, or None.
+    """
+
+    dataset: Dataset
+    model: nn.Module
+    weights: str
+    fp_check: str | None = None
+
+
+def load_network(args: argparse.Namespace) -> Loaded:
+    """The data set and the network that the options ask for.
+
+    Raises:
+        BenchmarkError: there are none, or they do not fit; or several processes would download images at once.
+    """
+    process = this_process()
+    progress = not args.no_progress and process.first
     if args.dataset == IMAGENET:
         return _load_imagenet(args, progress)
-    dataset = load_digits() if args.dataset == "digits" else load_cifar10(args.data, args.cache, progress=progress)
+    if args.dataset == "digits":
+        dataset = load_digits()
+    else:
+        dataset = load_cifar10(args.data, args.cache, download=process.alone, progress=progress)
     if args.weights is None:
         LeakGuard(dataset.test_images).check(dataset.train_images, "images to train on")
-        model = trained_model(args.model, dataset, args.cache, progress=progress)
+        model, weights = trained_model(args.model, dataset, args.cache, progress=progress), "trained here"
     else:
+        weights = _file(args.weights)
         model = create_model(args.model, len(dataset.classes))
         load_weights(model, args.weights)
         check_outputs(model, dataset.test_images, dataset.classes)
-    return dataset, model.to(args.device)
+    return Loaded(dataset=dataset, model=model.to(args.device), weights=weights)
 
 
-def _load_imagenet(args: argparse.Namespace, progress: bool) -> tuple[Dataset, nn.Module]:
+def _file(path: Path) -> str:
+    return f"the file {path.name}"
+
+
+def _load_imagenet(args: argparse.Namespace, progress: bool) -> Loaded:
     """As :func:`load_network`; the network has been found as accurate as published, where that is known."""
     found = load_pretrained(args.model, str(args.weights), len(class_names(args.data)))
     dataset = load_imagenet(args.data, found.transform, args.workers)
@@ -69,12 +98,16 @@ def _load_imagenet(args: argparse.Namespace, progress: bool) -> tuple[Dataset, n
     model = found.model.to(args.device)
     expected, source = (found.published, found.source) if args.fp_top1 is None else (args.fp_top1, "--fp-top1")
     if expected is None:
-        told = f"full-precision top-1 is not checked: none is published for {source}; --fp-top1 says what to expect"
+        told = (
+            f"full-precision top-1 is not checked: no published top-1 is stored here for {source}; --fp-top1 says what "
+            "to expect"
+        )
     else:
         told = check_accuracy(model, dataset, expected, source, args.cache, progress=progress)
     if this_process().first:
         print(told, flush=True)
-    return dataset, model
+    weights = _file(args.weights) if found.source == str(args.weights) else found.source
+    return Loaded(dataset=dataset, model=model, weights=weights, fp_check=told)
 
 
 def settings_grid(args: argparse.Namespace) -> list[Setting]:
@@ -82,15 +115,16 @@ def settings_grid(args: argparse.Namespace) -> list[Setting]:
     return [Setting(method, *bits, seed) for method, bits, seed in product(args.methods, args.bits, args.seeds)]
 
 
-def environment(command: str, argv: Sequence[str], seeds: Sequence[int], seconds: float) -> dict[str, Any]:
+def environment(command: str, argv: Sequence[str], args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """What is worth knowing about a run, besides its settings.
 
-    ``command`` is that of ``python -m benchmarks``; ``seconds`` is what all rows took to measure.
+    ``command`` is that of ``python -m benchmarks``, ``argv`` its options and ``args`` what they mean; ``seconds`` is
+    what all rows took to measure.
     """
     return {
         "command": shlex.join(["python", "-m", "benchmarks", command, *argv]),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
-        "seeds": list(seeds),
-        **describe_machine(),
+        "seeds": list(args.seeds),
+        **describe_machine(args.device),
     }

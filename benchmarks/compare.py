@@ -6,15 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from baselines.files import digest_tensors
 from benchmarks import BenchmarkError
-from benchmarks.command import environment, exit_code, load_network, settings_grid
+from benchmarks.command import Loaded, environment, exit_code, load_network, settings_grid
 from benchmarks.comparison_plots import plot_comparison
-from benchmarks.data import Dataset
 from benchmarks.environment import code_digest, versions
 from benchmarks.evaluate import Measurement, Protocol, Setting, measure
+from benchmarks.imagenet import NAME as IMAGENET
 from benchmarks.options import parse_compare
 from benchmarks.processes import Process, this_process
 from benchmarks.report import to_markdown, write_environment, write_report
@@ -33,12 +31,13 @@ def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
     process = this_process()
     _refuse_fresh(args, process)
     progress = not args.no_progress and process.first
-    dataset, model = load_network(args)
+    loaded = load_network(args)
+    dataset, model = loaded.dataset, loaded.model
     protocol = Protocol(
         iters=args.iters, n_calib=args.n_calib, n_cat=args.n_cat, batch_size=args.batch_size, device=args.device
     )
     grid = settings_grid(args)
-    settings = _settings(dataset, args.model, model, protocol, args.modes, grid)
+    settings = _settings(loaded, args.model, protocol, args.modes, grid)
     folder = open_run(args.results, f"{dataset.name}-{args.model}", settings, name=args.run, fresh=args.fresh)
     rows = rows_of(folder)
     if process.first and (done := len(rows.finished([setting.name for setting in grid]))):
@@ -51,10 +50,12 @@ def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
     measured = rows.complete_together(grid, work, process, progress=progress)
     if measured is None:
         return
-    written = write_report(folder, measured) | plot_comparison(folder, measured, dataset.classes)
+    weights = weights_of(settings)
+    written = write_report(folder, measured, weights) | plot_comparison(folder, measured, dataset.classes)
     seconds = sum(measurement.seconds for measurement in measured)
-    write_environment(folder, environment(NAME, argv, args.seeds, seconds) | settings)
-    print(f"\n{to_markdown(measured)}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
+    about = environment(NAME, argv, args, seconds) | {"fp_check": loaded.fp_check}
+    write_environment(folder, about | settings)
+    print(f"\n{to_markdown(measured, weights)}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
 
 
 def _refuse_fresh(args: argparse.Namespace, process: Process) -> None:
@@ -68,22 +69,24 @@ def rows_of(folder: Path) -> Rows[Measurement]:
     return Rows(folder / "rows", Measurement)
 
 
+def weights_of(settings: dict[str, Any]) -> str | None:
+    """What tables call the full-precision weights of a run, or None where there are no others for its network."""
+    return settings.get("weights") if settings.get("dataset") == IMAGENET else None
+
+
 def _settings(
-    dataset: Dataset,
-    model_name: str,
-    model: nn.Module,
-    protocol: Protocol,
-    modes: Sequence[str],
-    grid: Sequence[Setting],
+    loaded: Loaded, model_name: str, protocol: Protocol, modes: Sequence[str], grid: Sequence[Setting]
 ) -> dict[str, Any]:
     """All that the figures depend on: a run resumes only where nothing of this has changed."""
+    dataset = loaded.dataset
     return {
         "kind": NAME,
         "dataset": dataset.name,
         "model": model_name,
         "classes": list(dataset.classes),
         "data_digest": dataset.digest(),
-        "weights_digest": digest_tensors(model.state_dict()),
+        "weights_digest": digest_tensors(loaded.model.state_dict()),
+        "weights": loaded.weights,
         "code_digest": code_digest("benchmarks.evaluate", "benchmarks.command"),
         "versions": versions(),
         "protocol": asdict(protocol),

@@ -89,20 +89,21 @@ def load_digits() -> Dataset:
     )
 
 
-def load_cifar10(source: Path | None, cache: Path, *, progress: bool = False) -> Dataset:
+def load_cifar10(source: Path | None, cache: Path, *, download: bool = True, progress: bool = False) -> Dataset:
     """CIFAR-10 from a folder or a zip archive with ``train/<class>/*`` and ``test/<class>/*``.
 
     Args:
         source: the folder or archive; None downloads the original data through torchvision.
         cache: where a download is kept. An archive is extracted to a temporary folder and leaves nothing behind.
+        download: False takes a download that is in ``cache`` and makes none.
         progress: show progress bars.
 
     Raises:
         BenchmarkError: no such file, an unsafe archive, a missing or empty part, other classes, images that cannot
-            be read or are not 32x32, or a download that failed.
+            be read or are not 32x32, or a download that failed or is not there.
     """
     if source is None:
-        return _download_cifar10(cache / "cifar10")
+        return _download_cifar10(cache / "cifar10", download)
     if source.is_dir():
         return _read_cifar10(source, progress)
     if not source.is_file():
@@ -145,10 +146,15 @@ def _cifar10(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Datas
     )
 
 
-def _download_cifar10(root: Path) -> Dataset:
+def _download_cifar10(root: Path, download: bool) -> Dataset:
     try:
-        parts = [CIFAR10(str(root), train=train, download=True) for train in (True, False)]
+        parts = [CIFAR10(str(root), train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:
+        if not download:
+            raise BenchmarkError(
+                f"{root} holds no CIFAR-10, and several processes cannot download it at once; run one process first, "
+                "or give a folder or zip archive in ImageFolder layout by --data"
+            ) from error
         raise BenchmarkError(
             f"CIFAR-10 could not be downloaded ({error}); give a folder or zip archive in ImageFolder layout by --data"
         ) from error

@@ -17,13 +17,26 @@ from benchmarks.files import digest_text
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cat_plugin", "baselines", "benchmarks")
 LIBRARIES = ("torchvision", "numpy", "scikit-learn", "scipy")
+MORE = ("pillow", "timm")  # they decode images and make networks, but do not quantize
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that take part in a figure."""
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the libraries that take part in a figure; None for those that are not installed."""
+    return quantizing_versions() | {name: _version(name) for name in MORE}
+
+
+def quantizing_versions() -> dict[str, str]:
+    """Versions of those that quantization depends on, besides its network and its images."""
     # torch's own attribute names the build too, which the metadata leaves out.
     own = {"python": platform.python_version(), "torch": torch.__version__}
     return own | {name: metadata.version(name) for name in LIBRARIES}
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @cache
@@ -71,14 +84,22 @@ def _files(name: str) -> list[Path]:
     return [path for path in candidates if path.is_file()]
 
 
-def describe_machine() -> dict[str, Any]:
-    """Platform, processors, threads, and the commit of the clone where there is one."""
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """Platform, processors, threads, name of the accelerator, and the commit of the clone where there is one."""
     return {
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "accelerator": _accelerator(device),
         "git_commit": _git_commit(),
     }
+
+
+def _accelerator(device: str) -> str | None:
+    """What ``device`` is called, or None for the processor and where nothing says so."""
+    backend = getattr(torch, torch.device(device).type, None)
+    name = getattr(backend, "get_device_name", None)
+    return None if name is None else name(torch.device(device))
 
 
 def _git_commit() -> str | None:

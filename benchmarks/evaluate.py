@@ -19,8 +19,8 @@ from cat_plugin.collect import PairedOutputs, collect_outputs
 
 SCORING_BATCH = 256
 PAPER_CLUSTERS = 64
-DEFAULT = "cat"
-MODES = {"plain_affine": "plain affine", "cat_paper": "CAT (paper)", DEFAULT: "CAT"}
+DEFAULT_MODE = "cat"
+MODES = {"plain_affine": "plain affine", "cat_paper": "CAT (paper)", DEFAULT_MODE: "CAT"}
 """Kinds of correction, and what they are called in tables."""
 
 
@@ -120,7 +120,7 @@ def measure(
     configs = corrections(protocol.n_cat, setting.seed)
     fitted = {mode: pairs.fit(config) for mode, config in configs.items() if mode in modes}
     predictions = pairs.score(fitted)
-    profiles = pairs.profile(fitted[DEFAULT]) if DEFAULT in fitted else ()
+    profiles = pairs.profile(fitted[DEFAULT_MODE]) if DEFAULT_MODE in fitted else ()
     row = Row(
         dataset=dataset.name,
         model=model_name,
@@ -156,11 +156,13 @@ def paired_logits(
     images = stacked(dataset.train_images[calib]).to(device)
     quantized = quantized_model(fp_model, images, cache, cache_device=cache_device, progress=progress, **options)
 
-    def outputs(images: Images) -> PairedOutputs:
+    def outputs(images: Images, title: str) -> PairedOutputs:
         options = {"features": protocol.features, "batch_size": SCORING_BATCH}
-        return collect_outputs(quantized, fp_model, batches(images), **options)
+        return collect_outputs(quantized, fp_model, batches(images, title if progress else None), **options)
 
-    tuned, fit, test = map(outputs, (images, dataset.train_images[cat], dataset.test_images))
+    tuned = outputs(images, "images for quantization")
+    fit = outputs(dataset.train_images[cat], "images for corrections")
+    test = outputs(dataset.test_images, "test images")
     return PairedLogits(
         **{"fit_q": fit.q, "fit_f": fit.f, "fit_h": fit.h},
         **{"tuned_q": tuned.q, "tuned_f": tuned.f, "tuned_h": tuned.h},
@@ -179,7 +181,7 @@ def corrections(n_cat: int, seed: int) -> dict[str, CATConfig]:
     configs = {
         "plain_affine": CATConfig.paper(num_clusters=1, alpha=1.0, seed=seed),
         "cat_paper": CATConfig.paper(num_clusters=PAPER_CLUSTERS, seed=seed),
-        DEFAULT: CATConfig(seed=seed),
+        DEFAULT_MODE: CATConfig(seed=seed),
     }
     return {mode: config for mode, config in configs.items() if mode != "cat_paper" or n_cat >= PAPER_CLUSTERS}
 

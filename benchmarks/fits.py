@@ -28,7 +28,8 @@ def load_sources(args: argparse.Namespace, most: int | None = None) -> list[Sour
     refuse_several("a command that fits many corrections", this_process())
     sources = file_sources(args.logits, args.skip)
     if args.dataset is not None:
-        dataset, model = load_network(args)
+        loaded = load_network(args)
+        dataset = loaded.dataset
         rest = len(dataset.train_images) - args.n_calib
         if rest < 1:
             raise BenchmarkError(
@@ -43,7 +44,7 @@ def load_sources(args: argparse.Namespace, most: int | None = None) -> list[Sour
             features=args.features,
         )
         kept = {"cache": args.cache, "cache_device": args.cache_device, "progress": not args.no_progress}
-        sources += network_sources(settings_grid(args), protocol, dataset, args.model, model, **kept)
+        sources += network_sources(settings_grid(args), protocol, dataset, args.model, loaded.model, **kept)
     twice = sorted(name for name, count in Counter(source.name for source in sources).items() if count > 1)
     if twice:
         raise BenchmarkError(f"more than one source is called {twice[0]}; rename the files")

@@ -10,13 +10,13 @@ from torch import nn
 from baselines.files import digest_tensors
 from benchmarks import BenchmarkError
 from benchmarks.data import Dataset
-from benchmarks.environment import versions
+from benchmarks.environment import code_digest, versions
 from benchmarks.evaluate import top1
 from benchmarks.files import digest_text, write_text
+from benchmarks.imagenet import VAL_IMAGES
 from benchmarks.images import batches
 
 TOLERANCE = 0.5  # percentage points
-VAL_IMAGES = 50_000
 VAL_CLASSES = 1000
 TENSOR_BATCH = 256
 
@@ -46,7 +46,9 @@ def check_accuracy(
 
 def accuracy(model: nn.Module, dataset: Dataset, cache: Path, *, progress: bool = False) -> float:
     """Top-1 in percent on all test images, from ``cache`` where it was measured before."""
-    parts = digest_tensors(model.state_dict()), type(model).__qualname__, dataset.test_digest(), repr(versions())
+    device = next(model.parameters()).device.type
+    data = digest_tensors(model.state_dict()), type(model).__qualname__, dataset.test_digest()
+    parts = *data, device, repr(versions()), code_digest("benchmarks.fp_check")
     path = cache / "fp-accuracy" / f"{digest_text(*parts)}.json"
     try:
         return float(json.loads(path.read_text("utf-8"))["top1"])

@@ -15,14 +15,15 @@ from benchmarks.data import Dataset
 from benchmarks.images import ImageFiles
 
 NAME = "imagenet"
+VAL_IMAGES = 50_000
 PARTS = "train", "val"
 LAYOUT = "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
 CLASSES_SHOWN = 3
 
 
-def default_workers() -> int:
-    """Processes that decode, where the user does not say how many."""
-    return min(8, os.cpu_count() or 1)
+def default_workers(sharing: int = 1) -> int:
+    """Processes that decode, where the user does not say how many and ``sharing`` runs share the machine."""
+    return max(1, min(8, (os.cpu_count() or 1) // sharing))
 
 
 def class_names(root: Path) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ class ImageFiles:
     def listing(self) -> str:
         """Changes with names and sizes of the files and with the transform; nothing is read."""
         with ThreadPoolExecutor(READING_THREADS) as threads:
-            sizes = threads.map(lambda name: (self.root / name).stat().st_size, self.names)
+            sizes = threads.map(_file_size, [self.root / name for name in self.names])
             listed = [f"{name}:{size}" for name, size in zip(self.names, sizes, strict=True)]
         return digest_text(repr(self.transform), *listed)
 
@@ -110,11 +110,26 @@ class _FileBatches:
             collate_fn=_collate,
             generator=torch.Generator().manual_seed(0),  # else a loader draws from the global one
         )
-        for batch in tqdm(loader, self.title, unit="batch", leave=False, disable=self.title is None):
+        drawn = _from_workers(loader) if loader.num_workers else loader
+        for batch in tqdm(drawn, self.title, len(self), unit="batch", leave=False, disable=self.title is None):
             # From a worker an exception would come with its traceback in the message.
             if isinstance(batch, BenchmarkError):
                 raise batch
             yield batch
+
+
+def _from_workers(loader: DataLoader) -> Iterator[Tensor | BenchmarkError]:
+    """Batches of a loader; what happens to its processes is an error that says what to do."""
+    try:
+        yield from loader
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if reason.startswith("Caught "):  # and brought here from a worker: a mistake in the code
+            raise
+        raise BenchmarkError(
+            f"the {loader.num_workers} processes that decode images failed ({reason}); decode without them by "
+            "--workers 0, or give them more shared memory (of a container: --shm-size 8g) and open files (ulimit -n)"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -137,6 +152,13 @@ class _Decoded:
 def _collate(decoded: Sequence[Tensor | BenchmarkError]) -> Tensor | BenchmarkError:
     errors = [each for each in decoded if isinstance(each, BenchmarkError)]
     return errors[0] if errors else torch.stack(list(decoded))
+
+
+def _file_size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise BenchmarkError(f"{path} cannot be read: {error}") from error
 
 
 def _file_digest(path: Path) -> str:

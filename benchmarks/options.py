@@ -19,11 +19,12 @@ from benchmarks.arguments import (
     one_width,
     positive,
 )
-from benchmarks.evaluate import MODES
+from benchmarks.evaluate import MODES, PAPER_CLUSTERS, corrections
 from benchmarks.factors import FACTORS
 from benchmarks.imagenet import NAME as IMAGENET
 from benchmarks.imagenet import default_workers
-from benchmarks.pretrained import DEFAULT, is_timm
+from benchmarks.pretrained import DEFAULT, features_of, is_timm
+from benchmarks.processes import this_process
 
 IMAGES = 256, 512, 1024, 4096
 MAX_DRAWS = 5
@@ -43,6 +44,7 @@ def parse_compare(argv: list[str]) -> argparse.Namespace:
     _apply_preset(args)
     args.n_cat = args.n_cat or DATASETS[args.dataset].n_cat
     args.modes = [mode for mode in MODES if mode in args.modes]
+    _refuse_too_few(args)
     _complete_networks(args)
     return args
 
@@ -69,7 +71,7 @@ def parse_ablate(argv: list[str]) -> argparse.Namespace:
     args.factors = dict(args.factors)
     _complete_sources(args)
     if args.dataset is not None and args.features is None:
-        args.features = DATASETS[args.dataset].features.get(args.model)
+        args.features = DATASETS[args.dataset].features.get(args.model) or features_of(args.model)
     return args
 
 
@@ -130,6 +132,15 @@ def _complete_networks(args: argparse.Namespace) -> None:
     args.methods, args.bits, args.seeds = (list(dict.fromkeys(each)) for each in (args.methods, args.bits, args.seeds))
 
 
+def _refuse_too_few(args: argparse.Namespace) -> None:
+    # Else everything would be quantized before it turns out that there is nothing to report.
+    if not set(args.modes) & corrections(args.n_cat, seed=0).keys():
+        raise BenchmarkError(
+            f"--n-cat {args.n_cat} is too few for --modes {' '.join(args.modes)}, which has {PAPER_CLUSTERS} clusters "
+            "and needs an image for each; give more, or another mode beside it"
+        )
+
+
 def _apply_preset(args: argparse.Namespace) -> None:
     """What a preset says where the options say nothing."""
     if args.preset is None:
@@ -152,7 +163,7 @@ def _complete_imagenet(args: argparse.Namespace) -> None:
     if args.data is None:
         raise BenchmarkError("--dataset imagenet needs --data DIR with train/<class>/* and val/<class>/*")
     args.weights = args.weights or Path(DEFAULT)
-    args.workers = default_workers() if args.workers is None else args.workers
+    args.workers = default_workers(this_process().local_world) if args.workers is None else args.workers
 
 
 def _model_for(args: argparse.Namespace) -> str:

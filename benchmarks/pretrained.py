@@ -60,6 +60,11 @@ def is_timm(name: str) -> bool:
     return name.startswith(TIMM_FAMILIES) and name not in TORCHVISION
 
 
+def features_of(name: str) -> str:
+    """The last layer of one of timm's networks that a correction may take features from."""
+    return TIMM.get(name, "s4" if name.startswith("regnetx_") else "norm")
+
+
 def load_pretrained(name: str, weights: str, classes: int, seed: int = 0) -> Pretrained:
     """The named network with ``classes`` outputs.
 

@@ -25,11 +25,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """Number ``rank`` of ``world`` processes, and number ``local_rank`` of those on this machine."""
+    """Number ``rank`` of ``world`` processes, and number ``local_rank`` of the ``local_world`` on this machine."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    local_world: int = 1
 
     @property
     def first(self) -> bool:
@@ -49,13 +50,17 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Process:
     """
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return Process()
-    values = {name: environment.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if not all(value.isascii() and value.isdigit() for value in values.values()) or not (
-        int(values["RANK"]) < int(values["WORLD_SIZE"])
+    defaults = {"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    values = {name: environment.get(name, default) for name, default in defaults.items()}
+    if (
+        not all(value.isascii() and value.isdigit() for value in values.values())
+        or not int(values["RANK"]) < int(values["WORLD_SIZE"])
+        or int(values["LOCAL_WORLD_SIZE"]) < 1
     ):
         found = ", ".join(f"{name}={value}" for name, value in values.items())
         raise BenchmarkError(f"{found} in the environment are not what torchrun sets: whole numbers, RANK < WORLD_SIZE")
-    return Process(rank=int(values["RANK"]), world=int(values["WORLD_SIZE"]), local_rank=int(values["LOCAL_RANK"]))
+    rank, world, local_rank, local_world = map(int, values.values())
+    return Process(rank=rank, world=world, local_rank=local_rank, local_world=local_world)
 
 
 def local_device(text: str, process: Process) -> torch.device:
@@ -67,11 +72,20 @@ def local_device(text: str, process: Process) -> torch.device:
 
 
 def use_device(text: str, process: Process) -> None:
-    """Make ``text`` mean :func:`local_device` in this process, so that settings say the same in all of them."""
+    """Make ``text`` mean :func:`local_device` in this process, so that settings say the same in all of them.
+
+    Figures of an accelerator are made to repeat as far as its library lets them: no search for the fastest kernels,
+    the deterministic ones where there is a choice, and float32 that is not rounded to TF32.
+    """
     device = local_device(text, process)
     backend = getattr(torch, device.type, None)
     if str(device) != text and hasattr(backend, "set_device"):
         backend.set_device(device.index)
+    if device.type != "cpu":
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
 
 
 def refuse_several(command: str, process: Process) -> None:
@@ -88,12 +102,24 @@ def claimed(path: Path) -> Iterator[bool]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as opened:
-        free = _locked(opened)
+        free = _locked(opened) and _is_at(path, opened)
         try:
             yield free
         finally:
-            if free:
+            # Windows deletes no open file; an empty one stays there.
+            if free and fcntl is not None:
                 path.unlink(missing_ok=True)
+
+
+def _is_at(path: Path, opened: IO[str]) -> bool:
+    """Whether ``opened`` is still the file at ``path``; what another claim has deleted may be locked by anybody."""
+    if fcntl is None:
+        return True
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(found, os.fstat(opened.fileno()))
 
 
 def _locked(opened: IO[str]) -> bool:

@@ -8,6 +8,7 @@ from benchmarks.anchors import SOURCES, Published, load_published
 from benchmarks.comparisons import Summary, summarize
 from benchmarks.evaluate import Measurement
 from benchmarks.imagenet import NAME as IMAGENET
+from benchmarks.imagenet import VAL_IMAGES
 
 # torchvision's and timm's names, and the papers'.
 NETWORKS = {
@@ -40,12 +41,14 @@ class Beside:
 
 
 def beside(measured: Sequence[Measurement]) -> Beside | None:
-    """Our figures over seeds, and below each what is published; None for networks that the papers do not speak of.
+    """Our figures over seeds, and below each what is published; None where the papers do not speak of these.
+
+    They speak of some networks, on all 50,000 validation images: a smaller folder is another task.
 
     All of ``measured`` are of one data set and network.
     """
     row = measured[0].row
-    if row.dataset != IMAGENET or row.model not in NETWORKS | OTHERS:
+    if row.dataset != IMAGENET or row.n_eval != VAL_IMAGES or row.model not in NETWORKS | OTHERS:
         return None
     lines = _lines(measured, load_published(NETWORKS[row.model])) if row.model in NETWORKS else []
     if not lines:

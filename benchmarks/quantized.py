@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from baselines import quantize
 from baselines.files import atomic_path, digest_tensors
 from benchmarks import BenchmarkError
-from benchmarks.environment import source_digest, versions
+from benchmarks.environment import quantizing_versions, source_digest
 from benchmarks.files import digest_text
 from benchmarks.models import load_state
 
@@ -64,7 +64,9 @@ def quantized_model(
 def cache_key(fp_model: nn.Module, images: Tensor, options: dict[str, Any]) -> str:
     """Digest of everything that the network quantized from ``fp_model`` on ``images`` depends on."""
     inputs = digest_tensors(fp_model.state_dict()), digest_tensors({"images": images})
-    environment = repr((type(fp_model).__qualname__, images.device.type, versions(), sorted(options.items())))
+    environment = repr(
+        (type(fp_model).__qualname__, images.device.type, quantizing_versions(), sorted(options.items()))
+    )
     return digest_text(*inputs, environment, source_digest("baselines"))
 
 

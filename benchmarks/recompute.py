@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _report(args: argparse.Namespace) -> None:
     """Every figure is computed from predictions of single images; a row that says otherwise is an error."""
-    compared: list[list[Measurement]] = []
+    compared: list[tuple[str | None, list[Measurement]]] = []
     for folder in args.runs:
         settings = read_settings(folder)
         kind = settings.get("kind", compare.NAME)  # runs of earlier versions do not say
@@ -31,24 +31,25 @@ def _report(args: argparse.Namespace) -> None:
             raise BenchmarkError(f"{folder} is no run of {', '.join(KINDS)}")
         if kind == compare.NAME:
             measured = compare.rows_of(folder).stored(settings["grid"])
-            files = write_report(folder, measured) | plot_comparison(folder, measured, settings.get("classes"))
-            _join(compared, measured)
+            weights = compare.weights_of(settings)
+            files = write_report(folder, measured, weights) | plot_comparison(folder, measured, settings.get("classes"))
+            _join(compared, measured, weights)
         else:
             text, files = KINDS[kind].recompute(folder, settings)
             print(f"{text}\n")
         _print_files(folder, files)
-    for measured in compared:
-        print(f"\n{to_markdown(measured)}")
+    for weights, measured in compared:
+        print(f"\n{to_markdown(measured, weights)}")
 
 
-def _join(tables: list[list[Measurement]], measured: list[Measurement]) -> None:
-    """Runs of one network and protocol go into one table, unless both have measured the same."""
-    for table in tables:
-        alike = title([each.row for each in table]) == title([each.row for each in measured])
+def _join(tables: list[tuple[str | None, list[Measurement]]], measured: list[Measurement], weights: str | None) -> None:
+    """Runs of one network, its weights and one protocol go into one table, unless both have measured the same."""
+    for theirs, table in tables:
+        alike = title([each.row for each in table], theirs) == title([each.row for each in measured], weights)
         if alike and not {_cell(each) for each in table} & {_cell(each) for each in measured}:
             table += measured
             return
-    tables.append(list(measured))
+    tables.append((weights, list(measured)))
 
 
 def _cell(measurement: Measurement) -> tuple[str, int, int, int]:

@@ -15,11 +15,12 @@ from benchmarks.evaluate import MODES, Measurement, Row
 from benchmarks.files import write_text
 
 
-def write_report(folder: Path, measured: Sequence[Measurement]) -> dict[str, bool]:
+def write_report(folder: Path, measured: Sequence[Measurement], weights: str | None = None) -> dict[str, bool]:
     """Write all tables, each whole or not at all; which files there are, and whether each was there just the same.
 
     ``results.csv`` has a line a network, ``comparisons.csv`` one a network and correction, ``summary.csv`` one a
-    method, bit setting and correction, over seeds; ``results.json`` holds all three, ``results.md`` the table to read.
+    method, bit setting and correction, over seeds; ``results.json`` holds all three, ``results.md`` the table to read,
+    whose title says which full-precision ``weights`` there were.
     """
     parts = {
         "results": [measurement.row for measurement in measured],
@@ -29,7 +30,7 @@ def write_report(folder: Path, measured: Sequence[Measurement]) -> dict[str, boo
     texts = {f"{name}.csv": to_csv(lines) for name, lines in parts.items() if lines}
     plain = {name: [asdict(line) for line in lines] for name, lines in parts.items()}
     texts["results.json"] = json.dumps(plain, indent=2) + "\n"
-    texts["results.md"] = to_markdown(measured) + "\n"
+    texts["results.md"] = to_markdown(measured, weights) + "\n"
     return write_texts(folder, texts)
 
 
@@ -64,19 +65,20 @@ def to_csv(rows: Sequence[Any]) -> str:
     return text.getvalue()
 
 
-def to_markdown(measured: Sequence[Measurement]) -> str:
+def to_markdown(measured: Sequence[Measurement], weights: str | None = None) -> str:
     """Title and table; then the published figures for the same networks, where there are some."""
     found = published.beside(measured)
     table = ["Beside published figures:", align(found.lines)] if found and found.lines else []
-    parts = [title([measurement.row for measurement in measured]), to_table(measured), *table]
+    parts = [title([measurement.row for measurement in measured], weights), to_table(measured), *table]
     return "\n\n".join([*parts, found.notes] if found else parts)
 
 
-def title(rows: Sequence[Row]) -> str:
-    """One sentence that says what the table shows."""
+def title(rows: Sequence[Row], weights: str | None = None) -> str:
+    """One sentence that says what the table shows; ``weights`` are those of the full-precision network."""
     first, seeds = rows[0], sorted({row.seed for row in rows})
     return (
         f"Top-1 in percent on {first.n_eval:,} test images: {first.model} on {first.dataset}, "
+        f"{'' if weights is None else f'full-precision weights: {weights}, '}"
         f"{first.n_calib:,} images for quantization, {first.n_cat:,} others for the corrections, "
         f"{first.iters:,} iterations a unit, {'seed' if len(seeds) == 1 else 'mean ± standard deviation of seeds'} "
         f"{', '.join(map(str, seeds))}."

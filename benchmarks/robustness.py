@@ -35,7 +35,7 @@ def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
     folder = open_run(args.results, subject(args, NAME), settings, name=args.run, fresh=args.fresh)
     print("\n".join(notes), flush=True)
     draws = fit_draws(args, folder, grid)
-    write_environment(folder, environment(NAME, argv, args.seeds, sum(draw.seconds for draw in draws)) | settings)
+    write_environment(folder, environment(NAME, argv, args, sum(draw.seconds for draw in draws)) | settings)
     text, written = recompute(folder, settings)
     print(f"\n{text}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
 

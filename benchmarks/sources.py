@@ -20,7 +20,7 @@ from benchmarks.data import Dataset, split_calibration
 from benchmarks.draws import Source
 from benchmarks.evaluate import Protocol, Setting, paired_logits, quantization_options
 from benchmarks.files import digest_text
-from benchmarks.images import stacked
+from benchmarks.images import ImageFiles, digests, stacked
 from benchmarks.pairs import PairedLogits
 from benchmarks.quantized import cache_key
 from cat_plugin.collect import check_finite
@@ -112,7 +112,10 @@ def network_sources(
             calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
             images = stacked(dataset.train_images[calib]).to(protocol.device)
             key = cache_key(fp_model, images, quantization_options(setting, protocol))
-            parts = key, data, digest_tensors({"cat": cat}), str(protocol.features), LOGITS_FORMAT
+            fresh = dataset.train_images[cat]
+            # The digest of the data knows training images that are files by their names and sizes alone.
+            read = digests(fresh) if isinstance(fresh, ImageFiles) else []
+            parts = key, data, digest_tensors({"cat": cat}), str(protocol.features), LOGITS_FORMAT, *read
             path = cache / "logits" / f"{digest_text(*parts)}.safetensors"
             pairs = _stored(path)
             if pairs is None:

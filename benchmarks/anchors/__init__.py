@@ -27,8 +27,8 @@ PAPER_ALPHA = 0.4
 SOURCES = {
     "PD-Quant authors": "hustvl/PD-Quant, README.md, commit 189265db (arXiv 2212.07048)",
     "QDrop authors": "wimh966/QDrop, README.md, commit ef37616c (arXiv 2203.05740)",
-    "MQBench": "ModelTC/MQBench, docs/source/benchmark/ImageClassification/Benchmark.rst; there AdaRound and BRECQ "
-    "learn rounding with quantized activations, and AdaRound has 10,000 iterations",
+    "MQBench": "ModelTC/MQBench, docs/source/benchmark/ImageClassification/Benchmark.rst, commit 44de6618; there "
+    "AdaRound and BRECQ learn rounding with quantized activations, and AdaRound has 10,000 iterations",
     CAT_AUTHORS: f"{SOURCE}; mean over seeds, K = 64, alpha = {PAPER_ALPHA:g}, CAT fitted on all 1.28 million training "
     "images",
 }

@@ -39,8 +39,15 @@ def test_comparison_scores_the_val_images(tiny_imagenet, shared_imagenet, imagen
     assert (line["dataset"], line["model"], line["n_eval"], line["n_cat"]) == ("imagenet", "resnet18", "15", "24")
     assert float(line["fp_top1"]) == pytest.approx(fp_top1(shared_imagenet, imagenet_weights), abs=1e-3)
     printed = capsys.readouterr()
-    assert f"full-precision top-1 is not checked: none is published for {imagenet_weights}; --fp-top1" in printed.out
+    assert (
+        f"full-precision top-1 is not checked: no published top-1 is stored here for {imagenet_weights}; --fp"
+        in printed.out
+    )
     assert (run / "results.md").read_text().strip() in printed.out
+    assert "resnet18 on imagenet, full-precision weights: the file resnet18.safetensors, 8 images" in printed.out
+    assert json.loads((run / "settings.json").read_text())["weights"] == "the file resnet18.safetensors"
+    about = json.loads((run / "environment.json").read_text())
+    assert about["fp_check"].startswith("full-precision top-1 is not checked") and about["accelerator"] is None
     before = (run / "results.md").read_bytes()
     assert recompute.main([str(run)]) == 0
     assert "results.md (the same)" in capsys.readouterr().out and (run / "results.md").read_bytes() == before

@@ -1,9 +1,13 @@
 """What a digest of code depends on."""
 
+from importlib import metadata
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from benchmarks import environment
-from benchmarks.environment import code_digest, source_digest
+from benchmarks.environment import code_digest, describe_machine, quantizing_versions, source_digest, versions
 
 
 @pytest.fixture
@@ -64,3 +68,23 @@ def test_every_file_of_a_package_counts(package):
 def test_figures_of_this_repository_depend_on_what_they_should():
     names = code_digest("benchmarks.evaluate"), code_digest("benchmarks.draws"), code_digest("benchmarks.plots")
     assert len(set(names)) == 3
+
+
+def test_versions_are_those_of_all_that_takes_part(monkeypatch):
+    assert versions()["pillow"] == metadata.version("pillow")
+    assert versions().keys() == {*quantizing_versions(), "pillow", "timm"}
+    real = metadata.version
+
+    def without_timm(name):
+        if name == "timm":
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", without_timm)
+    assert versions()["timm"] is None
+
+
+def test_machine_has_the_name_of_the_accelerator(monkeypatch):
+    assert describe_machine()["accelerator"] is None
+    monkeypatch.setattr(torch, "xpu", SimpleNamespace(get_device_name=lambda device: f"name of {device}"))
+    assert describe_machine("xpu:1")["accelerator"] == "name of xpu:1"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import BenchmarkError
+from benchmarks import BenchmarkError, fp_check
 from benchmarks.fp_check import accuracy, check_accuracy
 from benchmarks.imagenet import load_imagenet
 from benchmarks.images import stacked
@@ -61,12 +61,14 @@ def test_accuracy_is_measured_once(model, dataset, tmp_path, passes):
     assert accuracy(model, dataset, tmp_path) == first and sum(passes) == 30
 
 
-@pytest.mark.parametrize("change", ["weights", "label", "images", "transform"])
-def test_any_change_measures_again(model, dataset, tmp_path, passes, change):
+@pytest.mark.parametrize("change", ["weights", "label", "images", "transform", "code"])
+def test_any_change_measures_again(model, dataset, tmp_path, passes, change, monkeypatch):
     accuracy(model, dataset, tmp_path)
     if change == "weights":
         with torch.no_grad():
             model.fc.bias += 1
+    if change == "code":
+        monkeypatch.setattr(fp_check, "code_digest", lambda *modules: "another")
     if change == "label":
         dataset = replace(dataset, test_labels=dataset.test_labels.flip(0))
     if change == "images":

@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import BenchmarkError
+from benchmarks import BenchmarkError, evaluate, sources
 from benchmarks.data import split_calibration
 from benchmarks.evaluate import Protocol, Setting, paired_logits
 from benchmarks.imagenet import class_names, load_imagenet
-from benchmarks.images import stacked
+from benchmarks.images import batches, stacked
+from benchmarks.pairs import PairedLogits
 from benchmarks.pretrained import untrained
+from benchmarks.sources import network_sources
 from tests.benchmarks.conftest import SMALL, WNIDS
 
 
@@ -132,9 +134,34 @@ def test_val_file_among_the_training_files_is_found_where_it_is_drawn(imagenet_f
     assert f"({leaked})" in str(error.value)
 
 
-def test_logits_are_those_of_the_drawn_images(shared_imagenet, cheap_ranges):
-    model, dataset = untrained("resnet18", 3, seed=2), load(shared_imagenet)
-    pairs = paired_logits(SETTING, PROTOCOL, dataset, model)
+def test_logits_are_not_taken_for_those_of_a_file_of_the_same_size(imagenet_folder, tmp_path, monkeypatch):
+    model, dataset, made = untrained("resnet18", 3, seed=2), load(imagenet_folder), []
+
+    def planted(*args, **options):
+        made.append(torch.full((2, 3), float(len(made))))
+        return PairedLogits(
+            **{name: made[-1].clone() for name in ("fit_q", "fit_f", "test_q", "test_f")}, labels=torch.zeros(2).long()
+        )
+
+    def collect():
+        network_sources([SETTING], PROTOCOL, load(imagenet_folder), "resnet18", model, tmp_path)
+        return len(made)
+
+    monkeypatch.setattr(sources, "paired_logits", planted)
+    assert (collect(), collect()) == (1, 1)
+    drawn = split_calibration(len(dataset.train_images), 8, 16, seed=1)[1][3]
+    path = imagenet_folder / dataset.train_images.names[drawn]
+    content, then = path.read_bytes(), path.stat().st_mtime_ns
+    path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    os.utime(path, ns=(then, then + 10**6))
+    assert collect() == 2
+
+
+def test_logits_are_those_of_the_drawn_images(shared_imagenet, cheap_ranges, monkeypatch):
+    model, dataset, titles = untrained("resnet18", 3, seed=2), load(shared_imagenet), []
+    monkeypatch.setattr(evaluate, "batches", lambda images, title: (titles.append(title), batches(images))[1])
+    pairs = paired_logits(SETTING, PROTOCOL, dataset, model, progress=True)
+    assert titles == ["images for quantization", "images for corrections", "test images"]
     calib, cat = split_calibration(len(dataset.train_images), 8, 16, seed=1)
     with torch.no_grad():
         for found, images in [

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -88,6 +89,34 @@ def test_file_that_is_gone_is_an_error_of_the_user(files):
     (files.root / files.names[0]).unlink()
     with pytest.raises(BenchmarkError, match=r"train_0\.JPEG cannot be read"):
         digests(files)
+
+
+def test_link_to_nothing_is_an_error_of_the_user(files):
+    path = files.root / files.names[3]
+    path.unlink()
+    path.symlink_to(files.root / "nowhere")
+    with pytest.raises(BenchmarkError, match=f"{path.name} cannot be read"):
+        files.listing()
+
+
+def die(image):
+    """As a worker that gets no shared memory, or too much of it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def mistake(image):
+    raise RuntimeError("a mistake")
+
+
+def test_dead_worker_is_an_error_that_says_what_to_do(files):
+    with pytest.raises(BenchmarkError, match=r"1 processes .* failed \(.*\); decode .* --workers 0, .* --shm-size 8g"):
+        stacked(replace(files[:2], transform=die, workers=1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_mistake_in_the_code_is_not_taken_for_one(files, workers):
+    with pytest.raises(RuntimeError, match="a mistake"):
+        stacked(replace(files[:2], transform=mistake, workers=workers))
 
 
 def test_listing_changes_with_names_sizes_and_transform(files):

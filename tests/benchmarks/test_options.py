@@ -1,5 +1,6 @@
 """What options mean together, for ImageNet."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,31 @@ def test_wrong_values_end_with_code_2(options, message, capsys):
         parse_compare([*IMAGENET, *options])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--n-cat", "63"], ["--n-cat", "1"]])
+def test_modes_that_cannot_be_fitted_are_refused_before_anything_is_quantized(options):
+    with pytest.raises(BenchmarkError, match=r"--n-cat \d+ is too few for --modes cat_paper, which has 64 clusters"):
+        parse_compare(["--modes", "cat_paper", *options])
+    assert parse_compare(["--modes", "cat_paper", "cat", *options]).modes == ["cat_paper", "cat"]
+    assert parse_compare(["--modes", "cat_paper", "--n-cat", "64"]).n_cat == 64
+
+
+@pytest.mark.parametrize(
+    ("model", "layer"),
+    [("regnetx_006", "s4"), ("regnetx_032", "s4"), ("deit3_small_patch16_224", "norm"), ("resnet50", "layer4")],
+)
+def test_features_are_known_of_every_network_that_is_accepted(model, layer):
+    assert parse_ablate([*IMAGENET, "--model", model]).features == layer
+
+
+@pytest.mark.parametrize(("processors", "expected"), [(64, 8), (12, 3), (2, 1)])
+def test_processes_of_one_machine_share_its_processors(monkeypatch, processors, expected):
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    assert parse_compare(IMAGENET).workers == expected
+    assert parse_compare([*IMAGENET, "--workers", "7"]).workers == 7
 
 
 def test_other_commands_take_imagenet_too():

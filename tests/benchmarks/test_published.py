@@ -8,6 +8,7 @@ import pytest
 import benchmarks.anchors
 from benchmarks.anchors import SOURCES, load_published
 from benchmarks.evaluate import Setting
+from benchmarks.imagenet import VAL_IMAGES
 from benchmarks.pretrained import TIMM, TORCHVISION
 from benchmarks.published import NETWORKS, OTHERS, beside
 from benchmarks.report import to_markdown
@@ -17,6 +18,8 @@ FOLDER = Path(benchmarks.anchors.__file__).parent
 
 
 def run(model="resnet18", methods=("pd_quant",), dataset="imagenet", **figures):
+    """Of all validation images, as far as the row says; the predictions are those of 500."""
+    figures = {"n_eval": VAL_IMAGES, **figures}
     settings = [Setting(method, 2, 2, seed) for method in methods for seed in (0, 1)]
     return [make_measurement(each, won=20 + each.seed, dataset=dataset, model=model, **figures) for each in settings]
 
@@ -84,7 +87,7 @@ def test_markdown_ends_with_it_and_names_the_sources():
     assert "\n\nBeside published figures:\n\n| quantized by " in text
     assert "compare differences and gains, not top-1." in text
     assert "- PD-Quant authors: hustvl/PD-Quant, README.md" in text and "- QDrop authors" not in text
-    assert text.startswith("Top-1 in percent on 500 test images: resnet18 on imagenet")
+    assert text.startswith("Top-1 in percent on 50,000 test images: resnet18 on imagenet")
 
 
 def test_what_was_not_measured_is_a_dash():
@@ -101,6 +104,13 @@ def test_networks_that_only_resemble_the_papers_have_a_note(model):
 
 def test_other_methods_have_a_note_alone():
     assert beside(run(methods=("rtn",))).lines == []
+
+
+@pytest.mark.parametrize("model", ["resnet18", *OTHERS])
+@pytest.mark.parametrize("n_eval", [15, VAL_IMAGES - 1])
+def test_other_images_than_the_papers_are_not_compared(model, n_eval):
+    assert beside(run(model, n_eval=n_eval)) is None
+    assert "ublished" not in to_markdown(run(model, n_eval=n_eval))
 
 
 @pytest.mark.parametrize(("model", "dataset"), [("deit_tiny_patch16_224", "imagenet"), ("resnet18", "cifar10")])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import ablate, compare, robustness
+from benchmarks import ablate, compare, recompute, robustness
 from benchmarks.evaluate import Setting
 from benchmarks.recompute import main
 from benchmarks.report import to_markdown
@@ -139,3 +139,12 @@ def test_other_folders_are_refused(tmp_path, capsys, content, message):
         (tmp_path / "settings.json").write_text(content)
     assert main([str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_runs_of_other_weights_have_tables_of_their_own():
+    tables, one, other = [], *(make_measurement(Setting(method, 2, 2, 0)) for method in ("rtn", "qdrop"))
+    recompute._join(tables, [one], "V1")
+    recompute._join(tables, [other], "V2")
+    assert tables == [("V1", [one]), ("V2", [other])]
+    recompute._join(tables, [other], "V1")
+    assert tables[0] == ("V1", [one, other])

@@ -97,3 +97,9 @@ def test_environment_stays_that_of_the_first_call_but_for_the_seconds(tmp_path):
     path.write_text('{"comm')
     write_environment(tmp_path, {"command": "third", "finished": "now", "seconds": 5.0})
     assert json.loads(path.read_text())["command"] == "third"
+
+
+def test_title_says_which_weights_there_were():
+    measured = [make_measurement()]
+    assert "resnet8 on digits, full-precision weights: V1 of it, 16 images" in to_markdown(measured, "V1 of it")
+    assert "weights" not in to_markdown(measured)

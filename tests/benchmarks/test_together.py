@@ -149,6 +149,14 @@ def test_folder_is_not_emptied_by_several(tiny, second, capsys):
     assert "--fresh is for one process, got WORLD_SIZE=2; delete the folder instead" in capsys.readouterr().err
 
 
+def test_several_do_not_download_cifar10_at_once(tiny, second, tmp_path, monkeypatch, capsys):
+    options = [option for option in tiny if option not in ("--data", tiny[tiny.index("--data") + 1])]
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", None)
+    assert compare.main([*options, "--cache", str(tmp_path / "cache")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'cache' / 'cifar10'} holds no CIFAR-10, and several processes cannot")
+
+
 @pytest.mark.parametrize("command", [ablate, robustness])
 def test_other_commands_run_alone(command, second, capsys, tmp_path):
     assert command.main(["--results", str(tmp_path), "--cache", str(tmp_path)]) == 2
@@ -159,7 +167,9 @@ def test_variables_of_another_launcher_are_an_error_of_the_user(monkeypatch, cap
     monkeypatch.setenv("RANK", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert compare.main([]) == 2
-    assert capsys.readouterr().err.startswith("error: RANK=x, WORLD_SIZE=2, LOCAL_RANK=0 in the environment")
+    assert capsys.readouterr().err.startswith(
+        "error: RANK=x, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1 in the environment"
+    )
 
 
 def started(launcher, options, **environment):
