@@ -101,6 +101,7 @@ def test_unusable_options_are_errors_of_the_user(options, message, capsys, tmp_p
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_the_module_is_a_command_of_its_own(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["speed", "--help"])
     with pytest.raises(SystemExit) as ended:
