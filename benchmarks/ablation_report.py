@@ -11,8 +11,9 @@ from benchmarks.draws import Gain
 from benchmarks.evaluate import MODES
 from benchmarks.factors import ABLATED, FACTORS, Value
 from benchmarks.plots import COLOURS, GAIN_LABEL, MARKERS, gain_axis, new_figure
-from benchmarks.report import align, signed, to_csv, write_texts
+from benchmarks.report import align, to_csv, write_texts
 from benchmarks.robustness_report import gains_table, mean_gain
+from benchmarks.wording import bits_name, signed
 from cat_plugin.plotting import plain_style, save_figure
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _curves(anchors: Sequence[Anchor]) -> dict[tuple[str, str], dict[float, floa
     """Mean gain over seeds by value, for every network and bit setting."""
     found: dict[tuple[str, str], dict[float, list[float]]] = {}
     for anchor in sorted(anchors, key=lambda each: each.value):
-        curve = found.setdefault((anchor.arch, f"W{anchor.w_bits}A{anchor.a_bits}"), {})
+        curve = found.setdefault((anchor.arch, bits_name(anchor.w_bits, anchor.a_bits)), {})
         curve.setdefault(anchor.value, []).append(anchor.gain)
     return {key: {value: statistics.fmean(gains) for value, gains in found[key].items()} for key in sorted(found)}
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks.comparisons import summarize
+from benchmarks.comparisons import modes_in, summarize
 from benchmarks.evaluate import MODES, Measurement
 from benchmarks.plots import GAIN_LABEL, LINEAR_TO, STYLES, blank_figure, gain_axis, new_figure
-from cat_plugin.plotting import draw_clusters, plain_style, readable, save_figure
+from benchmarks.wording import bits_name
+from cat_plugin.plotting import CLUSTERS_DRAWN, draw_clusters, plain_style, readable, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,13 +51,13 @@ def draw_gains(measured: Sequence[Measurement]) -> "Figure | None":
         return None
     figure, panels = drawing
     modes = [mode for mode in MODES if any(line.mode == mode for _, lines in methods for line in lines)]
-    settings = list(dict.fromkeys(_bits(line.w_bits, line.a_bits) for _, lines in methods for line in lines))
+    settings = list(dict.fromkeys(bits_name(line.w_bits, line.a_bits) for _, lines in methods for line in lines))
     width = 0.8 / len(modes)
     for panel, (method, lines) in zip(panels, methods, strict=True):
         for index, mode in enumerate(modes):
             found = [line for line in lines if line.mode == mode]
             shift = (index - (len(modes) - 1) / 2) * width
-            places = [settings.index(_bits(line.w_bits, line.a_bits)) + shift for line in found]
+            places = [settings.index(bits_name(line.w_bits, line.a_bits)) + shift for line in found]
             gains = [line.delta for line in found]
             below = [max(line.delta - line.ci_low, 0) for line in found]  # an interval may end at the gain, but for
             above = [max(line.ci_high - line.delta, 0) for line in found]  # rounding
@@ -100,7 +101,9 @@ def draw_changes(measured: Sequence[Measurement], classes: Sequence[str] | None)
     which = "" if len(shown) == gains.shape[1] else f", {CLASSES_DRAWN // 2} classes at either end"
     sizes = torch.bincount(measured[0].predictions["labels"].long(), minlength=gains.shape[1])[shown]
     images = f"{sizes.min():,}" if sizes.min() == sizes.max() else f"{sizes.min():,} to {sizes.max():,}"
-    title = f"{MODES[_last_mode(measured)]}: gain of each class in percentage points, {images} test images each{which}"
+    title = (
+        f"{MODES[modes_in(measured)[-1]]}: gain of each class in percentage points, {images} test images each{which}"
+    )
     panel.set_title(title, fontsize="medium")
     figure.colorbar(image, ax=panel, shrink=0.8, ticks=[-largest, -LINEAR_TO, 0, LINEAR_TO, largest], format="%+.0f")
     return figure
@@ -117,22 +120,22 @@ def draw_logits(measured: Sequence[Measurement], classes: Sequence[str] | None) 
         return None
     row, profiles = best.row, best.profiles
     figure.suptitle(
-        f"{row.model} by {row.method}, {_bits(row.w_bits, row.a_bits)}, seed {row.seed}, on test images: "
+        f"{row.model} by {row.method}, {bits_name(row.w_bits, row.a_bits)}, seed {row.seed}, on test images: "
         f"top-1 {row.lq_top1:.2f} -> {row.cat_top1:.2f} % (FP {row.fp_top1:.2f} %), the largest gain of this run",
         fontsize="medium",
     )
     (part,) = figure.subfigures(1, 1, squeeze=False)[0]
-    draw_clusters(part, profiles[:4], len(profiles), classes, "test images")
+    draw_clusters(part, profiles[:CLUSTERS_DRAWN], len(profiles), classes, "test images")
     return figure
 
 
 def class_gains(measured: Sequence[Measurement]) -> Iterator[tuple[str, Tensor]]:
     """Name of every method and bit setting, and ``(C,)`` what it gains a class, see :func:`draw_changes`."""
-    mode = _last_mode(measured)
+    mode = modes_in(measured)[-1]
 
     def key(measurement: Measurement) -> str:
         row = measurement.row
-        return f"{row.method} {_bits(row.w_bits, row.a_bits)}"
+        return f"{row.method} {bits_name(row.w_bits, row.a_bits)}"
 
     classes = max(int(tensor.max()) for each in measured for tensor in each.predictions.values()) + 1
     for name in dict.fromkeys(map(key, measured)):
@@ -154,11 +157,3 @@ def _extremes(gains: Tensor) -> list[int]:
         return list(range(gains.shape[1]))
     order, half = gains.mean(dim=0).argsort().tolist(), CLASSES_DRAWN // 2
     return order[:half] + order[-half:]
-
-
-def _last_mode(measured: Sequence[Measurement]) -> str:
-    return [mode for mode in MODES if any(mode in each.predictions for each in measured)][-1]
-
-
-def _bits(w_bits: int, a_bits: int) -> str:
-    return f"W{w_bits}A{a_bits}"

@@ -112,6 +112,11 @@ def modes_of(measured: Sequence[Measurement]) -> list[str]:
     return [mode for mode in MODES if all(mode in each.predictions for each in measured)]
 
 
+def modes_in(measured: Sequence[Measurement]) -> list[str]:
+    """The corrections that any of the measurements has."""
+    return [mode for mode in MODES if any(mode in each.predictions for each in measured)]
+
+
 def paired_figures(difference: Tensor) -> dict[str, float | int]:
     """Interval, p-value, won and lost of the gains of images ``(n_eval,)``, each the mean over seeds, from -1 to 1."""
     paired = paired_statistics(difference < 0, difference > 0)

@@ -3,7 +3,7 @@
 import logging
 from typing import TYPE_CHECKING
 
-from cat_plugin.plotting import BACKGROUND
+from cat_plugin import CATError, plotting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,11 +23,10 @@ TICKS = 0.0, *(sign * tick for tick in (0.3, 1.0, 3.0, 10.0, 30.0, 100.0) for si
 def blank_figure(name: str, width: float, height: float) -> "Figure | None":
     """A figure of so many inches; None, and a warning that ``name`` is not drawn, where matplotlib is missing."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
+        return plotting.new_figure(width, height)
+    except CATError:
         logger.warning("%s needs matplotlib, which is not installed: pip install 'cat-plugin[plots]'", name)
         return None
-    return Figure(figsize=(width, height), layout="constrained", facecolor=BACKGROUND)
 
 
 def new_figure(name: str, panels: int, panel_width: float = 3.5) -> "tuple[Figure, list[Axes]] | None":

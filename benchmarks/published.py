@@ -9,6 +9,7 @@ from benchmarks.comparisons import Summary, summarize
 from benchmarks.evaluate import Measurement
 from benchmarks.imagenet import NAME as IMAGENET
 from benchmarks.imagenet import VAL_IMAGES
+from benchmarks.wording import bits_name, signed
 
 # torchvision's and timm's names, and the papers'.
 NETWORKS = {
@@ -65,7 +66,7 @@ def _lines(measured: Sequence[Measurement], known: Sequence[Published]) -> list[
         if not theirs:
             continue
         found = {line.mode: line for line in group}
-        first, name = next(iter(found.values())), f"{key[0]} W{key[1]}A{key[2]}"
+        first, name = next(iter(found.values())), f"{key[0]} {bits_name(*key[1:])}"
         gains = [_gain(found.get(mode)) for mode in ("cat_paper", "cat")]
         lines.append((name, OURS, *_scores(first.fp_top1, first.lq_top1), *gains))
         lines += [
@@ -86,4 +87,4 @@ def _gain(line: Summary | None) -> str:
 
 
 def _points(value: float | None) -> str:
-    return "-" if value is None else f"{round(value, 2) + 0.0:+.2f}"
+    return "-" if value is None else signed(value)

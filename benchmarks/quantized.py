@@ -15,6 +15,7 @@ from benchmarks import BenchmarkError
 from benchmarks.environment import quantizing_versions, source_digest
 from benchmarks.files import digest_text
 from benchmarks.models import load_state
+from benchmarks.wording import bits_name
 
 logger = logging.getLogger(__name__)
 
@@ -74,5 +75,5 @@ def _quantize(fp_model: nn.Module, images: Tensor, **options: Any) -> nn.Module:
     try:
         return quantize(fp_model, images, **options)
     except (ValueError, FloatingPointError) as error:
-        what = f"{options['method']} W{options['w_bits']}A{options['a_bits']}"
+        what = f"{options['method']} {bits_name(options['w_bits'], options['a_bits'])}"
         raise BenchmarkError(f"the network cannot be quantized by {what}: {error}") from error

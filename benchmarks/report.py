@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import published
-from benchmarks.comparisons import Summary, compare, summarize
+from benchmarks.comparisons import Summary, compare, modes_in, summarize
 from benchmarks.evaluate import MODES, Measurement, Row
 from benchmarks.files import write_text
+from benchmarks.wording import bits_name, signed
 
 
 def write_report(folder: Path, measured: Sequence[Measurement], weights: str | None = None) -> dict[str, bool]:
@@ -91,7 +92,7 @@ def to_table(measured: Sequence[Measurement]) -> str:
     Gain, interval and p are those of the library's default, or of the last correction where that is not there, see
     :class:`benchmarks.comparisons.Summary`.
     """
-    modes = [mode for mode in MODES if any(mode in each.predictions for each in measured)]
+    modes = modes_in(measured)
     shown = f"gain of {MODES[modes[-1]]}", "95 % interval", "p"
     lines = [("method", "bits", "FP", "low-bit", *(f"+ {MODES[mode]}" for mode in modes), *shown)]
     for _, group in groupby(summarize(measured), key=lambda line: (line.method, line.w_bits, line.a_bits)):
@@ -103,7 +104,7 @@ def to_table(measured: Sequence[Measurement]) -> str:
             *(spread(found[mode].top1, found[mode].top1_std) if mode in found else "-" for mode in modes),
         ]
         gain = ("-", "-", "-") if last is None else _gain(last)
-        lines.append((any_line.method, f"W{any_line.w_bits}A{any_line.a_bits}", *scores, *gain))
+        lines.append((any_line.method, bits_name(any_line.w_bits, any_line.a_bits), *scores, *gain))
     return align(lines)
 
 
@@ -115,11 +116,6 @@ def _gain(line: Summary) -> tuple[str, str, str]:
 def readable_p(p_value: float) -> str:
     """Three decimals."""
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
-
-
-def signed(points: float) -> str:
-    """A gain with its sign; never "-0.00"."""
-    return f"{round(points, 2) + 0.0:+.2f}"
 
 
 def spread(mean: float, std: float | None, sign: str = "") -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from benchmarks.draws import Gain, Source
 from benchmarks.evaluate import MODES
 from benchmarks.plots import GAIN_LABEL, STYLES, gain_axis, new_figure
-from benchmarks.report import align, signed, to_csv, write_texts
+from benchmarks.report import align, to_csv, write_texts
+from benchmarks.wording import signed
 from cat_plugin.plotting import plain_style, save_figure
 
 FIGURE = "robustness.png"

@@ -27,6 +27,7 @@ from benchmarks.models import create_model, load_weights
 from benchmarks.options import parse_speed
 from benchmarks.pretrained import untrained
 from benchmarks.processes import refuse_several, this_process
+from benchmarks.wording import bits_name
 
 WARM_UP = 0.2  # share of the steps that are not counted; the recipes leave the rounding penalty out as long
 TYPICAL_ITERS = 1000
@@ -176,7 +177,7 @@ def to_table(timing: Timing) -> str:
 
 def _title(args: argparse.Namespace) -> str:
     return (
-        f"Reconstruction of {args.model} by {args.method} at W{args.w_bits}A{args.a_bits}, batches of "
+        f"Reconstruction of {args.model} by {args.method} at {bits_name(args.w_bits, args.a_bits)}, batches of "
         f"{args.batch_size}, {args.n_calib:,} images, on {args.device} with {args.threads} thread(s); "
         f"medians of {args.steps - int(WARM_UP * args.steps)} iterations."
     )

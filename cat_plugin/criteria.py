@@ -60,13 +60,13 @@ def _divergence(output: Tensor, teacher: Tensor, _: float) -> Tensor:
     return output.logsumexp(dim=1) - (teacher * output).sum(dim=1)
 
 
-def _centred(logits: Tensor) -> Tensor:
+def centred(logits: Tensor) -> Tensor:
     """Without what all classes of an image have in common, which changes no prediction."""
     return logits - logits.mean(dim=1, keepdim=True)
 
 
-def _squared_error(output: Tensor, centred: Tensor, _: float) -> Tensor:
-    return (_centred(output) - centred).square().mean(dim=1)
+def _squared_error(output: Tensor, target: Tensor, _: float) -> Tensor:
+    return (centred(output) - target).square().mean(dim=1)
 
 
 def _disagreement(output: Tensor, classes: Tensor, _: float) -> Tensor:
@@ -79,7 +79,7 @@ SOFTENED_KL = Criterion("softened KL", " nats", softened, softened_divergence)
 CRITERIA = {
     "softened_kl": SOFTENED_KL,
     "kl": Criterion("KL", " nats", lambda f, _: f.softmax(dim=1), _divergence),
-    "squared_error": Criterion("squared error of the logits", "", lambda f, _: _centred(f), _squared_error),
+    "squared_error": Criterion("squared error of the logits", "", lambda f, _: centred(f), _squared_error),
     "agreement": Criterion("disagreement with FP", " percentage points", lambda f, _: f.argmax(dim=1), _disagreement),
     "none": dataclasses.replace(SOFTENED_KL, demanded=False),
 }

@@ -42,7 +42,7 @@ def plot_report(
         raise CATError("the report holds nothing to draw: no labelled images, and no agreement on held-out images")
     with plain_style():
         heights = [height for height, there in ((4.0, panels), (5.0, clusters)) if there]
-        figure = _new_figure(12, sum(heights))
+        figure = new_figure(12, sum(heights))
         parts = iter(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
         if panels:
             axes = next(parts).subplots(1, len(panels), squeeze=False)[0]
@@ -237,7 +237,7 @@ def _writable(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if not target.name or target.is_dir() or not target.parent.is_dir():
         raise CATError(f"{str(path)!r} cannot be written; expected the path of a file in a folder that exists")
-    _new_figure(1, 1)
+    new_figure(1, 1)
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()
@@ -246,7 +246,12 @@ def _writable(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """A blank figure of so many inches.
+
+    Raises:
+        CATError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cat_plugin.correction import ClusterAffine
+from cat_plugin.criteria import centred
 from cat_plugin.errors import CATError
 from cat_plugin.metrics import kl_divergence
 
@@ -67,5 +68,5 @@ def profile_clusters(correction: ClusterAffine, q: Tensor, f: Tensor, out: Tenso
 
 
 def _in_units_of_spread(logits: Tensor) -> Tensor:
-    centred = logits.double() - logits.double().mean(dim=1, keepdim=True)
-    return centred / centred.square().mean().sqrt().clamp(min=1e-12)
+    own = centred(logits.double())
+    return own / own.square().mean().sqrt().clamp(min=1e-12)

@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.comparisons import compare, summarize
 from benchmarks.evaluate import Setting
-from benchmarks.report import signed, title, to_csv, to_markdown, to_table, write_environment, write_report, write_texts
+from benchmarks.report import title, to_csv, to_markdown, to_table, write_environment, write_report, write_texts
+from benchmarks.wording import signed
 from tests.benchmarks.rows import make_measurement
 
 COLUMNS = (
