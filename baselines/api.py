@@ -16,19 +16,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from baselines.capture import Cached, CachePlan, log_cache_size
-from baselines.checkpoint import Checkpoint
-from baselines.convert import quantized_copy, set_activation_ranges
-from baselines.distribution import Corrector
 from baselines.files import digest_tensors
-from baselines.folding import HALF, folded_copy, plain_copy
 from baselines.inputs import check_network, gather_inputs, whole_number
+from baselines.network.folding import HALF, folded_copy, plain_copy
+from baselines.network.trace import EXAMPLES, called_as_recorded, trace
+from baselines.network.units import (
+    find_blocks,
+    find_units,
+    named_blocks,
+    per_image,
+    quantizable_layers,
+    warn_of_repeated,
+)
+from baselines.quantization.convert import quantized_copy, set_activation_ranges
+from baselines.quantization.specs import QuantSpec
 from baselines.recipes import RECIPES, Recipe
-from baselines.reconstruct import Job, RunSettings, reconstruct
-from baselines.specs import QuantSpec
+from baselines.reconstruction.cache import Cached, CachePlan, log_cache_size
+from baselines.reconstruction.checkpoint import Checkpoint
+from baselines.reconstruction.distribution import Corrector
+from baselines.reconstruction.engine import Job, RunSettings, reconstruct
 from baselines.summary import summarize
-from baselines.trace import EXAMPLES, called_as_recorded, trace
-from baselines.units import find_blocks, find_units, named_blocks, per_image, quantizable_layers, warn_of_repeated
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from baselines.units import quantized_layers
+from baselines.network.units import quantized_layers
 
 _IMAGE_KEYS = ("pixel_values", "images", "image", "inputs", "input", "x")
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")

@@ -1,4 +1,4 @@
-"""The published methods as data: one engine (:mod:`baselines.reconstruct`) runs them all and never sees a name.
+"""The published methods as data: one engine (:mod:`baselines.reconstruction`) runs them all and never sees a name.
 
 In all of them, a block quantizes what it reads. The authors' codes quantize what a block gives, and learn the scale of
 that quantizer with the block; here it belongs to the next one.
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 ERROR_WEIGHTINGS = ("none", "fisher")
-"""All alike, or by the diagonal Fisher information, see :func:`baselines.prediction.fisher_weights`."""
+"""All alike, or by the diagonal Fisher information, see `baselines.reconstruction.rest_of_network.fisher_weights`."""
 
 FEWER_CLASSES = 0.3
 """Exponent in :meth:`Prediction.weight_for`: from the published 10 at 1,000 classes to 2.4 at ten, where about 2.5 was
@@ -63,7 +63,7 @@ class Prediction:
     """A second loss beside the reconstruction error: how far a unit's output moves the network's prediction.
 
     The unit gets the quantized input, unmixed, the rest of the network is FP; see
-    :func:`baselines.losses.prediction_difference`.
+    :func:`baselines.reconstruction.losses.prediction_difference`.
 
     Attributes:
         weight: against the reconstruction error.
@@ -90,7 +90,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """FP inputs of the units corrected to the statistics of batch norms, see :mod:`baselines.distribution`.
+    """FP inputs of the units corrected to the statistics of batch norms, see `baselines.reconstruction.distribution`.
 
     Attributes:
         closeness: weight of the squared distance from what they were.

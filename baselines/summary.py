@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
-from baselines.attention import Product
-from baselines.layers import QuantLayer, is_quantizable
-from baselines.quantizers import ActivationQuantizer
-from baselines.specs import OFF
-from baselines.trace import Operation, Trace
-from baselines.units import quantized_layers
+from baselines.network.attention import Product
+from baselines.network.trace import Operation, Trace
+from baselines.network.units import quantized_layers
+from baselines.quantization.layers import QuantLayer, is_quantizable
+from baselines.quantization.quantizers import ActivationQuantizer
+from baselines.quantization.specs import OFF
 
 _MOVING = {
     *("contiguous", "clone", "detach", "to", "type", "float", "double", "half", "bfloat16", "copy"),

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks import ablate, compare, recompute, robustness, speed
+from benchmarks.commands import ablate, compare, recompute, robustness, speed
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "compare": (compare.main, "quantize, attach CAT, and compare accuracy with and without it; the default"),

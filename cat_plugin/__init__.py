@@ -1,11 +1,11 @@
 """CAT as a plug-in for post-training quantization: corrects a quantized model's logits towards full precision."""
 
-from cat_plugin.accuracy import compare_accuracy
 from cat_plugin.api import apply_cat
 from cat_plugin.config import CATConfig
-from cat_plugin.correction import ClusterAffine
+from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.errors import CATError
-from cat_plugin.fit import fit_cluster_affine
+from cat_plugin.evaluation import compare_accuracy
+from cat_plugin.fitting.fit import fit_cluster_affine
 from cat_plugin.wrapper import CATWrapper
 
 __all__ = [

@@ -8,22 +8,22 @@ import time
 import torch
 from torch import nn
 
-from cat_plugin.accuracy import compare_accuracy
-from cat_plugin.batches import ForwardFn, Loader, model_device
-from cat_plugin.collect import stream_outputs
 from cat_plugin.config import CATConfig
-from cat_plugin.diagnosis import find_output_warnings, find_warnings
-from cat_plugin.distributed import Processes
 from cat_plugin.errors import CATError
-from cat_plugin.fit import Fit, fit_and_score
-from cat_plugin.layers import fit_layer
-from cat_plugin.models import unwrap
-from cat_plugin.outputs import Output
-from cat_plugin.preflight import inspect_models
-from cat_plugin.profile import profile_clusters
-from cat_plugin.report import CATReport
-from cat_plugin.size import model_bytes
-from cat_plugin.store import LogitStore
+from cat_plugin.evaluation import compare_accuracy
+from cat_plugin.fitting.fit import Fit, fit_and_score
+from cat_plugin.fitting.layer import fit_layer
+from cat_plugin.fitting.processes import Processes
+from cat_plugin.fitting.store import LogitStore
+from cat_plugin.report.clusters import profile_clusters
+from cat_plugin.report.layers import inspect_models
+from cat_plugin.report.report import CATReport
+from cat_plugin.report.size import model_bytes
+from cat_plugin.report.warnings import find_output_warnings, find_warnings
+from cat_plugin.running.collect import stream_outputs
+from cat_plugin.running.loaders import ForwardFn, Loader, model_device
+from cat_plugin.running.models import unwrap
+from cat_plugin.running.outputs import Output
 from cat_plugin.wrapper import CATWrapper
 
 logger = logging.getLogger(__name__)
@@ -59,9 +59,9 @@ def apply_cat(
         config: `CATConfig()` by default.
         eval_loader: labelled images; if given, the report holds top-1 and top-5 of FP, quantized, and corrected.
         output: where the model's output holds the logits, if it is not obvious: a key or field, a position, or two
-            functions `(get, set)`, see `cat_plugin.outputs`.
+            functions `(get, set)`, see `cat_plugin.running.outputs`.
         layer: name of a layer of both models whose output is corrected instead, channel by channel, see
-            `cat_plugin.layers`; `output` and `config.class_axis` then speak of its output.
+            `cat_plugin.fitting.layer`; `output` and `config.class_axis` then speak of its output.
         forward_fn: called as `forward_fn(model, batch)` where the models take several inputs or keyword inputs; returns
             what the model returns. `batch` is what the loader yields, with its tensors on the model's device.
         batch_size: into which a loader that is one tensor is cut.
@@ -71,8 +71,8 @@ def apply_cat(
         The attached wrapper; its `report` says what was fitted and what it gains.
 
     Raises:
-        CATError: `config` is no CATConfig; and see `cat_plugin.collect.stream_outputs`, `fit_cluster_affine` and
-            `compare_accuracy`. Nothing stays attached.
+        CATError: `config` is no CATConfig; and see `cat_plugin.running.collect.stream_outputs`, `fit_cluster_affine`
+            and `compare_accuracy`. Nothing stays attached.
     """
     config = CATConfig.resolve(config)
     start = time.perf_counter()

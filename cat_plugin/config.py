@@ -6,8 +6,8 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from cat_plugin.criteria import CRITERIA
 from cat_plugin.errors import CATError
+from cat_plugin.fitting.criteria import CRITERIA
 
 MODES = ("auto", "paper")
 
@@ -21,7 +21,7 @@ class CATConfig:
     ================  ==========================================================================
     mode              `"auto"`: maps of several families are weighed against each other and
                       against leaving the model alone on held-out images, see
-                      `cat_plugin.selection`; `"paper"`: the published recipe
+                      `cat_plugin.fitting.auto`; `"paper"`: the published recipe
     num_clusters      K, the number of clusters of the quantized model's logits; in `"auto"` the
                       largest of 4, 8, 16, ... 128 that is tried
     pca_dim           principal components of the logits that are kept: for clustering where

@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from cat_plugin.bake import BakedCAT
-from cat_plugin.batches import model_device
 from cat_plugin.config import CATConfig
-from cat_plugin.correction import ClusterAffine
+from cat_plugin.correction.baked import BakedCAT
+from cat_plugin.correction.hook import CATHook, find_hooks
+from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.errors import CATError
-from cat_plugin.hook import CATHook, find_hooks
-from cat_plugin.models import unwrap
-from cat_plugin.outputs import Output, check_where
-from cat_plugin.pretrained import load, save
-from cat_plugin.report import CATReport
+from cat_plugin.report.report import CATReport
+from cat_plugin.running.loaders import model_device
+from cat_plugin.running.models import unwrap
+from cat_plugin.running.outputs import Output, check_where
+from cat_plugin.saving.pretrained import load, save
 
 
 class CATWrapper(nn.Module):
@@ -31,7 +31,7 @@ class CATWrapper(nn.Module):
         correction: takes the logits (N, C) of that model.
         report, config: how the correction came about, if known. A correction that takes features needs `config`, which
             names their layer.
-        output: where the model's output holds the logits, if it is not obvious, see `cat_plugin.outputs`.
+        output: where the model's output holds the logits, if it is not obvious, see `cat_plugin.running.outputs`.
         layer: name of the layer whose output is corrected; None: the model's.
 
     Raises:
@@ -93,7 +93,7 @@ class CATWrapper(nn.Module):
         """The corrected model as a plain module, for `torch.compile`, `torch.export`, ONNX and `state_dict`.
 
         It shares the quantized model's weights and copies nothing but the correction; this wrapper and the hook go on
-        as before, and `remove()` leaves the baked module as it is. See `cat_plugin.bake.BakedCAT`.
+        as before, and `remove()` leaves the baked module as it is. See `cat_plugin.correction.baked.BakedCAT`.
         """
         return BakedCAT(self.quantized_model, self._hook)
 
@@ -132,7 +132,7 @@ class CATWrapper(nn.Module):
 
         Raises:
             CATError: files that are missing, damaged, of another format or of another model, see
-                `cat_plugin.pretrained.load`; or the model already carries a correction.
+                `cat_plugin.saving.pretrained.load`; or the model already carries a correction.
         """
         model = unwrap(quantized_model, "quantized_model")
         check_where(output)

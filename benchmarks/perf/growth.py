@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.report import align, to_csv, write_texts
+from benchmarks.reports.report import align, to_csv, write_texts
 
 AXES: dict[str, tuple[int, ...]] = {
     "images": (1024, 4096, 16384, 65536),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from benchmarks.perf.timings import Medians, copy_of, normal, processor_time
-from cat_plugin.collect import collect_outputs
+from cat_plugin.running.collect import collect_outputs
 
 CLASSES, BATCH, BATCHES, PIXELS, INPUTS = 1000, 64, 4, 64, 16
 MAX_ADDED = 0.4

@@ -10,7 +10,7 @@ import torch
 from benchmarks.perf import naive
 from benchmarks.perf.timings import Medians, copy_of, paired_logits, processor_time
 from cat_plugin import CATConfig, fit_cluster_affine
-from cat_plugin.affine import fit_affine
+from cat_plugin.fitting.least_squares import fit_affine
 
 IMAGES, CLASSES, CLUSTERS = 4096, 100, 64
 PAPER = CATConfig.paper(CLUSTERS)

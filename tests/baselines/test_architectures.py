@@ -9,9 +9,9 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 from baselines import quantize, summarize
-from baselines.folding import folded_copy
-from baselines.trace import trace
-from baselines.units import find_blocks, find_units
+from baselines.network.folding import folded_copy
+from baselines.network.trace import trace
+from baselines.network.units import find_blocks, find_units
 
 from .networks import SmallResNet, images, randomized
 

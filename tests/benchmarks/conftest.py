@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms._presets import ImageClassification
 
-from benchmarks import command, quantized
-from benchmarks.data import CIFAR10_CLASSES, Dataset
-from benchmarks.models import create_model
-from benchmarks.pretrained import load_pretrained, untrained
+from benchmarks.commands import command
+from benchmarks.datasets.data import CIFAR10_CLASSES, Dataset
+from benchmarks.networks import quantized
+from benchmarks.networks.models import create_model
+from benchmarks.networks.pretrained import load_pretrained, untrained
 
 IMAGES = {"train": 6, "test": 2}  # a class
 WNIDS = "n00000003", "n00000007", "n00000100"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.evaluate import Measurement, Row, Setting
+from benchmarks.measure.evaluate import Measurement, Row, Setting
 
 IMAGES = 500
 BASE = {"dataset": "digits", "model": "resnet8", "iters": 9, "n_calib": 16, "n_cat": 1024}

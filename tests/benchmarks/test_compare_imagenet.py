@@ -10,10 +10,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.models import resnet18
 
-from benchmarks import ablate, command, compare, fp_check, recompute, robustness
-from benchmarks.imagenet import load_imagenet
-from benchmarks.images import stacked
-from benchmarks.pretrained import TIMM, TORCHVISION, load_pretrained, untrained
+from benchmarks.commands import ablate, command, compare, recompute, robustness
+from benchmarks.datasets.imagenet import load_imagenet
+from benchmarks.datasets.images import stacked
+from benchmarks.measure import fp_check
+from benchmarks.networks.pretrained import TIMM, TORCHVISION, load_pretrained, untrained
 from tests.benchmarks.conftest import SMALL, WNIDS
 
 N_CAT = ["--n-cat", "24"]

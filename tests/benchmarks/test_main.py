@@ -3,7 +3,7 @@
 import pytest
 
 import benchmarks.__main__ as command_line
-from benchmarks import compare
+from benchmarks.commands import compare
 
 
 @pytest.fixture

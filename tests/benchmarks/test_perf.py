@@ -11,7 +11,7 @@ from benchmarks.perf import naive
 from benchmarks.perf.growth import AXES, READS, Size, along, exponent, lines, sizes, to_markdown, write_growth
 from benchmarks.perf.timings import Medians, copy_of, paired_logits
 from cat_plugin import CATConfig, fit_cluster_affine
-from cat_plugin.affine import fit_affine
+from cat_plugin.fitting.least_squares import fit_affine
 from tests.reference import PaperCAT, lstsq_per_cluster
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablate, compare, guard
-from benchmarks.environment import ROOT
-from benchmarks.options import parse_compare
+from benchmarks.commands import ablate, compare
+from benchmarks.commands.options import parse_compare
+from benchmarks.measure import guard
+from benchmarks.runs.environment import ROOT
 from cat_plugin import CATConfig
 from tests.benchmarks.logits import write_npz
 from tests.benchmarks.rows import make_measurement
@@ -51,7 +52,7 @@ def ablation(tmp_path, monkeypatch):
         return real(q, f, CATConfig.paper(1, alpha=config.alpha))
 
     monkeypatch.setattr(guard, "fit_cluster_affine", cheap)
-    monkeypatch.setattr("benchmarks.ablation_report.plot", lambda *args: False)
+    monkeypatch.setattr("benchmarks.reports.ablation_report.plot", lambda *args: False)
     write_npz(tmp_path / "in" / "a.npz", 60)
     options = ["--logits", str(tmp_path / "in"), "--skip", "10", "--n-cat", "25", "--max-draws", "1", "--no-progress"]
     options += ["--factors", "alpha=0.5,1"]

@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks import ablate, compare, robustness, runs
-from benchmarks.environment import ROOT
-from benchmarks.evaluate import Measurement, Setting
-from benchmarks.processes import Process, claimed
-from benchmarks.runs import Rows
+from benchmarks.commands import ablate, compare, robustness
+from benchmarks.measure.evaluate import Measurement, Setting
+from benchmarks.runs import runs
+from benchmarks.runs.environment import ROOT
+from benchmarks.runs.processes import Process, claimed
+from benchmarks.runs.runs import Rows
 from tests.benchmarks.rows import all_same, make_measurement
 from tests.benchmarks.test_resume import tables
 

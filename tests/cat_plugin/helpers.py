@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from cat_plugin import CATConfig
-from cat_plugin.fit import fit_and_score
-from cat_plugin.store import LogitStore
+from cat_plugin.fitting.fit import fit_and_score
+from cat_plugin.fitting.store import LogitStore
 
 
 def paired_logits(n_images, n_classes, seed=0, dtype=torch.float64, noise=0.5):

@@ -139,7 +139,7 @@ def test_failure_between_batches_leaves_nothing_behind(pair, monkeypatch):
     def full(self, *parts):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("cat_plugin.store.LogitStore.append", full)
+    monkeypatch.setattr("cat_plugin.fitting.store.LogitStore.append", full)
     try:
         apply_cat(*pair, images())
     except OSError as error:  # the models are restored while the error is still at hand

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from cat_plugin import CATError, apply_cat, compare_accuracy
-from cat_plugin.batches import find_inputs, iterate_inputs, run
-from cat_plugin.collect import collect_outputs
+from cat_plugin.running.collect import collect_outputs
+from cat_plugin.running.loaders import find_inputs, iterate_inputs, run
 from tests.cat_plugin.helpers import images, model_pair, state_of
 
 

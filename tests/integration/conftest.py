@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.cpp_extension import get_default_build_root
 
-from benchmarks.data import Dataset, load_digits
+from benchmarks.datasets.data import Dataset, load_digits
 
 from . import networks
 from .protocol import Row, Task, check, write_table

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.data import Dataset
-from benchmarks.models import create_model
-from benchmarks.training import Training, train
+from benchmarks.datasets.data import Dataset
+from benchmarks.networks.models import create_model
+from benchmarks.networks.training import Training, train
 
 EPOCHS, BATCH_SIZE, PEAK_LEARNING_RATE, LABEL_SMOOTHING = 25, 64, 3e-3, 0.1
 

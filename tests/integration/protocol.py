@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.data import Dataset, split_calibration
-from benchmarks.files import write_text
-from benchmarks.report import align
+from benchmarks.datasets.data import Dataset, split_calibration
+from benchmarks.reports.report import align
+from benchmarks.runs.files import write_text
 from cat_plugin import CATWrapper, apply_cat, compare_accuracy
-from cat_plugin.hook import find_hooks
+from cat_plugin.correction.hook import find_hooks
 
 from .converters import Convert, exported, onnx_runtime
 from .networks import plain

@@ -1,0 +1,1 @@
+"""Bit widths, ranges, quantizers and the layers that carry them."""

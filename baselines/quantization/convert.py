@@ -1,0 +1,179 @@
+"""From the FP twin to the quantized network: layers replaced, quantizers placed, ranges set."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from baselines.network.attention import Product
+from baselines.network.folding import replace_module
+from baselines.network.routing import WEIGHTED
+from baselines.network.trace import Trace, Value, tensors_in
+from baselines.network.units import quantized_layers
+from baselines.quantization.layers import QUANTIZABLE, is_quantizable, looks_quantizable, quantize_on_entry
+from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantizer
+from baselines.quantization.specs import OFF, QuantSpec
+from baselines.summary import FloatingPoint, operations_in_floating_point
+
+logger = logging.getLogger(__name__)
+
+
+def quantized_copy(folded: nn.Module, record: Trace, blocks: list[str], spec: QuantSpec) -> nn.Module:
+    """A copy of ``folded`` whose layers are quantized layers (weights not yet rounded, activation ranges not yet set).
+
+    An activation is quantized where quantized layers read it: on entry to a block if one of the block's layers reads
+    the block's own input (the shortcut then sees the quantized tensor, too), else at the layer; layers that read the
+    same tensor share a quantizer. The network's input stays as it is: images already lie on a grid of 256 values.
+
+    Raises:
+        ValueError: there is no layer to quantize.
+    """
+    network = copy.deepcopy(folded)
+    modules = dict(network.named_modules())
+    called = {name for name in record.started if is_quantizable(modules[name])}
+    names = record.order(list(called))
+    if not names:
+        kinds = ", ".join(kind.__name__ for kind in QUANTIZABLE)
+        raise ValueError(f"{type(folded).__name__} has no layer to quantize; what is quantized: {kinds}")
+    left = unquantized(folded, record)
+    if left:
+        logger.warning("left in floating point, since not called or of a kind that is not quantized: %s", list(left))
+    network.floating_point = FloatingPoint(
+        operations=operations_in_floating_point(folded, record), unquantized=tuple(left)
+    )
+    for name in names:
+        is_edge = name in (names[0], names[-1])
+        bits = spec.weight_bits(is_edge)
+        layer = QUANTIZABLE[type(modules[name])].of(modules[name])
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        if bits != OFF:
+            layer.weight_quantizer = WeightQuantizer(layer.weight, bits, spec.range_method)
+        replace_module(network, name, layer)
+    if spec.a_bits != OFF:
+        _place_input_quantizers(network, record, blocks, names, spec)
+    return network
+
+
+def _place_input_quantizers(
+    network: nn.Module, record: Trace, blocks: list[str], names: list[str], spec: QuantSpec
+) -> None:
+    layers = quantized_layers(network)
+    entries = [(block, record.of(block)[0].inputs[0]) for block in blocks]
+    network_input = record.of(names[0])[0].inputs[0]
+    made: list[tuple[Value, ActivationQuantizer]] = []
+    for name in names:
+        values = [call.inputs[0] for call in record.of(name)]
+        if all(value.same(network_input) for value in values):
+            continue
+        bits = spec.activation_bits(name == names[-1])
+        layers[name].input_bits = bits
+        if len(values) > 1:  # not all of its inputs enter the block, or go to the same readers
+            layers[name].input_quantizer = _quantizer_for(values[0], bits)
+            continue
+        value = values[0]
+        quantizer = next((quantizer for other, quantizer in made if value.same(other)), None)
+        if quantizer is None:
+            quantizer = _quantizer_for(value, bits)
+            made.append((value, quantizer))
+        entered = [block for block, entry in entries if value.same(entry) and name.startswith(f"{block}.")]
+        if not entered:
+            layers[name].input_quantizer = quantizer
+        elif not hasattr(network.get_submodule(entered[0]), "input_quantizer"):
+            block = network.get_submodule(entered[0])
+            block.input_quantizer = quantizer
+            block.register_forward_pre_hook(quantize_on_entry)
+    for name, module in network.named_modules():
+        if isinstance(module, Product) and record.of(name):
+            left, right = record.of(name)[0].inputs[:2]
+            module.left_quantizer = _quantizer_for(left, spec.a_bits)
+            module.right_quantizer = _quantizer_for(right, spec.a_bits)
+
+
+def _quantizer_for(value: Value, bits: int) -> ActivationQuantizer:
+    return ActivationQuantizer(bits).to(value.tensor.device, value.tensor.dtype)
+
+
+def unquantized(folded: nn.Module, record: Trace) -> tuple[str, ...]:
+    """What a user would expect to be quantized and is not: names of modules, and of functions with their module."""
+    modules = dict(folded.named_modules())
+    called = set(record.started)
+    names = [
+        name
+        for name, module in modules.items()
+        if looks_quantizable(module) and not (is_quantizable(module) and name in called)
+    ]
+    for operation in record.operations:
+        module = modules[operation.owner]
+        if operation.function in WEIGHTED and not isinstance(module, Product) and not looks_quantizable(module):
+            names.append(f"{operation.function.__name__} in {operation.owner or type(folded).__name__}")
+    return tuple(dict.fromkeys(names))
+
+
+@torch.no_grad()
+def set_activation_ranges(
+    folded: nn.Module,
+    network: nn.Module,
+    inputs: Tensor,
+    spec: QuantSpec,
+    *,
+    batch_size: int,
+    generator: torch.Generator,
+    budget: int = 1 << 20,
+) -> None:
+    """Choose the range of every activation quantizer of ``network`` from one pass of the FP twin over ``inputs``.
+
+    Of every quantized tensor, ``budget`` random elements and the extremes are kept.
+
+    Raises:
+        ValueError: an activation that is not finite, or none at all (says of which module).
+    """
+    places = _quantized_places(network)
+    samples: list[list[Tensor]] = [[] for _ in places]
+    share = max(1, -(-budget * batch_size // len(inputs)))
+
+    def watch(place: int, position: int):
+        def hook(module, args, kwargs):
+            flat = tensors_in(args, kwargs)[position].flatten()
+            if flat.numel() > share:
+                chosen = torch.randint(flat.numel(), (share,), generator=generator, device=flat.device)
+                flat = torch.cat([flat[chosen], *(end.view(1) for end in flat.aminmax())])
+            samples[place].append(flat)
+
+        return hook
+
+    handles = [
+        folded.get_submodule(name).register_forward_pre_hook(watch(place, position), with_kwargs=True)
+        for place, (name, position, _) in enumerate(places)
+    ]
+    try:
+        for batch in inputs.split(batch_size):
+            folded(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for (name, _, quantizer), seen in zip(places, samples, strict=True):
+        if not seen:
+            raise ValueError(f"{name} was not reached; control flow that depends on data hides it")
+        sample = torch.cat(seen)
+        if not torch.isfinite(sample).all():
+            raise ValueError(
+                f"the input of {name} holds NaN or infinite values in the full-precision network; check its weights "
+                "and the scale of the calibration inputs"
+            )
+        quantizer.set_range(sample, spec.range_method)
+
+
+def _quantized_places(network: nn.Module) -> list[tuple[str, int, ActivationQuantizer]]:
+    """Where activations are quantized: module, which of its inputs, and the quantizer; shared ones once."""
+    places: list[tuple[str, int, ActivationQuantizer]] = []
+    for name, module in network.named_modules():
+        attributes = ("left_quantizer", "right_quantizer") if isinstance(module, Product) else ("input_quantizer",)
+        for position, attribute in enumerate(attributes):
+            quantizer = getattr(module, attribute, None)
+            known = any(quantizer is other for _, _, other in places)
+            if isinstance(quantizer, ActivationQuantizer) and not known:
+                places.append((name, position, quantizer))
+    return places

@@ -1,0 +1,1 @@
+"""One engine that learns roundings and scales unit by unit."""

@@ -1,0 +1,95 @@
+"""Command line: ``python -m benchmarks compare`` measures what quantization loses and what CAT brings back."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from baselines.files import digest_tensors
+from benchmarks import BenchmarkError
+from benchmarks.commands.command import Loaded, environment, exit_code, load_network, settings_grid
+from benchmarks.commands.options import parse_compare
+from benchmarks.datasets.imagenet import NAME as IMAGENET
+from benchmarks.measure.evaluate import Measurement, Protocol, Setting, measure
+from benchmarks.reports.comparison_plots import plot_comparison
+from benchmarks.reports.report import to_markdown, write_environment, write_report
+from benchmarks.runs.environment import code_digest, versions
+from benchmarks.runs.processes import Process, this_process
+from benchmarks.runs.runs import Rows, open_run
+
+NAME = "compare"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; the exit code is 2 for input that the user can put right, 130 for an interruption."""
+    return exit_code(lambda: _measure_grid(parse_compare(list(argv)), argv), resumes=True)
+
+
+def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Measure every method, bit setting and seed, then write and print the table; several processes share the work."""
+    process = this_process()
+    _refuse_fresh(args, process)
+    progress = not args.no_progress and process.first
+    loaded = load_network(args)
+    dataset, model = loaded.dataset, loaded.model
+    protocol = Protocol(
+        iters=args.iters, n_calib=args.n_calib, n_cat=args.n_cat, batch_size=args.batch_size, device=args.device
+    )
+    grid = settings_grid(args)
+    settings = _settings(loaded, args.model, protocol, args.modes, grid)
+    folder = open_run(args.results, f"{dataset.name}-{args.model}", settings, name=args.run, fresh=args.fresh)
+    rows = rows_of(folder)
+    if process.first and (done := len(rows.finished([setting.name for setting in grid]))):
+        print(f"resuming {folder}: {done} of {len(grid)} rows are finished already")
+
+    def work(setting: Setting) -> Measurement:
+        kept = {"cache": args.cache, "cache_device": args.cache_device}
+        return measure(setting, protocol, dataset, args.model, model, args.modes, **kept, progress=progress)
+
+    measured = rows.complete_together(grid, work, process, progress=progress)
+    if measured is None:
+        return
+    weights = weights_of(settings)
+    written = write_report(folder, measured, weights) | plot_comparison(folder, measured, dataset.classes)
+    seconds = sum(measurement.seconds for measurement in measured)
+    about = environment(NAME, argv, args, seconds) | {"fp_check": loaded.fp_check}
+    write_environment(folder, about | settings)
+    print(f"\n{to_markdown(measured, weights)}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
+
+
+def _refuse_fresh(args: argparse.Namespace, process: Process) -> None:
+    # The other processes could not tell whether what they find was there before the first one has emptied the folder.
+    if args.fresh and not process.alone:
+        raise BenchmarkError(f"--fresh is for one process, got WORLD_SIZE={process.world}; delete the folder instead")
+
+
+def rows_of(folder: Path) -> Rows[Measurement]:
+    """The stored rows of a run."""
+    return Rows(folder / "rows", Measurement)
+
+
+def weights_of(settings: dict[str, Any]) -> str | None:
+    """What tables call the full-precision weights of a run, or None where there are no others for its network."""
+    return settings.get("weights") if settings.get("dataset") == IMAGENET else None
+
+
+def _settings(
+    loaded: Loaded, model_name: str, protocol: Protocol, modes: Sequence[str], grid: Sequence[Setting]
+) -> dict[str, Any]:
+    """All that the figures depend on: a run resumes only where nothing of this has changed."""
+    dataset = loaded.dataset
+    return {
+        "kind": NAME,
+        "dataset": dataset.name,
+        "model": model_name,
+        "classes": list(dataset.classes),
+        "data_digest": dataset.digest(),
+        "weights_digest": digest_tensors(loaded.model.state_dict()),
+        "weights": loaded.weights,
+        "code_digest": code_digest("benchmarks.measure.evaluate", "benchmarks.commands.command"),
+        "versions": versions(),
+        "protocol": asdict(protocol),
+        "modes": list(modes),
+        "grid": [setting.name for setting in grid],
+    }

@@ -1,0 +1,1 @@
+"""Labelled images, by the name of their data set."""

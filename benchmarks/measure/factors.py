@@ -1,0 +1,167 @@
+"""The settings of a correction that `ablate` changes, one at a time, around paper mode and the default."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.measure.draws import FIT_SEED, Cell, Source
+from benchmarks.measure.evaluate import corrections
+from benchmarks.measure.pairs import ORIGINS
+from cat_plugin import CATConfig
+from cat_plugin.fitting.criteria import CRITERIA
+
+ABLATED = ("cat_paper", "cat")
+Value = int | float | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor:
+    """One setting: how it is called on an axis, its values, of what type they are, and the axis' scale.
+
+    ``change`` gives the cell that has another value of it; None where that is not to be had.
+    """
+
+    label: str
+    values: tuple[Value, ...]
+    kind: Callable[[str], Value]
+    change: Callable[[Cell, Any], Cell | None]
+    scale: str = "log"  # or "linear", or "names" for values side by side
+    least: float = 1
+    most: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A cell as one value of a factor; the same cell may stand for several."""
+
+    factor: str
+    value: Value
+    cell: Cell
+
+
+def _configured(field: str) -> Callable[[Cell, Any], Cell | None]:
+    return lambda cell, value: _possible(replace(cell, config=replace(cell.config, **{field: value})))
+
+
+def _sized(cell: Cell, images: int) -> Cell | None:
+    return _possible(replace(cell, images=images))
+
+
+def _from(cell: Cell, origin: str) -> Cell | None:
+    """As many images either way: those that quantization was tuned on limit their number."""
+    images = min(cell.images, cell.source.tuned)
+    return _possible(replace(cell, images=images, origin=origin)) if images else None
+
+
+def _featured(cell: Cell, features: str) -> Cell | None:
+    if features == "without":
+        return cell
+    known = cell.source.features and cell.config.mode == "auto"
+    return replace(cell, config=replace(cell.config, features=features)) if known else None
+
+
+def _judged(cell: Cell, criterion: str) -> Cell | None:
+    """Paper mode judges nothing."""
+    return _configured("criterion")(cell, criterion) if cell.config.mode == "auto" else None
+
+
+def _possible(cell: Cell) -> Cell | None:
+    """The paper's recipe refuses fewer images than clusters."""
+    config = cell.config
+    isolated = config.mode == "paper" and config.min_cluster_size is None
+    return None if isolated and cell.images < config.num_clusters else cell
+
+
+FACTORS: dict[str, Factor] = {
+    "clusters": Factor(
+        label="clusters (the default's largest number)",
+        values=(1, 4, 8, 16, 32, 64, 128, 256),
+        kind=int,
+        change=_configured("num_clusters"),
+    ),
+    "alpha": Factor(
+        label="alpha",
+        values=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        kind=float,
+        change=_configured("alpha"),
+        scale="linear",
+        least=0,
+        most=1,
+    ),
+    "pca-dim": Factor(
+        label="PCA dimension",
+        values=(2, 5, 10, 25, 50, 100),
+        kind=int,
+        change=_configured("pca_dim"),
+    ),
+    "images": Factor(
+        label="images for the correction",
+        values=(64, 128, 256, 512, 1024, 2048, 4096),
+        kind=int,
+        change=_sized,
+    ),
+    "cluster-size": Factor(
+        label="least images a cluster, on average",
+        values=(4, 8, 16, 32, 64, 128),
+        kind=int,
+        change=_configured("min_cluster_size"),
+    ),
+    "origin": Factor(
+        label="images for the correction: fresh, or those of the quantization",
+        values=ORIGINS,
+        kind=str,
+        change=_from,
+        scale="names",
+    ),
+    "features": Factor(
+        label="features of a layer",
+        values=("without", "with"),
+        kind=str,
+        change=_featured,
+        scale="names",
+    ),
+    "criterion": Factor(
+        label="selection criterion",
+        values=tuple(CRITERIA),
+        kind=str,
+        change=_judged,
+        scale="names",
+    ),
+    "seed": Factor(
+        label="seed of clustering and folds",
+        values=(0, 1, 2, 3, 4),
+        kind=int,
+        change=_configured("seed"),
+        scale="names",
+        least=0,
+        most=2**32 - 1,
+    ),
+}
+
+
+def centre(n_cat: int) -> dict[str, CATConfig]:
+    """What is changed: paper mode and the default."""
+    return {mode: config for mode, config in corrections(n_cat, FIT_SEED).items() if mode in ABLATED}
+
+
+def points(
+    sources: Sequence[Source], factors: Mapping[str, Sequence[Value]], n_cat: int, max_draws: int
+) -> list[Point]:
+    """All values of all factors, source by source, on up to ``max_draws`` disjoint draws of ``n_cat`` images.
+
+    Test images and labels play no part in what is fitted, and no value is chosen by them: all are shown.
+    """
+    return [
+        Point(factor, value, replace(cell, draw=draw))
+        for source in sources
+        for factor, values in factors.items()
+        for value in values
+        for mode, config in centre(n_cat).items()
+        if (cell := FACTORS[factor].change(Cell(source, n_cat, 0, mode, config), value)) is not None
+        for draw in range(source.draws(cell.images, max_draws, cell.origin))
+    ]
+
+
+def unique_cells(found: Sequence[Point]) -> list[Cell]:
+    """The cells to measure, each once."""
+    return list({point.cell.name: point.cell for point in found}.values())

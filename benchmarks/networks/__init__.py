@@ -1,0 +1,1 @@
+"""Full-precision networks and their quantized copies."""

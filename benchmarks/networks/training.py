@@ -1,0 +1,92 @@
+"""The network for the digits: trained once on their training images, then kept as a safetensors file."""
+
+import inspect
+import logging
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import trange
+
+from baselines.files import atomic_path, digest_tensors
+from benchmarks import BenchmarkError
+from benchmarks.datasets.data import Dataset
+from benchmarks.networks import models
+from benchmarks.networks.models import create_model, load_weights
+from benchmarks.runs.files import digest_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a network is trained: Nesterov SGD under a one-cycle learning rate, images shifted at random."""
+
+    epochs: int = 25
+    batch_size: int = 64
+    peak_learning_rate: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    max_shift: int = 1  # pixels, both ways
+    seed: int = 0
+
+
+def trained_model(
+    name: str, dataset: Dataset, cache: Path, training: Training | None = None, *, progress: bool = False
+) -> nn.Module:
+    """The named network trained on ``dataset``, from ``cache`` where it is there already.
+
+    A file in the cache that cannot be loaded is trained anew and replaced.
+    """
+    training = training or Training()
+    path = cache / f"{dataset.name}-{name}-{_cache_key(dataset, training)}.safetensors"
+    model = create_model(name, len(dataset.classes), training.seed)
+    if path.is_file():
+        try:
+            load_weights(model, path)
+            return model
+        except BenchmarkError as error:
+            logger.warning("training again, the cached network is unusable: %s", error)
+    train(model, dataset.train_images, dataset.train_labels, training, progress=progress)
+    with atomic_path(path) as temporary:
+        save_file(model.state_dict(), temporary)
+    return model
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, training: Training, *, progress: bool = False) -> None:
+    """Train in place on images ``(N, channels, height, width)`` with labels ``(N,)``; ends in eval mode."""
+    generator = torch.Generator().manual_seed(training.seed)
+    optimizer = torch.optim.SGD(
+        model.parameters(), momentum=training.momentum, weight_decay=training.weight_decay, nesterov=True, lr=0.01
+    )
+    steps = -(-len(images) // training.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, training.peak_learning_rate, epochs=training.epochs, steps_per_epoch=steps
+    )
+    model.train()
+    for _ in trange(training.epochs, desc="training", unit="epoch", leave=False, disable=not progress):
+        for batch in torch.randperm(len(images), generator=generator).split(training.batch_size):
+            inputs = _shift(images[batch], training.max_shift, generator)
+            optimizer.zero_grad()
+            functional.cross_entropy(model(inputs), labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+
+def _shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Shift the whole batch by up to ``most`` pixels; the border repeats."""
+    down, right = torch.randint(0, 2 * most + 1, (2,), generator=generator).tolist()
+    padded = functional.pad(images, (most,) * 4, mode="replicate")
+    return padded[..., down : down + images.shape[-2], right : right + images.shape[-1]]
+
+
+def _cache_key(dataset: Dataset, training: Training) -> str:
+    """Everything that determines the trained weights: recipe, code, library and training images."""
+    data = digest_tensors({"images": dataset.train_images, "labels": dataset.train_labels})
+    code = inspect.getsource(models) + inspect.getsource(sys.modules[__name__])
+    return digest_text(repr(asdict(training)), code, torch.__version__, data)

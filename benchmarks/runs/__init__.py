@@ -1,0 +1,1 @@
+"""Rows on disk: runs that resume, their records and their environment."""

@@ -1,0 +1,1 @@
+"""The fitted correction as a module, as a hook, and baked into a plain model."""

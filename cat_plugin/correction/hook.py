@@ -1,0 +1,131 @@
+"""The forward hook by which a correction acts on the user's own model."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from cat_plugin.correction.module import ClusterAffine
+from cat_plugin.errors import CATError
+from cat_plugin.running.features import FeatureTap, find_layer
+from cat_plugin.running.outputs import Output, extract, insert
+from cat_plugin.running.positions import from_rows, to_rows
+
+
+class CATHook:
+    """Forward hook that replaces a model's logits by the corrected ones.
+
+    A class and not a closure, so that the hooked model can be deep-copied and pickled. The hook
+    holds its own handle for the same reason: unpickling a handle reserves its number, without
+    which the next hook on a model loaded in a new process would overwrite this one.
+    """
+
+    def __init__(
+        self,
+        correction: ClusterAffine,
+        features: str | None = None,
+        output: Output = None,
+        *,
+        class_axis: int | None = None,
+        layer: str | None = None,
+    ) -> None:
+        self.correction = correction
+        self.output = output
+        self.class_axis = class_axis
+        self.layer = layer
+        self._tap = None if features is None else FeatureTap(features)
+        self._handle: RemovableHandle | None = None
+        self._disabled = 0
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return output if self._disabled else self.correct(module, output)
+
+    def correct(self, module: nn.Module, output: Any) -> Any:
+        """What `module` returned, with its logits corrected, whether or not the hook is disabled."""
+        features = () if self._tap is None else (self._tap.take(),)
+        logits = extract(output, type(module).__name__, self.output)
+        if self.correction.scale.device != logits.device:
+            self.correction.to(logits.device)
+        rows = to_rows(logits, self.class_axis)
+        corrected = self.correction(rows, *(part.to(logits.device) for part in features))
+        return insert(output, from_rows(corrected, logits, self.class_axis), self.output)
+
+    @property
+    def features(self) -> str | None:
+        """Name of the layer whose output feeds the correction, if one does."""
+        return None if self._tap is None else self._tap.name
+
+    def attach(self, model: nn.Module) -> None:
+        """Registers the hook on `model`, or on its layer that is to be corrected.
+
+        Raises:
+            CATError: the model, or a part of it, already carries a correction, or has no layer of the name given.
+        """
+        refuse_attached(model)
+        target = model if self.layer is None else find_layer(model, self.layer, "layer")
+        self.tap(model)
+        self._handle = target.register_forward_hook(self)
+
+    def tap(self, model: nn.Module) -> None:
+        """Listens to the layer of `model` that feeds the correction, if one does.
+
+        Raises:
+            CATError: the model has no layer of its name.
+        """
+        if self._tap is not None:
+            self._tap.attach(model)
+
+    def unattached(self) -> "CATHook":
+        """A hook that corrects alike, with a copy of the correction, and is on no model."""
+        twin = copy.copy(self)
+        twin.correction = copy.deepcopy(self.correction)
+        twin._tap = None if self._tap is None else FeatureTap(self._tap.name)
+        twin._handle = None
+        return twin
+
+    def remove(self) -> None:
+        """Takes the hook off its model; nothing happens the second time."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if self._tap is not None:
+            self._tap.remove()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model gives its plain output inside the block; blocks can be nested."""
+        self._disabled += 1
+        try:
+            yield
+        finally:
+            self._disabled -= 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside disabled() has no block that would ever enable it again.
+        return {**self.__dict__, "_disabled": 0}
+
+
+def find_hooks(model: nn.Module) -> list[CATHook]:
+    """All CAT hooks on `model` and its submodules."""
+    return [hook for module in model.modules() for hook in module._forward_hooks.values() if isinstance(hook, CATHook)]
+
+
+def refuse_attached(model: nn.Module) -> None:
+    """Raises a `CATError` if `model` already carries a correction."""
+    if find_hooks(model):
+        raise CATError(
+            f"CAT is already attached to this {type(model).__name__}; "
+            "call remove() on the CATWrapper that apply_cat returned before attaching again"
+        )
+
+
+@contextmanager
+def uncorrected(model: nn.Module) -> Iterator[None]:
+    """Inside the block, `model` gives its plain output whatever corrections it carries."""
+    with ExitStack() as stack:
+        for hook in find_hooks(model):
+            stack.enter_context(hook.disabled())
+        yield

@@ -1,0 +1,1 @@
+"""Maps from quantized to full-precision logits, and the evidence for them."""

@@ -1,0 +1,1 @@
+"""What was fitted, in words, figures and warnings."""

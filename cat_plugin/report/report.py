@@ -1,0 +1,178 @@
+"""What was fitted, on what, what it gains and what it costs."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cat_plugin.errors import CATError
+from cat_plugin.evaluation import AccuracyReport
+from cat_plugin.fitting.auto import Evidence
+from cat_plugin.fitting.fit import HeldOutScores
+from cat_plugin.fitting.layer import LayerScores
+from cat_plugin.report.clusters import ClusterProfile
+from cat_plugin.report.figures import plot_report
+from cat_plugin.report.layers import LayerCount
+from cat_plugin.saving.plain import from_plain, to_plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class CATReport:
+    """Outcome of `apply_cat`.
+
+    =================  ==================================================================
+    field              meaning
+    =================  ==================================================================
+    images             calibration images the correction was fitted on
+    positions          how many positions of them, for outputs that have such
+    num_clusters       K
+    cluster_sizes      images, or positions, in each cluster
+    held_out           closeness to FP by cross-fitting; None for too few images
+    layer              whose output is corrected; None: the model's
+    evidence           which families of maps were tried, how they were weighed, and why
+                       the result was or was not accepted; None in `"paper"` mode
+    warnings           what makes the figures above doubtful, in words
+    quantized_layers   how many layers of the quantized model look quantized
+    added_parameters   numbers that the correction stores
+    added_bytes        their size
+    model_bytes        size of the quantized model at the bit widths of its weights, as far
+                       as these show, see `cat_plugin.report.size`; None if it is not known
+    collect_seconds    running both models over the calibration images
+    fit_seconds        fitting the correction, and cross-fitting
+    accuracy           on labelled images, where an `eval_loader` was given
+    clusters           mean logits of the largest clusters on held-out images, before and
+                       after; empty where nothing was held out, the model is left as it is,
+                       or `layer` is corrected
+    =================  ==================================================================
+    """
+
+    images: int
+    num_clusters: int
+    cluster_sizes: tuple[int, ...]
+    held_out: HeldOutScores | LayerScores | None
+    added_parameters: int
+    added_bytes: int
+    collect_seconds: float
+    fit_seconds: float
+    evidence: Evidence | None = None
+    warnings: tuple[str, ...] = ()
+    accuracy: AccuracyReport | None = None
+    model_bytes: int | None = None
+    positions: int | None = None
+    layer: str | None = None
+    quantized_layers: LayerCount | None = None
+    clusters: tuple[ClusterProfile, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_clusters == len(self.cluster_sizes):
+            raise CATError(
+                f"num_clusters is {self.num_clusters}, and there are {len(self.cluster_sizes)} cluster_sizes; expected "
+                "one size for each of at least one cluster"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-able dict."""
+        return to_plain(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CATReport":
+        """Inverse of `to_dict`, also after JSON.
+
+        Raises:
+            CATError: a field is unknown, missing, or of another type.
+        """
+        return from_plain(cls, values, "the report")
+
+    @property
+    def _declined(self) -> bool:
+        if self.layer is not None:
+            return self.held_out is None or not self.held_out.accepted
+        return self.evidence is not None and not self.evidence.accepted
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, class_names: Sequence[str] | None = None) -> "Figure":
+        """The report as a figure, by matplotlib (`pip install 'cat-plugin[plots]'`).
+
+        Shows what CAT gains, with intervals; the families of maps that were tried; which classes win and lose, by
+        labels where an `eval_loader` was given, by the full-precision model's predictions on held-out images otherwise;
+        and the mean logits of the largest clusters in all three models, on held-out images.
+
+        Args:
+            path: written to, in the format that its ending names, PNG without one; by default nothing is written.
+            class_names: one for each class; by default classes are numbers.
+
+        Returns:
+            The figure, a `matplotlib.figure.Figure` of its own: `pyplot` and the user's style are not involved. A
+            notebook shows it after `%matplotlib inline`.
+
+        Raises:
+            CATError: matplotlib is not installed, there is nothing to draw, names that are not one for each class, or a
+                path in no folder or of an unknown format.
+        """
+        return plot_report(self, path, class_names)
+
+    def summary(self) -> str:
+        """The report in one line."""
+        parts = [f"{self.images:,} images"]
+        if self.layer is not None:
+            parts.insert(0, f"layer {self.layer!r}")
+        if self._declined:
+            parts.append("left as it is")
+        else:
+            parts.append(f"{self.num_clusters} cluster{'s' if self.num_clusters > 1 else ''}")
+        if self.held_out:
+            parts += self.held_out.summary()
+        if self.accuracy:
+            parts.append(f"top-1 {self.accuracy.quantized_top1:.2f} -> {self.accuracy.cat_top1:.2f} %")
+        return ", ".join(parts)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                *self._fitted(),
+                self._held_out(),
+                *([f"  accuracy: {self.accuracy}"] if self.accuracy else []),
+                *(
+                    [f"  model: {self.quantized_layers}"]
+                    if self.quantized_layers and self.quantized_layers.total
+                    else []
+                ),
+                f"  cost: {self.added_parameters:,} numbers, {self.added_bytes:,} bytes{self._share()}; "
+                f"{self.collect_seconds:.1f} s to run the models, {self.fit_seconds:.1f} s to fit",
+                *(f"  warning: {warning}" for warning in self.warnings),
+            ]
+        )
+
+    def _share(self) -> str:
+        if not self.model_bytes:
+            return ""
+        share = self.added_bytes / self.model_bytes
+        return f" on top of the {self.model_bytes:,} bytes of the model at its bit widths ({share:.2%})"
+
+    def _fitted(self) -> list[str]:
+        kind = "images" if self.positions is None else "positions"
+        sizes = f"{min(self.cluster_sizes)} to {max(self.cluster_sizes)} {kind} each"
+        clusters = f"{self.num_clusters} clusters of {sizes}" if self.num_clusters > 1 else "1 cluster"
+        where = "" if self.layer is None else f" to layer {self.layer!r}"
+        images = f"{self.images:,} images" + (f" ({self.positions:,} positions)" if self.positions is not None else "")
+        evidence = self.evidence
+        outcome = "the model is left as it is" if self._declined else clusters
+        if evidence is None:
+            return [f"CAT fitted{where} on {images}{':' if self._declined else ','} {outcome}"]
+        lines = [f"CAT fitted{where} on {images}: {outcome}", f"  {evidence.reason}"]
+        if evidence.candidates:
+            lines.append("  tried (fall of the held-out softened KL in nats, share of the weight):")
+        for candidate in evidence.candidates:
+            figures = f"{candidate.kl_gain:+.4f} +- {candidate.kl_gain_error:.4f}  {candidate.weight:5.0%}"
+            lines.append(f"    {candidate.name:<30}{figures}")
+        return lines
+
+    def _held_out(self) -> str:
+        scores = self.held_out
+        if scores is None:
+            return "  held out: nothing, the images are too few to split"
+        return f"  held out: {scores}"
+
+    __repr__ = __str__

@@ -1,0 +1,1 @@
+"""Run the two models and collect their paired outputs, leaving no trace."""

@@ -1,0 +1,205 @@
+"""Paired logits of the quantized and the full-precision model, in one pass through a loader."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cat_plugin.correction.hook import refuse_attached
+from cat_plugin.errors import CATError
+from cat_plugin.report.warnings import image_digests, known_calibration
+from cat_plugin.running.inference import inference
+from cat_plugin.running.loaders import (
+    NO_IMAGES,
+    Batch,
+    ForwardFn,
+    Loader,
+    check_forward,
+    find_inputs,
+    iterate_inputs,
+    num_batches,
+    run,
+)
+from cat_plugin.running.models import check_models, unwrap
+from cat_plugin.running.outputs import Output, check_where, extract
+from cat_plugin.running.positions import PositionDraw
+from cat_plugin.running.taps import captured, tapped
+
+
+@dataclass(frozen=True, eq=False)
+class PairedOutputs:
+    """Logits of both models for the same images, on the CPU.
+
+    q: (N, C) float32, of the quantized model. f: (N, C) float32, of the full-precision model.
+    targets: (N,) int64, or None where the loader has no labels. h: (N, D) float32 features of a layer of the
+    quantized model, or None where none were asked for. calibrated: (images,) bool, whether the quantized model was
+    calibrated on an image, or None where it does not tell, see `known_calibration`. images: (N,) int64, where outputs
+    have positions, which are the N rows then: the image that each belongs to.
+    """
+
+    q: Tensor
+    f: Tensor
+    targets: Tensor | None = None
+    h: Tensor | None = None
+    calibrated: Tensor | None = None
+    images: Tensor | None = None
+
+
+def collect_outputs(quantized_model: nn.Module, fp_model: nn.Module, loader: Loader, **options: Any) -> PairedOutputs:
+    """The outputs of `stream_outputs`, which has the same options, all together in memory."""
+    batches = list(stream_outputs(quantized_model, fp_model, loader, **options))
+    joined = {}
+    for field in fields(PairedOutputs):
+        parts = [getattr(batch, field.name) for batch in batches]
+        joined[field.name] = None if any(part is None for part in parts) else torch.cat(parts)
+    return PairedOutputs(**joined)
+
+
+def stream_outputs(
+    quantized_model: nn.Module,
+    fp_model: nn.Module,
+    loader: Loader,
+    *,
+    features: str | None = None,
+    layer: str | None = None,
+    output: Output = None,
+    class_axis: int | None = None,
+    positions: int | None = None,
+    forward_fn: ForwardFn | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Iterator[PairedOutputs]:
+    """Streams `loader` once through both models in evaluation mode and yields their logits, batch by batch.
+
+    Both models are left as they were found when the stream ends, also when something raises half-way.
+
+    Args:
+        loader: see `iterate_inputs`.
+        features: a layer of the quantized model whose outputs are given too, averaged over positions.
+        layer: a layer of both models whose outputs are given in place of the models' logits.
+        output: where the outputs hold the logits, if it is not obvious, see `cat_plugin.running.outputs.extract`.
+        class_axis: that of the classes where outputs have positions, see `cat_plugin.running.positions.class_axis_of`.
+        positions: how many of an image's positions are drawn, with `seed`; None: all.
+        forward_fn: how a model is called on a batch, if not on one tensor, see `cat_plugin.running.loaders.ForwardFn`.
+        batch_size: into which a loader that is one stacked tensor is cut.
+
+    Raises:
+        CATError: models that cannot be compared, a loader without images, logits that cannot be told, differ in shape,
+            or are not finite, a quantized model whose hooks do not run, and a layer that there is not.
+    """
+    quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
+    models = {"quantized_model": quantized_model, "fp_model": fp_model}
+    check_models(quantized_model, fp_model)
+    check_where(output)
+    check_forward(models, forward_fn)
+    refuse_attached(quantized_model)
+    calibration = known_calibration(quantized_model)
+    draw, total = PositionDraw(class_axis, positions, seed), 0
+    with ExitStack() as stack:
+        stack.enter_context(inference(models))
+        quantized = stack.enter_context(captured(quantized_model, "quantized_model", layer, output))
+        # Hooks of the full-precision model need not run, unless a layer of it is asked for.
+        fp = None if layer is None else stack.enter_context(captured(fp_model, "fp_model", layer, output))
+        tap = stack.enter_context(tapped(quantized_model, features))
+        faults = [_Faults(name) for name in (quantized.name, fp.name if fp else "fp_model", f"layer {features!r}")]
+        batches = iterate_inputs(loader, batch_size, whole=forward_fn is not None)
+        for batch, labels in progress_bar(batches, loader, batch_size, progress, "CAT: collecting logits"):
+            returned = run(quantized_model, batch, forward_fn)
+            whole = quantized.take()
+            if forward_fn is not None and layer is None:
+                _check_returned(whole, extract(returned, "forward_fn", output, lenient=True))
+            drawn = draw(whole)
+            q = to_cpu(drawn.rows(whole))
+            returned = run(fp_model, batch, forward_fn)
+            whole = fp.take() if fp else extract(returned, "fp_model", output, lenient=True)
+            check_same_shape({"quantized_model": drawn.shape, "fp_model": whole.shape})
+            f = to_cpu(drawn.rows(whole))
+            if tap is not None and drawn.dense:
+                raise CATError(
+                    f"quantized_model gave {tuple(drawn.shape)}, and features={features!r} feed the correction of "
+                    "one row an image; leave features out for outputs that have positions"
+                )
+            h = None if tap is None else to_cpu(tap.take())
+            if h is not None and len(h) != len(q):
+                raise CATError(
+                    f"layer {features!r} gave {len(h)} rows for {len(q)} images (windows or tokens may be rows there); "
+                    "name a layer that gives one row an image"
+                )
+            inputs = batch if forward_fn is None else find_inputs(batch)
+            known = None if calibration is None or inputs is None else _known(inputs, calibration)
+            for fault, values in zip(faults, (q, f, h), strict=True):
+                fault.look(values)
+            images = drawn.images()
+            yield PairedOutputs(q, f, drawn.labels(labels), h, known, None if images is None else total + images)
+            total += drawn.shape[0]
+    if total == 0:
+        raise CATError(NO_IMAGES)
+    for fault in faults:
+        fault.tell()
+
+
+def progress_bar(
+    batches: Iterator[Batch], loader: Loader, batch_size: int, progress: bool, title: str
+) -> Iterator[Batch]:
+    """`batches`, those of `loader`, with a progress bar if `progress` is true."""
+    return tqdm(batches, title, num_batches(loader, batch_size) if progress else None, disable=not progress)
+
+
+def check_same_shape(shapes: Mapping[str, torch.Size]) -> None:
+    """Raises a `CATError` unless the outputs of all models (name -> shape) have the same shape."""
+    if len(set(shapes.values())) > 1:
+        found = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+        raise CATError(f"outputs differ in shape for the same batch: {found}; expected the same classes")
+
+
+def check_finite(logits: Tensor, name: str) -> None:
+    """Raises a `CATError` if `logits` (N, C) of the model `name` hold NaN or infinite values."""
+    faults = _Faults(name)
+    faults.look(logits)
+    faults.tell()
+
+
+def to_cpu(logits: Tensor) -> Tensor:
+    """A copy in float32; models behind CUDA graphs or with preallocated outputs overwrite theirs at the next batch."""
+    return logits.detach().to("cpu", torch.float32, copy=True)
+
+
+def _check_returned(q: Tensor, returned: Tensor) -> None:
+    """Raises a `CATError` unless a forward_fn returned what the model gave it, the logits `q`."""
+    if returned.shape != q.shape or not torch.allclose(returned.to(q), q, rtol=0, atol=0, equal_nan=True):
+        raise CATError(
+            "forward_fn returned other logits than quantized_model gave it, and CAT corrects the latter; call the "
+            "model once and return its output as it is"
+        )
+
+
+def _known(images: Tensor, calibration: frozenset[str]) -> Tensor:
+    """(N,) bool: was the quantized model calibrated on an image, to judge by `calibration`."""
+    return torch.tensor([digest in calibration for digest in image_digests(images)], dtype=torch.bool)
+
+
+class _Faults:
+    """Counts NaN and infinite values of the model `name`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._values = self._images = self._total = 0
+
+    def look(self, logits: Tensor | None) -> None:
+        if logits is not None:
+            bad = ~torch.isfinite(logits)
+            self._values += int(bad.sum())
+            self._images += int(bad.any(dim=1).sum())
+            self._total += len(logits)
+
+    def tell(self) -> None:
+        if self._values:
+            raise CATError(
+                f"{self._name} gave {self._values} NaN or infinite logits, in {self._images} of {self._total} images; "
+                "check its scales, and its inputs for values out of range"
+            )

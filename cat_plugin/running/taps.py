@@ -1,0 +1,72 @@
+"""Forward hooks that keep what a model, or a layer of it, gives for a batch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from cat_plugin.errors import CATError
+from cat_plugin.running.features import FeatureTap, find_layer
+from cat_plugin.running.outputs import Output, extract
+
+
+class Capture:
+    """Forward hook that keeps the logits of the model `name`, or the output of its layer `layer`.
+
+    Of a layer a copy is kept, since the next one may work in place.
+    """
+
+    def __init__(self, name: str, layer: str | None, output: Output) -> None:
+        self.name = name if layer is None else f"layer {layer!r} of {name}"
+        self._is_layer = layer is not None
+        self._extraction = {"where": output, "lenient": name == "fp_model"}
+        self._kept: list[Tensor] = []
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        kept = extract(output, self.name, **self._extraction)
+        self._kept.append(kept.detach().clone() if self._is_layer else kept)
+
+    def take(self) -> Tensor:
+        """What was kept in the last forward pass.
+
+        Raises:
+            CATError: there was none, or it ran the layer several times.
+        """
+        kept, self._kept = self._kept, []
+        if not kept and self._is_layer:
+            raise CATError(f"{self.name} did not run in a forward pass; name one that does")
+        if not kept:
+            raise CATError(
+                f"the forward hook on {self.name} never fired for a batch, so CAT could not act on it: its __call__ "
+                "bypasses torch.nn.Module.__call__ (for instance by calling forward directly), or forward_fn does not "
+                "call the model it is given; override forward instead, or give the module that is really called"
+            )
+        if len(kept) > 1 and self._is_layer:
+            raise CATError(f"{self.name} ran {len(kept)} times in a forward pass; name one that runs once")
+        return kept[-1]
+
+
+@contextmanager
+def captured(model: nn.Module, name: str, layer: str | None, output: Output) -> Iterator[Capture]:
+    """A `Capture` on `model`, which is called `name` in errors, inside the block."""
+    capture = Capture(name, layer, output)
+    target = model if layer is None else find_layer(model, layer, "layer")
+    handle = target.register_forward_hook(capture)
+    try:
+        yield capture
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def tapped(model: nn.Module, features: str | None) -> Iterator[FeatureTap | None]:
+    """A `FeatureTap` on the layer `features` of `model` inside the block; None for None."""
+    if features is None:
+        yield None
+        return
+    tap = FeatureTap(features).attach(model)
+    try:
+        yield tap
+    finally:
+        tap.remove()

@@ -1,0 +1,1 @@
+"""A correction and its report as files that hold data only."""

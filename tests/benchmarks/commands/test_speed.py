@@ -1,0 +1,123 @@
+import csv
+import io
+import runpy
+import sys
+
+import pytest
+import torch
+
+from benchmarks.commands import speed
+from benchmarks.commands.speed import Line, Timing, main, to_csv, to_table
+
+TINY = ["--dataset", "digits", "--n-calib", "16", "--batch-size", "8", "--steps", "10"]
+UNITS = ["conv1", "layer1.0", "layer2.0", "layer3.0", "fc"]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def rows(path):
+    return list(csv.DictReader(io.StringIO(path.read_text("utf-8"))))
+
+
+@pytest.mark.parametrize(
+    ("method", "units"),
+    [("qdrop", UNITS), ("brecq", [*(f"{u} (stage 1)" for u in UNITS), *(f"{u} (stage 2)" for u in UNITS[1:])])],
+)
+def test_every_unit_is_timed_and_the_total_is_their_sum(tmp_path, capsys, method, units):
+    assert main([*TINY, "--method", method, "--results", str(tmp_path)]) == 0
+    (path,) = (tmp_path / "speed").iterdir()
+    assert path.name == f"digits-resnet8-{method}-w2a2.csv"
+    *lines, total = rows(path)
+    assert [line["unit"] for line in lines] == units and total["unit"] == "TOTAL"
+    for column in ("iter_ms", "fp_fwd_bwd_ms"):
+        assert all(float(line[column]) > 0 for line in lines)
+        assert float(total[column]) == pytest.approx(sum(float(line[column]) for line in lines), abs=1e-2)
+    for line in (*lines, total):
+        assert float(line["ratio"]) == pytest.approx(float(line["iter_ms"]) / float(line["fp_fwd_bwd_ms"]), rel=0.02)
+    printed = capsys.readouterr().out
+    assert all(f"| {unit} " in printed for unit in (*units, "TOTAL")) and str(path) in printed
+
+
+def test_random_images_stand_in_where_no_data_are_given(tmp_path):
+    images = speed._images(speed.parse_speed(["--n-calib", "40"]))
+    assert images.shape == (40, 3, 32, 32)
+
+
+def test_fp_steps_are_a_training_pass_of_the_fp_unit(monkeypatch):
+    """The gradients of all weights and biases, and nothing left behind in the network that is reconstructed."""
+    checked = []
+
+    def check(run, steps, batch_size):
+        theirs = speed._fp_steps(run, batch_size)
+        output = next(theirs)
+        unit = theirs.gi_frame.f_locals["unit"]
+        assert all(parameter.grad is not None for parameter in unit.parameters())
+        assert len(output) == batch_size and output.requires_grad
+        assert not any(p.requires_grad or p.grad is not None for p in run.fp_module.parameters())
+        with torch.no_grad():
+            expected = run.fp_module(run.data.fp_input.batch(0, batch_size))
+            expected = expected if run.activation is None else run.activation(expected)
+        torch.testing.assert_close(output.detach(), expected)
+        checked.append(run.unit.name)
+        for _ in run.steps():
+            pass
+        return 2.0, 1.0
+
+    monkeypatch.setattr(speed, "_timed", check)
+    timing = speed.measure(speed._job(speed.parse_speed(TINY)), 10)
+    assert checked == UNITS
+    assert timing.lines[-1] == Line(unit="TOTAL", iter_ms=10.0, fp_fwd_bwd_ms=5.0)
+
+
+def test_table_and_csv_by_hand():
+    lines = Line(unit="a", iter_ms=3.0, fp_fwd_bwd_ms=2.0), Line(unit="TOTAL", iter_ms=3.0, fp_fwd_bwd_ms=2.0)
+    timing = Timing(lines=lines, range_seconds=0.5, capture_seconds=1.5)
+    assert to_csv(timing).splitlines() == [
+        "unit,iter_ms,fp_fwd_bwd_ms,ratio",
+        "a,3.0000,2.0000,1.5000",
+        "TOTAL,3.0000,2.0000,1.5000",
+    ]
+    assert "5 s, of which 0.50 s (10.0%) search for ranges and 1.50 s (30.0%) capture" in to_table(timing)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "rtn"], "no iterations to time"),
+        (["--model", "resnet20"], "--model resnet20 is not for digits"),
+        (["--data", "x.zip"], "--data is not for digits"),
+        (["--weights", "none.pt"], "no such weights file"),
+        (["--n-calib", "4"], "less than one batch"),
+    ],
+)
+def test_unusable_options_are_errors_of_the_user(options, message, capsys, tmp_path):
+    assert main([*TINY, "--results", str(tmp_path), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_module_is_a_command_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["speed", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("benchmarks.commands.speed", run_name="__main__")
+    assert ended.value.code == 0 and "python -m benchmarks speed" in capsys.readouterr().out
+
+
+def test_data_of_imagenet_are_not_read(tmp_path, capsys):
+    assert main(["--dataset", "imagenet", "--data", str(tmp_path), "--results", str(tmp_path)]) == 2
+    assert "random images in place of ImageNet's; leave --data out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_network_for_imagenet_is_timed_on_random_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "IMAGENET_SIZE", 32)
+    options = ["--dataset", "imagenet", "--model", "mobilenet_v2", *TINY[2:], "--results", str(tmp_path)]
+    assert main(options) == 0
+    lines = rows(tmp_path / "speed" / "imagenet-mobilenet_v2-qdrop-w2a2.csv")
+    assert lines[-1]["unit"] == "TOTAL" and len(lines) > 10

@@ -1,0 +1,169 @@
+import shutil
+import tempfile
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import BenchmarkError
+from benchmarks.datasets import data
+from benchmarks.datasets.data import (
+    CIFAR10_CLASSES,
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    load_cifar10,
+    load_digits,
+    split_calibration,
+)
+
+
+def test_digits_are_split_in_proportion():
+    digits = load_digits()
+    assert digits.train_images.shape == (1297, 1, 8, 8)
+    assert digits.test_images.shape == (500, 1, 8, 8)
+    assert digits.test_labels.bincount().tolist() == pytest.approx([50] * 10, abs=2)
+    assert len(digits.classes) == 10
+    assert digits.train_images.mean().item() == pytest.approx(0, abs=0.01)
+    assert digits.train_images.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_digits_test_images_are_not_among_the_training_images():
+    digits = load_digits()
+    distances = torch.cdist(digits.test_images.flatten(1), digits.train_images.flatten(1))
+    assert distances.min() > 0
+    assert load_digits().digest() == digits.digest()
+
+
+def test_split_is_disjoint_and_seeded():
+    before = torch.get_rng_state()
+    calib, cat = split_calibration(100, 30, 60, seed=0)
+    assert (len(calib), len(cat)) == (30, 60)
+    assert len({*calib.tolist(), *cat.tolist()}) == 90
+    assert max(*calib.tolist(), *cat.tolist()) < 100
+    again, other = split_calibration(100, 30, 60, seed=0)[0], split_calibration(100, 30, 60, seed=1)[0]
+    assert torch.equal(calib, again)
+    assert not torch.equal(calib, other)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_split_may_use_every_image():
+    calib, cat = split_calibration(10, 4, 6, seed=5)
+    assert sorted([*calib.tolist(), *cat.tolist()]) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("n_calib", "n_cat", "message"),
+    [(5, 6, "n_calib=5 plus n_cat=6 needs 11 training images, there are 10"), (0, 6, "at least 1"), (5, 0, "n_cat=0")],
+)
+def test_impossible_splits_are_refused(n_calib, n_cat, message):
+    with pytest.raises(BenchmarkError, match=message):
+        split_calibration(10, n_calib, n_cat, seed=0)
+
+
+def test_cifar10_folder_is_read_and_normalised(shared_folder, tmp_path):
+    dataset = load_cifar10(shared_folder, tmp_path)
+    assert dataset.train_images.shape == (60, 3, 32, 32)
+    assert dataset.test_labels.tolist() == [label for label in range(10) for _ in range(2)]
+    pixels = np.asarray(Image.open(shared_folder / "test" / "bird" / "0001.jpg")) / 255
+    expected = (pixels - CIFAR10_MEAN) / CIFAR10_STD
+    torch.testing.assert_close(dataset.test_images[5].permute(1, 2, 0), torch.tensor(expected, dtype=torch.float32))
+
+
+def test_cifar10_zip_equals_the_folder_and_leaves_nothing_behind(shared_folder, cifar_zip, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    assert load_cifar10(cifar_zip, tmp_path).digest() == load_cifar10(shared_folder, tmp_path).digest()
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_one_folder_around_everything_is_entered(cifar_folder, tmp_path):
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    (cifar_folder).rename(outer / "inner")
+    assert load_cifar10(outer, tmp_path).train_images.shape == (60, 3, 32, 32)
+
+
+def remove_part(root):
+    shutil.rmtree(root / "test")
+
+
+def empty_part(root):
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+
+
+def rename_class(root):
+    (root / "test" / "cat").rename(root / "test" / "zebra")
+
+
+def remove_class(root):
+    for part in ("train", "test"):
+        shutil.rmtree(root / part / "ship")
+
+
+def empty_class(root):
+    for path in (root / "train" / "dog").iterdir():
+        path.unlink()
+
+
+def break_image(root):
+    (root / "train" / "dog" / "0000.jpg").write_bytes(b"no image")
+
+
+def enlarge_image(root):
+    Image.new("RGB", (40, 32)).save(root / "train" / "dog" / "0000.jpg")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_part, r"cifar10: test/ is missing; expected train/<class>/\*\.jpg"),
+        (empty_part, r"cifar10: train/ is empty"),
+        (
+            rename_class,
+            r"test/ holds 10 classes that are not the model's 10: missing \['cat'\], unexpected \['zebra'\]",
+        ),
+        (remove_class, r"train/ holds 9 classes .* missing \['ship'\], unexpected \[\]"),
+        (empty_class, r"train/ has a class without images: .*dog"),
+        (break_image, r"0000\.jpg cannot be read as an image"),
+        (enlarge_image, r"0000\.jpg is 40x32 pixels, expected 32x32"),
+    ],
+)
+def test_damaged_folders_are_refused(cifar_folder, tmp_path, damage, message):
+    damage(cifar_folder)
+    with pytest.raises(BenchmarkError, match=message):
+        load_cifar10(cifar_folder, tmp_path)
+
+
+def test_missing_source_is_refused(tmp_path):
+    with pytest.raises(BenchmarkError, match=r"no such file or folder: .*nowhere"):
+        load_cifar10(tmp_path / "nowhere", tmp_path)
+
+
+class FakeCIFAR10:
+    """Torchvision's attributes, without its 170 MB."""
+
+    def __init__(self, root, train, download):
+        assert download
+        self.data = np.full((3 if train else 2, 32, 32, 3), 255 if train else 0, dtype=np.uint8)
+        self.targets = [0] * len(self.data)
+
+
+def test_download_is_normalised_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CIFAR10", FakeCIFAR10)
+    dataset = load_cifar10(None, tmp_path)
+    assert dataset.classes == CIFAR10_CLASSES
+    white = (1 - torch.tensor(CIFAR10_MEAN)) / torch.tensor(CIFAR10_STD)
+    torch.testing.assert_close(dataset.train_images[0, :, 0, 0], white)
+    assert len(dataset.test_images) == 2
+
+
+def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr(data, "CIFAR10", fail)
+    with pytest.raises(BenchmarkError, match=r"could not be downloaded .*no network.* by --data"):
+        load_cifar10(None, tmp_path)

@@ -1,0 +1,99 @@
+"""Which fits stand for which values."""
+
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks.measure.draws import Source
+from benchmarks.measure.factors import FACTORS, points, unique_cells
+from cat_plugin import CATConfig
+
+PAPER, DEFAULT = CATConfig.paper(), CATConfig()
+
+
+def source(name="a", fresh=300, **more):
+    return Source(name=name, digest="0123456789abcdef", fresh=fresh, load=None, **more)
+
+
+def found(factor, values, sources=None, n_cat=100, max_draws=1):
+    return points(sources or [source()], {factor: values}, n_cat, max_draws)
+
+
+def differences(cell):
+    """What a fit changes of the centre."""
+    centre = asdict(PAPER if cell.mode == "cat_paper" else DEFAULT)
+    changed = {name: value for name, value in asdict(cell.config).items() if value != centre[name]}
+    return changed | ({} if cell.images == 100 else {"images": cell.images})
+
+
+@pytest.mark.parametrize(
+    ("factor", "field", "values"),
+    [
+        ("clusters", "num_clusters", (1, 8)),
+        ("alpha", "alpha", (0.25, 0.5)),
+        ("pca-dim", "pca_dim", (3, 5)),
+        ("images", "images", (64, 128)),
+        ("cluster-size", "min_cluster_size", (5, 50)),
+        ("seed", "seed", (1, 2)),
+    ],
+)
+def test_one_setting_changes_and_nothing_else(factor, field, values):
+    grid = [(point.value, point.cell.mode, differences(point.cell)) for point in found(factor, values)]
+    assert grid == [(value, mode, {field: value}) for value in values for mode in ("cat_paper", "cat")]
+
+
+def test_value_of_the_centre_is_the_centre():
+    for point in (*found("alpha", (0.4,)), *found("clusters", (64,)), *found("images", (100,))):
+        expected = {"alpha": 0.4} if (point.factor, point.cell.mode) == ("alpha", "cat") else {}
+        assert differences(point.cell) == expected
+
+
+def test_paper_mode_needs_as_many_images_as_clusters():
+    assert [point.cell.mode for point in found("clusters", (101,))] == ["cat"]
+    assert [point.cell.mode for point in found("images", (63,))] == ["cat"]
+
+
+def test_images_of_the_quantization_are_as_many_as_fresh_ones():
+    cells = [point.cell for point in found("origin", ("fresh", "tuned"), [source(tuned=80)])]
+    grid = [(cell.origin, cell.images, cell.draw, cell.mode) for cell in cells]
+    assert grid == [(origin, 80, 0, mode) for origin in ("fresh", "tuned") for mode in ("cat_paper", "cat")]
+    assert not found("origin", ("fresh", "tuned"), [source(tuned=0)])
+
+
+def test_features_are_for_the_default_where_there_are_some():
+    for known in (False, True):
+        grid = found("features", ("without", "with"), [source(features=known)])
+        with_features = [point.cell.mode for point in grid if point.cell.config.features is not None]
+        assert with_features == (["cat"] if known else [])
+        assert [point.value for point in grid][:2] == ["without", "without"]
+
+
+def test_criterion_is_for_the_default_alone():
+    grid = found("criterion", FACTORS["criterion"].values)
+    assert [point.cell.mode for point in grid] == 5 * ["cat"]
+    expected = [{"criterion": name} for name in ("kl", "squared_error", "agreement", "none")]
+    assert [differences(point.cell) for point in grid] == [{}, *expected]
+
+
+def test_draws_are_disjoint_and_of_every_source():
+    grid = found("images", (64, 150), [source("a", 300), source("b", 140)], max_draws=3)
+    counts = {}
+    for point in grid:
+        counts.setdefault((point.cell.source.name, point.value, point.cell.mode), []).append(point.cell.rows.start)
+    assert counts == {
+        **{("a", 64, mode): [0, 64, 128] for mode in ("cat_paper", "cat")},
+        **{("a", 150, mode): [0, 150] for mode in ("cat_paper", "cat")},
+        **{("b", 64, mode): [0, 64] for mode in ("cat_paper", "cat")},
+    }
+
+
+def test_fits_that_stand_for_several_values_are_made_once():
+    every = {name: factor.values for name, factor in FACTORS.items()}
+    grid = points([source(fresh=9000, tuned=1024, features=True)], every, 1024, 1)
+    cells = unique_cells(grid)
+    assert len({cell.name for cell in cells}) == len(cells) < len(grid)
+    centre = [
+        point.factor for point in grid if point.cell.mode == "cat" and not differences(point.cell).keys() - {"images"}
+    ]
+    assert set(FACTORS) == set(centre)
+    assert {"clusters", "alpha", "pca-dim", "images", "criterion", "origin"} <= set(FACTORS)

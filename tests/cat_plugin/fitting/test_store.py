@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from cat_plugin import CATError
+from cat_plugin.fitting import store as module
+from cat_plugin.fitting.store import LogitStore
+
+Q, F, H = (torch.randn(100, width, generator=torch.Generator().manual_seed(width)) for width in (5, 5, 3))
+
+
+@pytest.fixture(params=[10**6, 700, 0], ids=["memory", "files", "files from the start"])
+def filled(request):
+    with LogitStore(request.param) as store:
+        for start in range(0, 100, 30):
+            store.append(*(part[start : start + 30] for part in (Q, F, H)))
+        yield store
+
+
+def test_rows_come_back_as_they_went(filled):
+    assert (len(filled), filled.classes, filled.dtype) == (100, 5, torch.float32)
+    for rows in (torch.arange(100), torch.tensor([99, 3, 4, 5, 4, 0]), torch.tensor([], dtype=torch.int64)):
+        for part, expected in zip(filled.take(rows), (Q, F, H), strict=True):
+            assert part.dtype == torch.float64
+            assert torch.equal(part, expected[rows].double())
+
+
+def test_chunks_are_all_rows_in_order(filled, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_VALUES", 13 * 40)
+    chunks = list(filled.chunks())
+    assert [len(q) for q, _, _ in chunks] == [40, 40, 20]
+    for part, expected in zip(zip(*chunks, strict=True), (Q, F, H), strict=True):
+        assert torch.equal(torch.cat(part), expected.double())
+
+
+def test_files_are_deleted():
+    with pytest.raises(KeyError), LogitStore(0) as store:
+        store.append(Q, F)
+        folder = Path(store._folder.name)
+        assert len(list(folder.iterdir())) == 2
+        raise KeyError
+    assert not folder.exists()
+
+
+def test_float64_stays_float64():
+    store = LogitStore.of(Q.double() / 3, F.double())
+    assert store.dtype == torch.float64
+    assert torch.equal(store.take(torch.arange(100))[0], Q.double() / 3)
+
+
+def test_keys_tell_images_apart_by_all_their_logits():
+    changed = Q.clone()
+    changed[7, 4] += 0.01
+    keys, others = (LogitStore.of(q, F).keys() for q in (Q, changed))
+    assert keys.shape == (100, 2)
+    assert (keys != others).any(dim=1).nonzero().tolist() == [[7]]
+    assert len(keys.unique(dim=0)) == 100
+
+
+def test_wide_features_stay_in_memory():
+    store = LogitStore.of(Q.double(), F.double(), torch.randn(100, 300, dtype=torch.float64))
+    assert store._folder is None
+
+
+@pytest.mark.parametrize("h", [H[:50], H[:, :2]], ids=["rows", "width"])
+def test_batches_that_do_not_fit_together(h):
+    store = LogitStore()
+    store.append(Q, F, H)
+    with pytest.raises(CATError, match="expected one row an image, always as wide"):
+        store.append(Q[: len(h)] if h.shape[1] == 2 else Q, F[: len(h)] if h.shape[1] == 2 else F, h)

@@ -1,0 +1,117 @@
+from collections import UserDict
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from cat_plugin import CATError
+from cat_plugin.running.loaders import iterate_inputs, model_device, num_batches, place
+
+X, Y = torch.arange(20.0).reshape(10, 2), torch.arange(10)
+
+
+class DictDataset(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, index):
+        return {"pixel_values": X[index], "label": int(Y[index]), "weight": torch.ones(1), "path": "a.png"}
+
+
+LOADERS = {
+    "stacked tensor": (X, False),
+    "list of tensors": (list(X.split(4)), False),
+    "list of two tensors": (list(X.split(5)), False),
+    "list of pairs": ([(X[:4], Y[:4]), (X[4:], Y[4:])], True),
+    "list of single-element batches": ([(X[:7],), [X[7:]]], False),
+    "generator": ((part for part in X.split(3)), False),
+    "DataLoader of tensors": (DataLoader(X, 4), False),
+    "DataLoader of pairs": (DataLoader(TensorDataset(X, Y), 4), True),
+    "DataLoader of one-tuples": (DataLoader(TensorDataset(X), 4), False),
+    "DataLoader of dicts": (DataLoader(DictDataset(), 4), True),
+    "dicts with an unknown key": ([{"picture": X, "target": Y}], True),
+    "mappings that are no dict": ([UserDict(image=X, other=X, y=Y)], True),
+    "triples with an index": ([(X[:4], Y[:4], Y[:4] + 100), [X[4:], Y[4:], Y[4:] + 100, "a.png"]], True),
+    "labels as column": ([(X, Y.unsqueeze(1))], True),
+    "labels as list": ([(X, Y.tolist())], True),
+    "labels that are no classes": ([(X, torch.rand(10))], False),
+    "labels of any kind": ([(X, ["a"] * 10)], False),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_every_image_once_and_in_order(name):
+    loader, labelled = LOADERS[name]
+    batches = list(iterate_inputs(loader, batch_size=4))
+    assert torch.equal(torch.cat([inputs for inputs, _ in batches]), X)
+    if labelled:
+        assert torch.equal(torch.cat([targets for _, targets in batches]), Y)
+    else:
+        assert all(targets is None for _, targets in batches)
+
+
+def test_batch_size_cuts_the_stacked_tensor_only():
+    assert [len(inputs) for inputs, _ in iterate_inputs(X, 4)] == [4, 4, 2]
+    assert [len(inputs) for inputs, _ in iterate_inputs([X], 4)] == [10]
+    assert num_batches(X, 4) == 3
+    assert num_batches([X], 4) == 1
+    assert num_batches(iter([X])) is None
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ([], "the loader yielded no images"),
+        (DataLoader(X[:0]), "the loader yielded no images"),
+        (X[:0], "the loader yielded no images"),
+        ([X[:0], X[:0]], "the loader yielded no images"),
+        ((X, Y), r"the loader is a tuple, which looks like one batch; pass a list of batches"),
+        ({"image": X}, "the loader is a dict, which looks like one batch"),
+        (3, "the loader is a int; expected a DataLoader"),
+        (torch.tensor(1.0), "the loader is a tensor without dimensions"),
+        ([torch.tensor(1.0)], "a batch is a tensor without dimensions"),
+        ([X.numpy()], "a batch is a ndarray; expected a tensor"),
+        ([()], r"a batch is a tuple of \(\); expected \(input, target\) or \(input,\), input a tensor"),
+        ([(X.numpy(), Y)], r"a batch is a tuple of \(ndarray, Tensor\)"),
+        ([{"a": X, "b": X, "label": Y}], r"dict with keys \['a', 'b', 'label'\], in which the one input"),
+        ([{"x": X, "image": X}], r"dict with keys \['x', 'image'\]"),
+        ([{"label": Y}], r"dict with keys \['label'\]"),
+    ],
+)
+def test_unusable_loader(loader, message):
+    with pytest.raises(CATError, match=message):
+        list(iterate_inputs(loader))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, True])
+def test_invalid_batch_size(batch_size):
+    with pytest.raises(CATError, match=f"batch_size={batch_size!r} should be an integer >= 1"):
+        list(iterate_inputs(X, batch_size))
+
+
+def test_inputs_go_where_the_model_is():
+    assert place(X, nn.Linear(2, 3)) is X
+    meta = nn.BatchNorm1d(2, affine=False, device="meta")
+    assert place(X, meta).device.type == "meta"
+    assert model_device(nn.ReLU()) is None
+    assert place(X, nn.ReLU()) is X
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("given", DTYPES, ids=str)
+@pytest.mark.parametrize("wanted", DTYPES, ids=str)
+def test_inputs_get_the_dtype_that_the_model_computes_in(wanted, given):
+    model = nn.Linear(2, 3).to(wanted)
+    assert place(X.to(given), model).dtype == wanted
+    assert place(Y, model).dtype == torch.int64
+
+
+def test_weights_of_8_bits_say_nothing_about_inputs():
+    model = nn.Linear(2, 3)
+    model.weight = nn.Parameter(model.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    assert place(X.double(), model).dtype == torch.float32
+    model.bias = None
+    assert place(X.double(), model).dtype == torch.float64
