@@ -43,8 +43,8 @@ class Call:
     """One call of one module.
 
     Attributes:
-        inputs: all tensors among the arguments; ``output`` is ``None`` unless it is one tensor.
-        simple: whether the call was ``module(tensor)``, with nothing else but defaults spelled out.
+        inputs: all tensors among the arguments; `output` is `None` unless it is one tensor.
+        simple: whether the call was `module(tensor)`, with nothing else but defaults spelled out.
         parents: names of the modules that were running.
     """
 
@@ -62,7 +62,7 @@ class Operation:
 
     Attributes:
         owner: name of the innermost module that was running.
-        call: index of that module's call in :attr:`Trace.started`.
+        call: index of that module's call in `Trace.started`.
         outputs: the tensors among its results.
     """
 
@@ -94,19 +94,19 @@ class Trace:
     output: object = None
 
     def of(self, name: str) -> list[Call]:
-        """The calls of the module called ``name``."""
+        """The calls of the module called `name`."""
         return [call for call in self.calls if call.name == name]
 
     def order(self, names: list[str]) -> list[str]:
-        """``names`` in the order in which the modules were first called; those never called are left out."""
+        """`names` in the order in which the modules were first called; those never called are left out."""
         return sorted(set(names) & set(self.started), key=self.started.index)
 
     def readers(self, value: Value) -> list[Call]:
-        """Calls of modules that got ``value`` as an input."""
+        """Calls of modules that got `value` as an input."""
         return [call for call in self.calls if any(value.same(other) for other in call.inputs)]
 
     def functions_reading(self, value: Value) -> set[str]:
-        """Names of the modules that handed ``value`` to a torch function."""
+        """Names of the modules that handed `value` to a torch function."""
         return {owner for owner, other in self.reads if value.same(other)}
 
 
@@ -127,7 +127,7 @@ def tensors_in(*values: object) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def trace(model: nn.Module, x: Tensor) -> Trace:
-    """Run ``model(x)`` and record every module call and every torch function. The model's hooks are as before
+    """Run `model(x)` and record every module call and every torch function. The model's hooks are as before
     afterwards."""
     record = Trace()
     running: list[_Running] = []
@@ -161,7 +161,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
 
 @contextlib.contextmanager
 def called_as_recorded(model: nn.Module, record: Trace, names: Iterable[str]) -> Iterator[None]:
-    """Within, passes of ``model`` must call the modules ``names`` as often as the recorded one did.
+    """Within, passes of `model` must call the modules `names` as often as the recorded one did.
 
     Those that were called more than once may be called more or less often, but not stay away.
 
@@ -226,7 +226,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_simple(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> bool:
-    """Whether ``module(args[0])`` is the same call, since everything else has its default value."""
+    """Whether `module(args[0])` is the same call, since everything else has its default value."""
     if not args or not isinstance(args[0], Tensor) or len(tensors_in(args, kwargs)) != 1:
         return False
     if len(args) == 1 and not kwargs:

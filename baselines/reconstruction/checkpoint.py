@@ -20,10 +20,10 @@ _SHOWN = 60  # characters of a value in an error
 
 
 class Checkpoint:
-    """The folder of one run; use :meth:`open`.
+    """The folder of one run; use `open`.
 
-    ``run.json`` says which run it is. Each finished unit of each stage has a safetensors file with the unit's
-    ``state_dict`` as it was then, and the state of the random generator behind it.
+    `run.json` says which run it is. Each finished unit of each stage has a safetensors file with the unit's
+    `state_dict` as it was then, and the state of the random generator behind it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,7 +69,7 @@ class Checkpoint:
             save_file(tensors | {_GENERATOR: generator.get_state()}, temporary)
 
     def restore(self, stage: int, index: int, unit: nn.Module, generator: torch.Generator) -> None:
-        """Make ``unit`` and ``generator`` as they were when the unit was finished.
+        """Make `unit` and `generator` as they were when the unit was finished.
 
         Raises:
             ValueError: the file is damaged, or of another network.

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from baselines.reconstruction.engine import UnitRun
+from baselines.reconstruction.unit_run import UnitRun
 from benchmarks import BenchmarkError
 from benchmarks.networks import quantized
 from benchmarks.networks.models import create_model
