@@ -33,6 +33,7 @@ from baselines.reconstruction.distribution_correction import Corrector
 from baselines.reconstruction.engine import reconstruct
 from baselines.reconstruction.job import Job, RunSettings
 from baselines.summary import summarize
+from baselines.versions import ENGINE_VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +194,7 @@ def _description(method: str, job: Job, spec: QuantSpec, seed: int, fp_model: nn
     return {
         "method": method,
         "recipe": repr(job.recipe),
+        "engine": ENGINE_VERSION,
         **dataclasses.asdict(spec),
         **dataclasses.asdict(job.settings),
         "seed": seed,

@@ -117,6 +117,7 @@ class Recipe:
         prediction: the loss behind the rest of the network, if any.
         correction: of the FP inputs, if any.
         error_weighting: of the elements of the reconstruction error, one of `ERROR_WEIGHTINGS`.
+        version: raised whenever the method comes to other results, see `baselines.versions`.
     """
 
     unit: str = "block"
@@ -128,6 +129,7 @@ class Recipe:
     prediction: Prediction | None = None
     correction: Correction | None = None
     error_weighting: str = "none"
+    version: int = 1
 
     @property
     def looks_ahead(self) -> bool:
