@@ -1,7 +1,5 @@
 """The one function that most users need."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -66,9 +64,8 @@ def quantize(
     Args:
         fp_model: the full-precision network, any classification network made of convolutions, linear layers and
             attention.
-        calib_loader: calibration inputs: a stacked tensor `(N, ...)` or an iterable of batches (labels unused).
-        method: `"rtn"` (round to nearest), `"adaround"`, `"brecq"`, `"qdrop"` or
-            `"pd_quant"`.
+        calib_loader: calibration inputs: a stacked tensor (N, ...) or an iterable of batches (labels unused).
+        method: `"rtn"` (round to nearest), `"adaround"`, `"brecq"`, `"qdrop"` or `"pd_quant"`.
         w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The first
             layer's weights and the last layer's weights and input have 8.
         iters: optimiser steps a unit and stage; by default the method's published number (5,000 to 20,000). Fewer
@@ -104,6 +101,14 @@ def quantize(
         OverflowError: values that a cache of float16 cannot hold.
         TypeError: no network, no loader, or `blocks` that are not names.
         FloatingPointError: a loss that is not finite during reconstruction (which unit, which step).
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from baselines import quantize
+    >>> fp_model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    >>> network = quantize(fp_model, torch.randn(64, 3, 8, 8), method="rtn", w_bits=4, a_bits=4)
+    >>> network(torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 10])
     """
     started = time.perf_counter()
     if method not in RECIPES:

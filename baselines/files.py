@@ -1,7 +1,5 @@
 """Files written whole or not at all, and digests of tensors."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """What the user gives, checked: the network, the calibration inputs, whole numbers."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -48,7 +46,7 @@ def whole_number(name: str, value: object, least: int | None = None) -> int:
 
 
 def gather_inputs(loader: Tensor | Iterable[object]) -> Tensor:
-    """All calibration inputs as one tensor `(N, ...)`, on the CPU unless it was given as one tensor.
+    """All calibration inputs as one tensor (N, ...), on the CPU unless it was given as one tensor.
 
     Args:
         loader: a stacked tensor, or an iterable (`DataLoader`, list) of batches; a batch is a tensor, a tuple or

@@ -4,8 +4,6 @@ In all of them, a block quantizes what it reads. The authors' codes quantize wha
 that quantizer with the block; here it belongs to the next one.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 

@@ -1,7 +1,5 @@
 """What of a network is quantized, at how many bits, and what stays in floating point."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import asdict, dataclass
 
@@ -93,6 +91,13 @@ def summarize(model: nn.Module) -> QuantizationSummary:
 
     Raises:
         ValueError: nothing in `model` is quantized.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from baselines import quantize, summarize
+    >>> fp_model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> print(summarize(quantize(fp_model, torch.randn(64, 8), method="rtn")).headline)
+    2 layers with 192 weights (weights: 2 at 8 bits; inputs: 1 at 8 bits, 1 at FP)
     """
     layers = quantized_layers(model)
     if not layers:

@@ -1,7 +1,5 @@
 """Versions of results, raised by hand when quantized networks come out otherwise; a test holds them."""
 
-from __future__ import annotations
-
 from baselines.recipes import RECIPES
 
 ENGINE_VERSION = 1

@@ -1,7 +1,5 @@
 """Attention from parts that can be quantized one by one: linear layers, and products of two activations."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -165,7 +163,7 @@ class MultiheadAttention(nn.Module):
         return projected if self.batch_first else projected.transpose(0, 1)
 
     def _added(self, mask: Tensor | None, padding: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
-        """Both masks as one tensor to add to the scores `(batch, heads, queries, keys)`."""
+        """Both masks as one tensor to add to the scores (batch, heads, queries, keys)."""
         added = None
         if mask is not None:
             added = mask if mask.dim() == 2 else mask.unflatten(0, (-1, self.num_heads))

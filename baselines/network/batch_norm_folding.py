@@ -1,7 +1,5 @@
 """A private copy of a network with its batch norms folded into the layers before them."""
 
-from __future__ import annotations
-
 import copy
 import logging
 

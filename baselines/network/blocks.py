@@ -1,7 +1,5 @@
 """Blocks of a network: modules of several layers that are reconstructed as one."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What of a network stays in floating point."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A private copy of a network in which all that can be quantized is a module."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import logging

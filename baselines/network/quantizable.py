@@ -1,7 +1,5 @@
 """Which layers quantization replaces."""
 
-from __future__ import annotations
-
 from torch import nn
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

@@ -7,8 +7,6 @@ Its own forward pass stays as it is written; which calls are led where was found
 (`baselines.network.trace`).
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Callable
@@ -168,7 +166,7 @@ class _Router(TorchFunctionMode):
         self._targets = [None if kind is None else next(products) for kind in module._routes.numbered]
         self._layers = [module.get_submodule(name) for name in module._routes.layers]
 
-    def __enter__(self) -> _Router:
+    def __enter__(self) -> "_Router":
         self._outside = getattr(_innermost, "router", None)
         _innermost.router = self
         return super().__enter__()

@@ -5,8 +5,6 @@ Values are recognised by the identity of their tensor and its version, which cha
 no symbolic tracing is needed, and any control flow will do.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import inspect
@@ -30,10 +28,10 @@ class Value(NamedTuple):
     version: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Value:
+    def of(cls, tensor: Tensor) -> "Value":
         return cls(tensor, tensor._version)
 
-    def same(self, other: Value | None) -> bool:
+    def same(self, other: "Value | None") -> bool:
         """Whether both are the same tensor with nothing written into it between."""
         return other is not None and self.tensor is other.tensor and self.version == other.version
 
@@ -131,7 +129,6 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     afterwards."""
     record = Trace()
     running: list[_Running] = []
-    handles = []
 
     def enter(name: str):
         def hook(module, args, kwargs):
@@ -147,15 +144,12 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         parents = tuple(parent.name for parent in running)
         record.calls.append(Call(this.name, module, this.inputs, value, this.simple, parents))
 
-    try:
+    with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+            hooks.enter_context(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
         with _Watch(record, running):
             record.output = model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return record
 
 
@@ -186,13 +180,11 @@ def called_as_recorded(model: nn.Module, record: Trace, names: Iterable[str]) ->
                 )
         seen.clear()
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in names]
-    handles.append(model.register_forward_hook(compare))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(count(name)))
+        hooks.enter_context(model.register_forward_hook(compare))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Running(NamedTuple):

@@ -1,7 +1,5 @@
 """Units of a network, which are reconstructed one after the other: blocks, and single layers."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
 """From the FP twin to the quantized network: layers replaced, quantizers placed, ranges set."""
 
-from __future__ import annotations
-
+import contextlib
 import copy
 import logging
 
@@ -125,16 +124,12 @@ def set_activation_ranges(
 
         return hook
 
-    handles = [
-        folded.get_submodule(name).register_forward_pre_hook(watch(place, position), with_kwargs=True)
-        for place, (name, position, _) in enumerate(places)
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for place, (name, position, _) in enumerate(places):
+            module = folded.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(watch(place, position), with_kwargs=True))
         for batch in inputs.split(batch_size):
             folded(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     for (name, _, quantizer), seen in zip(places, samples, strict=True):
         if not seen:
             raise ValueError(f"{name} was not reached; control flow that depends on data hides it")

@@ -1,7 +1,5 @@
 """Quantized twins of torch's layers: same attributes, plus a quantizer for the weight and one for the input."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,7 +24,7 @@ class QuantLayer(nn.Module):
     soft_weight: Tensor | None
 
     @classmethod
-    def of(cls, layer: nn.Module) -> QuantLayer:
+    def of(cls, layer: nn.Module) -> "QuantLayer":
         """Turn `layer` (not kept) into its quantized twin, which takes over its parameters, hooks and flags."""
         twin = cls.__new__(cls)
         twin.__dict__.update(layer.__dict__)

@@ -1,7 +1,5 @@
 """Operations on whole activations that cost little, however these lie in memory."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -30,7 +28,7 @@ def coin_flips(like: Tensor, probability: float, generator: torch.Generator | No
 
 
 def _random_words(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """`(count,)` int64, every bit random."""
+    """(count,) int64, every bit random."""
     return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
 
 

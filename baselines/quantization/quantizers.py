@@ -1,7 +1,5 @@
 """Uniform asymmetric quantizers: `x -> (clamp(round(x / scale) + zero_point, 0, levels) - zero_point) * scale`."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 
@@ -13,7 +11,7 @@ from baselines.quantization.range_search import activation_range, weight_range
 
 
 class WeightQuantizer(nn.Module):
-    """Grid of one layer's weights: `scale` and `zero_point`, both buffers of shape `(channels, 1, ...)`."""
+    """Grid of one layer's weights: `scale` and `zero_point`, both buffers of shape (channels, 1, ...)."""
 
     def __init__(self, weight: Tensor, bits: int, range_method: str = "mse") -> None:
         super().__init__()
@@ -82,7 +80,7 @@ class ActivationQuantizer(nn.Module):
         return self.mix(x)
 
     def mix(self, x: Tensor, otherwise: Tensor | None = None, keep: float | None = None) -> Tensor:
-        """Quantized `x` where a coin of probability `keep` (default: `keep`) says so, else `otherwise` (or
+        """Quantized `x` where a coin of probability `keep` (default: `self.keep`) says so, else `otherwise` (or
         `x` itself)."""
         keep = self.keep if keep is None else keep
         mask = None if keep >= 1 else coin_flips(x, keep, self.generator)
@@ -102,6 +100,19 @@ class ActivationQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
+
+
+@contextlib.contextmanager
+def bypassed(quantizers: list[ActivationQuantizer], bypass: bool = True) -> Iterator[None]:
+    """Within, these quantizers pass everything, or nothing where `bypass` is false; afterwards they are as before."""
+    before = [quantizer.bypass for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer.bypass = bypass
+    try:
+        yield
+    finally:
+        for quantizer, value in zip(quantizers, before, strict=True):
+            quantizer.bypass = value
 
 
 class _QuantizeOrKeep(torch.autograd.Function):

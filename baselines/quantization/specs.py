@@ -1,7 +1,5 @@
 """What to quantize and how finely: a value, validated once, that every other file reads."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 OFF = 32
@@ -30,6 +28,11 @@ class QuantSpec:
 
     Raises:
         ValueError: a bit width or a method that is not one of these.
+
+    >>> from baselines import QuantSpec
+    >>> spec = QuantSpec(w_bits=2, a_bits=4)
+    >>> spec.weight_bits(is_edge=False), spec.weight_bits(is_edge=True)
+    (2, 8)
     """
 
     w_bits: int = 4

@@ -1,7 +1,5 @@
 """Calibration data of units, kept between passes, and how much that is."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
@@ -33,7 +31,7 @@ class CachePlan:
 
 
 class Cached:
-    """Calibration data `(N, ...)`, kept as the plan says and read in batches, as they were computed.
+    """Calibration data (N, ...), kept as the plan says and read in batches, as they were computed.
 
     Attributes:
         tensor: all of it, as it is kept.
@@ -50,7 +48,7 @@ class Cached:
         self._axes = [0, *(1 + order.index(axis) for axis in range(1, tensor.dim()))]
 
     @classmethod
-    def collect(cls, parts: Iterable[Tensor], count: int, plan: CachePlan) -> Cached | None:
+    def collect(cls, parts: Iterable[Tensor], count: int, plan: CachePlan) -> "Cached | None":
         """Keep the consecutive `parts` of data of `count` images, without a second copy of the
         whole; None where there is no part.
 
@@ -92,7 +90,7 @@ class Cached:
         return self.tensor[start : start + size].to(self.plan.compute_device, self.dtype, copy=True)
 
     @torch.no_grad()
-    def mapped(self, module: nn.Module, batch_size: int) -> Cached:
+    def mapped(self, module: nn.Module, batch_size: int) -> "Cached":
         """What `module` makes of the data."""
         return Cached.collect(map(module, self.batches(batch_size)), len(self), self.plan)
 

@@ -1,7 +1,5 @@
 """What a reconstruction has finished, unit by unit, in a folder: a run that was stopped goes on from there."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +28,7 @@ class Checkpoint:
         self._folder = folder
 
     @classmethod
-    def open(cls, folder: Path, run: Mapping[str, object]) -> Checkpoint:
+    def open(cls, folder: Path, run: Mapping[str, object]) -> "Checkpoint":
         """Start a folder, or come back to it.
 
         Args:

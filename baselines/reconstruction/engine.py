@@ -1,15 +1,12 @@
 """The reconstruction engine: walks through the units and makes each quantized one reproduce its FP twin."""
 
-from __future__ import annotations
-
-import contextlib
 from collections.abc import Iterable, Iterator
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from baselines.quantization.layers import quantized_layers
-from baselines.quantization.quantizers import ActivationQuantizer
+from baselines.quantization.quantizers import ActivationQuantizer, bypassed
 from baselines.recipes import Stage
 from baselines.reconstruction.job import Job
 from baselines.reconstruction.rest_of_network import RestOfNetwork, predictions
@@ -39,11 +36,12 @@ def unit_runs(job: Job) -> Iterator[UnitRun]:
     """
     layers_in_units = {name for unit in job.units for name in unit.layers}
     _harden(job.network, quantized_layers(job.network).keys() - layers_in_units)
+    quantizers = [module for module in job.network.modules() if isinstance(module, ActivationQuantizer)]
     for number, stage in enumerate(job.recipe.stages):
         if not stage.rounding:
             _harden(job.network, layers_in_units)
         if _steps(job, stage) > 0:
-            with _activations_bypassed(job.network, not stage.quantize_activations):
+            with bypassed(quantizers, not stage.quantize_activations):
                 yield from _walk(job, number)
     _harden(job.network, quantized_layers(job.network))
 
@@ -61,18 +59,6 @@ def _harden(network: nn.Module, names: Iterable[str]) -> None:
     """Round the weights of these layers to nearest; those that are on the grid already stay where they are."""
     for name in names:
         network.get_submodule(name).harden()
-
-
-@contextlib.contextmanager
-def _activations_bypassed(network: nn.Module, bypass: bool) -> Iterator[None]:
-    quantizers = [module for module in network.modules() if isinstance(module, ActivationQuantizer)]
-    for quantizer in quantizers:
-        quantizer.bypass = bypass
-    try:
-        yield
-    finally:
-        for quantizer in quantizers:
-            quantizer.bypass = False
 
 
 def _finished(job: Job, stage: int) -> int:

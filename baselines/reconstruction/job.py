@@ -1,7 +1,5 @@
 """All that a reconstruction starts from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +34,7 @@ class Job:
         folded: the FP twin; same module names as `network`.
         network: the quantized network, with ranges set.
         units: in calling order.
-        inputs: calibration inputs `(N, ...)`.
+        inputs: calibration inputs (N, ...).
         generator: of everything random; on the device of the networks.
         range_seconds: what the search for ranges has taken.
         corrector: of the units' FP inputs, if the recipe corrects them.

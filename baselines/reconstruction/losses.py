@@ -1,7 +1,5 @@
 """What reconstruction minimises."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -10,7 +8,7 @@ from baselines.quantization.operations import inner_product
 
 
 def prediction_difference(prediction: Tensor, fp_prediction: Tensor, temperature: float) -> Tensor:
-    """`KL(FP || quantized)` of the predicted classes, logits `(N, C, ...)` divided by `temperature`; summed over
+    """`KL(FP || quantized)` of the predicted classes, logits (N, C, ...) divided by `temperature`; summed over
     everything but averaged over `N` (PD-Quant, arXiv 2212.07048, authors' code)."""
     logs, fp_logs = ((each / temperature).log_softmax(1) for each in (prediction, fp_prediction))
     return functional.kl_div(logs, fp_logs, reduction="batchmean", log_target=True)

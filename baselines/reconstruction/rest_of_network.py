@@ -1,7 +1,5 @@
 """What the rest of the network makes of a unit's output."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging
@@ -22,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def predictions(network: nn.Module, inputs: Cached, batch_size: int) -> Tensor:
-    """The network's predictions `(N, C, ...)` for all inputs, see `prediction_of`.
+    """The network's predictions (N, C, ...) for all inputs, see `prediction_of`.
 
     Raises:
         ValueError: the network gives no scores of classes.
@@ -52,7 +50,7 @@ class RestOfNetwork:
 
     Args:
         network: the network, without gradients.
-        inputs: its inputs `(N, ...)`.
+        inputs: its inputs (N, ...).
         unit: whose output is replaced.
         passed: names of the units before, with the shape of their outputs less the first axis.
     """
@@ -72,7 +70,7 @@ class RestOfNetwork:
         self._new: Callable[[Tensor, tuple[int, ...]], Tensor] = _nans
 
     def check(self, output: Cached) -> None:
-        """Find out, with the first of the unit's outputs `(N, ...)`, whether a connection passes the unit.
+        """Find out, with the first of the unit's outputs (N, ...), whether a connection passes the unit.
 
         Raises:
             ValueError: no gradient comes back from the prediction although it depends on the output.
@@ -93,7 +91,7 @@ class RestOfNetwork:
         self._new = Tensor.new_empty  # they are not looked at
 
     def __call__(self, output: Tensor, chosen: Tensor) -> Tensor:
-        """The prediction `(n, ...)` for the unit's output `(n, ...)` on the inputs `chosen (n,)`, indices."""
+        """The prediction (n, ...) for the unit's output (n, ...) on the inputs `chosen` (n,), indices."""
         with contextlib.ExitStack() as stack:
             for module, shape in self._passed:
                 anything = _making(self._new, output, (len(output), *shape))
@@ -128,7 +126,7 @@ def _given(before: Tensor, value: Tensor, forward: Callable[[Tensor], Tensor], i
 def fisher_weights(
     rest: RestOfNetwork, output: Callable[[Tensor], Tensor], inputs: Cached, prediction: Tensor, batch_size: int
 ) -> Cached:
-    """The diagonal of the Fisher information of a unit's output `(N, ...)`, scaled to a mean of 1.
+    """The diagonal of the Fisher information of a unit's output (N, ...), scaled to a mean of 1.
 
     For each image, the squared gradient of `KL(FP || quantized)` of the predictions by each element of the output
     (BRECQ, arXiv 2102.05426, eq. 10). The authors' code adds 1 to the gradients of a batch's mean before it squares
@@ -137,8 +135,8 @@ def fisher_weights(
     Args:
         rest: what follows the unit.
         output: the quantized unit, with its activation.
-        inputs: the quantized unit's inputs `(N, ...)`.
-        prediction: of the FP network `(N, C, ...)`.
+        inputs: the quantized unit's inputs (N, ...).
+        prediction: of the FP network (N, C, ...).
     """
     plan = replace(inputs.plan, dtype=None)  # squares may be smaller than half precision can hold
     weights = Cached.collect(_squared_gradients(rest, output, inputs, prediction, batch_size), len(inputs), plan)

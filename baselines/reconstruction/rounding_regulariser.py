@@ -1,7 +1,5 @@
 """What pulls each learned rounding to 0 or 1, more and more."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -1,7 +1,5 @@
 """What goes into each unit, on calibration images, carried forward one unit at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import logging
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.network.units import Unit
+from baselines.quantization.quantizers import bypassed
 from baselines.reconstruction.cache import Cached
 
 logger = logging.getLogger(__name__)
@@ -37,14 +36,14 @@ class Stream:
 
     @torch.no_grad()
     def arrive(self, unit: Unit) -> Cached:
-        """The input `(N, ...)` of `unit`, the next one in calling order, before its own quantization."""
+        """The input (N, ...) of `unit`, the next one in calling order, before its own quantization."""
         if unit.block != self._block:
             self._change_block(unit.block)
         return (self._inner or self._outer).arrive(self._network.get_submodule(unit.name), unit.name)
 
     @torch.no_grad()
     def leave(self, unit: Unit, arrived: Cached) -> Cached:
-        """The output `(N, ...)` of `unit` for the input that `arrive` gave."""
+        """The output (N, ...) of `unit` for the input that `arrive` gave."""
         return (self._inner or self._outer).leave(self._network.get_submodule(unit.name), arrived)
 
     def _change_block(self, block: str | None) -> None:
@@ -72,7 +71,7 @@ class _Level:
         # Shape and type are those of the output for one of the inputs.
         self._passed: list[tuple[nn.Module, torch.Size, torch.dtype, Cached | None]] = []
 
-    def within(self, block: nn.Module, inputs: Cached) -> _Level:
+    def within(self, block: nn.Module, inputs: Cached) -> "_Level":
         """The level of the units inside of `block`."""
         return _Level(block, inputs, self._batch_size, keep_all=True)
 
@@ -96,7 +95,7 @@ class _Level:
         self._passed.append((unit, torch.Size((rows, *output.tensor.shape[1:])), output.dtype, output))
 
     def finish(self) -> Cached:
-        """The output `(N, ...)` of the whole level, all of whose units have been passed."""
+        """The output (N, ...) of the whole level, all of whose units have been passed."""
         return self._cached(self._run(start) for start in self._starts())
 
     def _run(self, start: int) -> Tensor:
@@ -179,14 +178,6 @@ def forward_replaced(module: nn.Module, forward: Callable[..., object]) -> Itera
             module.forward = own
 
 
-@contextlib.contextmanager
-def _without_entry_quantizer(module: nn.Module) -> Iterator[None]:
+def _without_entry_quantizer(module: nn.Module) -> contextlib.AbstractContextManager:
     quantizer = getattr(module, "input_quantizer", None)
-    if quantizer is None:
-        yield
-        return
-    bypass, quantizer.bypass = quantizer.bypass, True
-    try:
-        yield
-    finally:
-        quantizer.bypass = bypass
+    return bypassed([] if quantizer is None else [quantizer])

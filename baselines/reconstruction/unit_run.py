@@ -1,7 +1,5 @@
 """One stage on one unit: what its quantized twin learns, step by step."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math
@@ -31,7 +29,7 @@ _CHECK_EVERY = 50
 @dataclass(frozen=True)
 class UnitData:
     """Calibration data of one unit: its inputs in both networks and the FP output behind the activation; where
-    predictions are compared, those of the FP network `(N, C, ...)` and what makes them of the unit's outputs;
+    predictions are compared, those of the FP network (N, C, ...) and what makes them of the unit's outputs;
     where errors are weighted, their weights."""
 
     fp_input: Cached
