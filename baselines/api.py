@@ -66,8 +66,9 @@ def quantize(
             attention.
         calib_loader: calibration inputs: a stacked tensor (N, ...) or an iterable of batches (labels unused).
         method: `"rtn"` (round to nearest), `"adaround"`, `"brecq"`, `"qdrop"` or `"pd_quant"`.
-        w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The first
-            layer's weights and the last layer's weights and input have 8.
+        w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The weights of
+            every layer that reads the images, and weights and input of every layer whose output reaches the network's
+            without another layer between, have 8.
         iters: optimiser steps a unit and stage; by default the method's published number (5,000 to 20,000). Fewer
             steps raise the learning rate of the roundings in proportion, so that they still settle.
         batch_size: images a step.
