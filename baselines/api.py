@@ -163,6 +163,7 @@ def prepare(
     """Everything up to reconstruction: the FP twin, the quantized network with its ranges, and the units."""
     generator = torch.Generator(inputs.plan.compute_device).manual_seed(seed)
     example, sample = inputs.batch(0, EXAMPLES), inputs.batch(0, _RANGE_IMAGES)
+    _say_tied(fp_model)
     folded = folded_copy(fp_model, example)
     _set_layout(folded, torch.channels_last)  # convolutions run faster so
     record = trace(folded, example)
@@ -185,6 +186,18 @@ def prepare(
         _set_layout(unfolded, torch.channels_last)
         corrector = Corrector(unfolded, example, recipe.correction)
     return Job(folded, network, units, inputs, recipe, settings, generator, range_seconds, corrector)
+
+
+def _say_tied(model: nn.Module) -> None:
+    """Log which weights of layers are one and the same: each layer is rounded for itself."""
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(name, recurse=False):
+            holders.setdefault(parameter, []).append(parameter_name)
+    layers = {model.get_submodule(name).weight for name in quantizable_layers(model)}
+    tied = [names for parameter, names in holders.items() if len(names) > 1 and parameter in layers]
+    if tied:
+        logger.warning("tied weights are no longer tied in the quantized network, each is rounded for itself: %s", tied)
 
 
 def _cache_plan(cache_device: str, cache_dtype: torch.dtype | None, device: torch.device) -> CachePlan:
