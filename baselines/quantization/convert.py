@@ -12,7 +12,7 @@ from baselines.network.floating_point import floating_point
 from baselines.network.plain_copy import replace_module
 from baselines.network.quantizable import QUANTIZABLE, is_quantizable
 from baselines.network.trace import Trace, Value, tensors_in
-from baselines.quantization.layers import TWINS, quantize_on_entry, quantized_layers
+from baselines.quantization.layers import quantize_on_entry, quantized_layers, quantized_twin
 from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from baselines.quantization.specs import OFF, QuantSpec
 
@@ -43,7 +43,7 @@ def quantized_copy(folded: nn.Module, record: Trace, blocks: list[str], spec: Qu
     for name in names:
         is_edge = name in (names[0], names[-1])
         bits = spec.weight_bits(is_edge)
-        layer = TWINS[type(modules[name])].of(modules[name])
+        layer = quantized_twin(modules[name])
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         if bits != OFF:
             layer.weight_quantizer = WeightQuantizer(layer.weight, bits, spec.range_method)
@@ -61,7 +61,9 @@ def _place_input_quantizers(
     network_input = record.of(names[0])[0].inputs[0]
     made: list[tuple[Value, ActivationQuantizer]] = []
     for name in names:
-        values = [call.inputs[0] for call in record.of(name)]
+        values = [call.inputs[0] for call in record.of(name) if call.inputs]
+        if not values:  # a layer that makes what it reads for itself
+            continue
         if all(value.same(network_input) for value in values):
             continue
         bits = spec.activation_bits(name == names[-1])
