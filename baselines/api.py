@@ -18,8 +18,9 @@ from baselines.files import digest_tensors
 from baselines.inputs import check_network, gather_inputs, whole_number
 from baselines.network.batch_norm_folding import folded_copy
 from baselines.network.blocks import find_blocks, named_blocks
-from baselines.network.plain_copy import HALF, plain_copy
+from baselines.network.plain_copy import plain_copy
 from baselines.network.quantizable import quantizable_layers
+from baselines.network.reference_copy import HALF, holds_half, restore_types
 from baselines.network.trace import EXAMPLES, called_as_recorded, trace
 from baselines.network.units import find_units, per_image, warn_of_repeated
 from baselines.quantization.convert import quantized_copy, set_activation_ranges
@@ -39,6 +40,7 @@ METHODS = tuple(RECIPES)
 CACHE_DEVICES = ("model", "cpu")
 
 _RANGE_IMAGES = 256
+_CHECK_IMAGES = 8
 
 
 def quantize(
@@ -137,12 +139,15 @@ def quantize(
         reconstruct(job, progress=progress)
         _set_layout(job.network, torch.contiguous_format)
         network = job.network.eval().requires_grad_(False)
+        if holds_half(fp_model):
+            restore_types(network, fp_model)
+            network.eval()  # what `train(False)` keeps is kept anew, in the types of now
     network.calibration_digests = frozenset(_image_digests(inputs))
     logger.info("quantized %s", summarize(network).headline)
     steps = f"{'published' if iters is None else iters} steps a unit" if recipe.stages else "no reconstruction"
     elapsed = time.perf_counter() - started
     logger.info("%s W%dA%d: %d images, %s, %.1f s", method, w_bits, a_bits, len(inputs), steps, elapsed)
-    return network.to(dtype) if dtype in HALF else network
+    return network
 
 
 def _image_digests(images: Tensor) -> list[str]:
@@ -164,7 +169,7 @@ def prepare(
     generator = torch.Generator(inputs.plan.compute_device).manual_seed(seed)
     example, sample = inputs.batch(0, EXAMPLES), inputs.batch(0, _RANGE_IMAGES)
     _say_tied(fp_model)
-    folded = folded_copy(fp_model, example)
+    folded = folded_copy(fp_model, example, inputs.batch(0, _CHECK_IMAGES))
     _set_layout(folded, torch.channels_last)  # convolutions run faster so
     record = trace(folded, example)
     blocks = find_blocks(folded, record) if blocks is None else named_blocks(folded, record, blocks)

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from baselines.network.plain_copy import hooked_modules, plain_copy, replace_module, same_outputs
+from baselines.network.comparison import check_same_network, same_outputs, warn_of_random_outputs
+from baselines.network.layer_subclasses import trials
+from baselines.network.plain_copy import first_pass, made_plain, replace_module
 from baselines.network.quantizable import is_quantizable
+from baselines.network.reference_copy import hooked_modules, reference_copy
 from baselines.network.trace import Call, Trace, trace
 
 logger = logging.getLogger(__name__)
@@ -16,19 +19,38 @@ logger = logging.getLogger(__name__)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def folded_copy(model: nn.Module, example: Tensor) -> nn.Module:
+def folded_copy(model: nn.Module, example: Tensor, images: Tensor | None = None) -> nn.Module:
     """A plain copy of `model` (`plain_copy`) with batch norm folded.
 
-    A batch norm is folded into the convolution or linear layer whose output it alone reads; others stay. Of the norms
-    with an activation inside that timm has, the activation stays as a module of its own.
+    A batch norm is folded into the convolution or linear layer whose output it alone reads, if that scales with the
+    layer's weight; others stay. Of the norms with an activation inside that timm has, the activation stays as a module
+    of its own.
+
+    Args:
+        model: the user's network, which stays as it is.
+        example: inputs (N, ...) that show how it computes.
+        images: inputs on which the copy is compared with the network, by default `example`.
+
+    Raises:
+        ValueError: as `plain_copy`, or the copy gives other outputs than the network.
     """
     hooked = hooked_modules(model)
     if hooked:
         logger.warning("hooks are not taken over, whether or not they change what the network computes: %s", hooked)
-    twin = plain_copy(model, example)
+    reference = reference_copy(model)
+    first_pass(reference, model, example)
+    warn_of_random_outputs(reference, example)
+    folded = _folded(made_plain(reference, example), example)
+    check_same_network(reference, folded, example if images is None else images)
+    return folded
+
+
+def _folded(twin: nn.Module, example: Tensor) -> nn.Module:
+    """`twin` with batch norm folded where outputs stay the same."""
     record = trace(twin, example)
+    scaling = {name: trial.scales for name, trial in trials(twin, example).items()}
     pairs = [(call.name, _foldable_source(call, record)) for call in record.calls]
-    pairs = [(norm, layer) for norm, layer in pairs if layer is not None]
+    pairs = [(norm, layer) for norm, layer in pairs if layer is not None and scaling.get(layer, True)]
     folded = _with_folded(twin, pairs)
     if same_outputs(twin, folded, example):
         return folded

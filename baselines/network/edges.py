@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from baselines.network.quantizable import is_quantizable, looks_quantizable
+from baselines.network.quantizable import looks_quantizable
 from baselines.network.trace import tensors_in
 
 _IMAGES, _PARAMETER, _FUNCTION = "images", "parameter", "function with a parameter"
@@ -17,6 +17,8 @@ _PRODUCTS = {
     *("conv1d", "conv2d", "conv3d", "mkldnn_convolution", "cudnn_convolution"),
 }
 """Operators that multiply; with a parameter, they are a layer, too."""
+
+_LOOK_UP = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,12 @@ class Edges:
 def find_edges(model: nn.Module, example: Tensor) -> Edges:
     """Watch what becomes of the images and of the output of each layer in one pass of `model` over `example`.
 
-    A layer is whatever has weights that one would expect to be quantized, quantized or not, and a product with a
-    parameter that a module calls by itself. Every operator hands on what its inputs come from; a layer's output comes
+    A layer is whatever multiplies by weights, quantized or not, also a product with a parameter that a module calls by
+    itself; embeddings only look up. Every operator hands on what its inputs come from; a layer's output comes
     from that layer alone. Memory that is written into comes from all that was written.
     """
     names = {module: name for name, module in model.named_modules()}
-    layers = [module for module in names if is_quantizable(module) or looks_quantizable(module)]
+    layers = [module for module in names if looks_quantizable(module) and not isinstance(module, _LOOK_UP)]
     origins = _Origins()
     reads: dict[str, list[set[str]]] = {}
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 EXAMPLES = 2
 """So many images are enough to see how a network computes."""
@@ -123,6 +124,19 @@ def tensors_in(*values: object) -> tuple[Tensor, ...]:
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             found.extend(tensors_in(*(getattr(value, each.name) for each in dataclasses.fields(value))))
     return tuple(found)
+
+
+def with_first_tensor(
+    function: Callable[[Tensor], Tensor], args: tuple, kwargs: dict[str, object]
+) -> tuple[tuple, dict[str, object]]:
+    """The arguments of a call with `function` of the first tensor among them in its place."""
+    if args and isinstance(args[0], Tensor):
+        return (function(args[0]), *args[1:]), kwargs
+    leaves, structure = tree_flatten((args, kwargs))
+    place = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
+    if place is not None:
+        leaves[place] = function(leaves[place])
+    return tree_unflatten(leaves, structure)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from baselines.network.floating_point import floating_point
 from baselines.network.plain_copy import replace_module
 from baselines.network.quantizable import QUANTIZABLE, is_quantizable
 from baselines.network.trace import Trace, Value, tensors_in
-from baselines.quantization.layers import TWINS, quantize_on_entry, quantized_layers
+from baselines.quantization.layers import quantize_on_entry, quantized_layers, quantized_twin
 from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from baselines.quantization.specs import OFF, QuantSpec
 
@@ -45,7 +45,7 @@ def quantized_copy(folded: nn.Module, record: Trace, blocks: list[str], spec: Qu
     edges = find_edges(folded, record.images)
     for name in names:
         bits = spec.weight_bits(is_edge=name in edges.first | edges.last)
-        layer = TWINS[type(modules[name])].of(modules[name])
+        layer = quantized_twin(modules[name])
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         if bits != OFF:
             layer.weight_quantizer = WeightQuantizer(layer.weight, bits, spec.range_method)
@@ -59,8 +59,10 @@ def _place_input_quantizers(
     network: nn.Module, record: Trace, blocks: list[str], names: list[str], spec: QuantSpec, edges: Edges
 ) -> None:
     layers = quantized_layers(network)
-    bits_of = {name: spec.activation_bits(name in edges.last) for name in names if name not in edges.fed_images}
-    values = {name: [call.inputs[0] for call in record.of(name)] for name in bits_of}
+    values = {name: [call.inputs[0] for call in record.of(name) if call.inputs] for name in names}
+    # Some layers make what they read for themselves.
+    read = [name for name in names if values[name] and name not in edges.fed_images]
+    bits_of = {name: spec.activation_bits(name in edges.last) for name in read}
     entered = _entered_blocks(record, blocks, values, bits_of)
     made: list[tuple[Value, ActivationQuantizer]] = []
     for name, bits in bits_of.items():
@@ -94,7 +96,7 @@ def _entered_blocks(
     entered: dict[str, str] = {}
     for block in blocks:
         entry = record.of(block)[0].inputs[0]
-        inside = [name for name in values if name.startswith(f"{block}.") and name not in entered]
+        inside = [name for name in bits_of if name.startswith(f"{block}.") and name not in entered]
         readers = [name for name in inside if len(values[name]) == 1 and values[name][0].same(entry)]
         if len({bits_of[name] for name in readers}) == 1:
             entered |= dict.fromkeys(readers, block)

@@ -1,9 +1,14 @@
 """Quantized twins of torch's layers: same attributes, plus a quantizer for the weight and one for the input."""
 
+import contextlib
+import functools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from baselines.network.trace import with_first_tensor
 from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
 
@@ -90,6 +95,48 @@ TWINS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Linear: QuantLinear,
 }
 """What takes the place of each quantizable layer."""
+
+
+class QuantSubclass(QuantLayer):
+    """Mixed in before the class of a layer that computes otherwise than torch's: its own forward pass runs as it is
+    written, on the quantized input and with the quantized weight."""
+
+    kind: type[nn.Module]
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        if self.input_quantizer is not None:
+            args, kwargs = with_first_tensor(self.input_quantizer, args, kwargs)
+        with self._weight_replaced():
+            return self.kind.forward(self, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _weight_replaced(self) -> Iterator[None]:
+        own = self._parameters["weight"]
+        if self.soft_weight is not None:
+            self._parameters["weight"] = self.soft_weight
+        try:
+            yield
+        finally:
+            self._parameters["weight"] = own
+
+    def __reduce__(self) -> tuple:
+        return _blank, (self.kind,), self.__dict__
+
+
+@functools.cache
+def _subclass_twin(kind: type[nn.Module]) -> type[QuantSubclass]:
+    return type(f"Quant{kind.__name__}", (QuantSubclass, kind), {"kind": kind, "__module__": kind.__module__})
+
+
+def _blank(kind: type[nn.Module]) -> QuantSubclass:
+    twin = _subclass_twin(kind)
+    return twin.__new__(twin)
+
+
+def quantized_twin(layer: nn.Module) -> QuantLayer:
+    """The quantized twin of `layer`, which is not kept."""
+    kind = TWINS.get(type(layer)) or _subclass_twin(type(layer))
+    return kind.of(layer)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:

@@ -17,6 +17,9 @@ from baselines.reconstruction.streams import forward_replaced, returning
 
 logger = logging.getLogger(__name__)
 
+_MASKED = -1e4
+"""A logit of masked classes: their probability is zero in every type."""
+
 
 @torch.no_grad()
 def predictions(network: nn.Module, inputs: Cached, batch_size: int) -> Tensor:
@@ -35,9 +38,11 @@ def predictions(network: nn.Module, inputs: Cached, batch_size: int) -> Tensor:
 
 
 def prediction_of(output: object) -> Tensor:
-    """The first tensor of whatever a network returns, or of what it calls `logits`."""
+    """The first tensor of whatever a network returns, or of what it calls `logits`; minus infinity, by which a network
+    masks classes, becomes a number that losses can take."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return tensors_in(output if logits is None else logits)[0]
+    prediction = tensors_in(output if logits is None else logits)[0]
+    return prediction.nan_to_num(torch.nan, torch.inf, _MASKED) if prediction.is_floating_point() else prediction
 
 
 class RestOfNetwork:
