@@ -18,6 +18,7 @@ from baselines.files import digest_tensors
 from baselines.inputs import check_network, gather_inputs, whole_number
 from baselines.network.batch_norm_folding import folded_copy
 from baselines.network.blocks import find_blocks, named_blocks
+from baselines.network.containers import held_network
 from baselines.network.plain_copy import plain_copy
 from baselines.network.quantizable import quantizable_layers
 from baselines.network.reference_copy import HALF, holds_half, restore_types
@@ -65,7 +66,7 @@ def quantize(
 
     Args:
         fp_model: the full-precision network, any classification network made of convolutions, linear layers and
-            attention.
+            attention; or `nn.DataParallel`, `DistributedDataParallel` or what `torch.compile` gives, which hold one.
         calib_loader: calibration inputs: a stacked tensor (N, ...) or an iterable of batches (labels unused).
         method: `"rtn"` (round to nearest), `"adaround"`, `"brecq"`, `"qdrop"` or `"pd_quant"`.
         w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The weights of
@@ -91,7 +92,7 @@ def quantize(
         progress: show a progress bar.
 
     Returns:
-        A new network of the same class, device and type, in eval mode, without gradients and without the hooks of
+        A new network of the same class (that of the network inside, where `fp_model` holds one), device and type, in eval mode, without gradients and without the hooks of
         `fp_model`. Its `state_dict` holds the hardened weights, scales and zero points. A network in half precision
         is made in float32 and rounded at the end, scales too: its weights lie beside their grid by as much. What is
         quantized, and what stays in floating point, says `baselines.summarize`.
@@ -102,7 +103,7 @@ def quantize(
             data and hides a layer, gradients that are switched off inside of the network, values that are not finite,
             an unknown place or type of the cache, or a checkpoint of another run.
         OverflowError: values that a cache of float16 cannot hold.
-        TypeError: no network, no loader, or `blocks` that are not names.
+        TypeError: no network, one in TorchScript, no loader, or `blocks` that are not names.
         FloatingPointError: a loss that is not finite during reconstruction (which unit, which step).
 
     >>> import torch
@@ -122,6 +123,8 @@ def quantize(
     spec = QuantSpec(w_bits=w_bits, a_bits=a_bits, range_method=range_method)
     iters = None if iters is None else whole_number("iters", iters, 0)
     batch_size, seed = whole_number("batch_size", batch_size, 1), whole_number("seed", seed)
+    if isinstance(fp_model, nn.Module):
+        fp_model = held_network(fp_model)
     check_network(fp_model)
     device, dtype = _placement(fp_model)
     plan = _cache_plan(cache_device, cache_dtype, device)

@@ -13,6 +13,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from baselines.network.containers import open_containers
+
 logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
@@ -22,7 +24,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def reference_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` in eval mode, without gradients and hooks, with weights that parametrizations, weight and
+    """A copy of `model` in eval mode, without gradients, hooks and containers inside, with weights that parametrizations, weight and
     spectral normalisation or pruning compute as plain ones.
 
     Half precision becomes float32: reconstruction moves scales by less than half precision can hold.
@@ -31,6 +33,7 @@ def reference_copy(model: nn.Module) -> nn.Module:
         ValueError: `model` cannot be copied.
     """
     twin = _deep_copy(model).requires_grad_(False)
+    open_containers(twin)
     for module in twin.modules():
         module.training = False  # torch's own hooks compute another weight in training
         _make_weights_plain(module)
