@@ -92,10 +92,11 @@ def quantize(
         progress: show a progress bar.
 
     Returns:
-        A new network of the same class (that of the network inside, where `fp_model` holds one), device and type, in eval mode, without gradients and without the hooks of
-        `fp_model`. Its `state_dict` holds the hardened weights, scales and zero points. A network in half precision
-        is made in float32 and rounded at the end, scales too: its weights lie beside their grid by as much. What is
-        quantized, and what stays in floating point, says `baselines.summarize`.
+        A new network of the same class (that of the network inside, where `fp_model` holds one), device and type, in
+        eval mode, without gradients and without the hooks of `fp_model`. Its `state_dict` holds the hardened weights,
+        scales, zero points and bits; it loads into networks of the same bits only. A network in half precision is made
+        in float32 and rounded at the end, scales too: its weights lie beside their grid by as much. What is quantized,
+        and what stays in floating point, says `baselines.summarize`.
 
     Raises:
         ValueError: an unknown method or bit width, no calibration inputs, fewer of them than one batch, inputs that

@@ -30,8 +30,8 @@ def check_network(model: nn.Module) -> None:
     ]
     if scripted:
         raise TypeError(
-            f"fp_model, a {type(model).__name__}, is TorchScript ({scripted[0]}), whose layers cannot be replaced; give "
-            "the torch.nn.Module that it was scripted or traced from"
+            f"fp_model, a {type(model).__name__}, is TorchScript ({scripted[0]}), whose layers cannot be replaced; "
+            "give the torch.nn.Module that it was scripted or traced from"
         )
     without_data = [name for name, value in _named_values(model) if value.is_meta]
     if without_data:

@@ -24,8 +24,8 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def reference_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` in eval mode, without gradients, hooks and containers inside, with weights that parametrizations, weight and
-    spectral normalisation or pruning compute as plain ones.
+    """A copy of `model` in eval mode, without gradients, hooks and containers inside, with weights that
+    parametrizations, weight and spectral normalisation or pruning compute as plain ones.
 
     Half precision becomes float32: reconstruction moves scales by less than half precision can hold.
 
