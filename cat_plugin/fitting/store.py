@@ -207,9 +207,21 @@ class LogitStore:
 
 def different_images(keys: Tensor) -> Tensor:
     """Indices of different images, in the order of their `keys` (N, 2); of those that are alike, one."""
+    order, repeats = _sorted(keys)
+    return order[~repeats]
+
+
+def groups_of_alike(keys: Tensor) -> Tensor:
+    """(N,) int64, the same for images that are alike by their `keys` (N, 2)."""
+    order, repeats = _sorted(keys)
+    return torch.empty_like(order).index_copy_(0, order, (~repeats).cumsum(0) - 1)
+
+
+def _sorted(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of images by their `keys` (N, 2), and in this order, (N,) bool: does it repeat the one before?"""
     order = torch.from_numpy(np.lexsort(keys.T.flip(0).numpy()))
     repeats = (keys[order].diff(dim=0).abs() <= 1e-5 * keys.abs().mean(dim=0)).all(dim=1)
-    return order[torch.cat([torch.ones(min(len(keys), 1), dtype=torch.bool), ~repeats])]
+    return order, torch.cat([torch.zeros(min(len(keys), 1), dtype=torch.bool), repeats])
 
 
 def _means(rows: Tensor, images: Tensor | None) -> Tensor:
