@@ -42,6 +42,16 @@ class CATConfig:
                       demands nothing; under 20 images nothing is fitted all the same
     seed              of PCA, k-means, the folds and the positions
     ================  ==========================================================================
+
+    Raises:
+        CATError: a value that is of another type, out of range, or does not go with the others.
+
+    Example:
+        >>> from cat_plugin import CATConfig
+        >>> CATConfig().mode, CATConfig.paper().mode
+        ('auto', 'paper')
+        >>> CATConfig.from_dict(CATConfig(alpha=0.5).to_dict()).alpha
+        0.5
     """
 
     mode: str = "auto"
