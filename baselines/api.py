@@ -1,7 +1,5 @@
 """The one function that most users need."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -18,24 +16,22 @@ from torch import Tensor, nn
 
 from baselines.files import digest_tensors
 from baselines.inputs import check_network, gather_inputs, whole_number
-from baselines.network.folding import HALF, folded_copy, plain_copy
+from baselines.network.batch_norm_folding import folded_copy
+from baselines.network.blocks import find_blocks, named_blocks
+from baselines.network.plain_copy import HALF, plain_copy
+from baselines.network.quantizable import quantizable_layers
 from baselines.network.trace import EXAMPLES, called_as_recorded, trace
-from baselines.network.units import (
-    find_blocks,
-    find_units,
-    named_blocks,
-    per_image,
-    quantizable_layers,
-    warn_of_repeated,
-)
+from baselines.network.units import find_units, per_image, warn_of_repeated
 from baselines.quantization.convert import quantized_copy, set_activation_ranges
 from baselines.quantization.specs import QuantSpec
 from baselines.recipes import RECIPES, Recipe
 from baselines.reconstruction.cache import Cached, CachePlan, log_cache_size
 from baselines.reconstruction.checkpoint import Checkpoint
-from baselines.reconstruction.distribution import Corrector
-from baselines.reconstruction.engine import Job, RunSettings, reconstruct
+from baselines.reconstruction.distribution_correction import Corrector
+from baselines.reconstruction.engine import reconstruct
+from baselines.reconstruction.job import Job, RunSettings
 from baselines.summary import summarize
+from baselines.versions import ENGINE_VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -63,29 +59,28 @@ def quantize(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """Quantize a trained network after training, from unlabelled images; ``fp_model`` is not touched.
+    """Quantize a trained network after training, from unlabelled images; `fp_model` is not touched.
 
     Args:
         fp_model: the full-precision network, any classification network made of convolutions, linear layers and
             attention.
-        calib_loader: calibration inputs: a stacked tensor ``(N, ...)`` or an iterable of batches (labels unused).
-        method: ``"rtn"`` (round to nearest), ``"adaround"``, ``"brecq"``, ``"qdrop"`` or
-            ``"pd_quant"``.
+        calib_loader: calibration inputs: a stacked tensor (N, ...) or an iterable of batches (labels unused).
+        method: `"rtn"` (round to nearest), `"adaround"`, `"brecq"`, `"qdrop"` or `"pd_quant"`.
         w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The first
             layer's weights and the last layer's weights and input have 8.
         iters: optimiser steps a unit and stage; by default the method's published number (5,000 to 20,000). Fewer
             steps raise the learning rate of the roundings in proportion, so that they still settle.
         batch_size: images a step.
         seed: of everything random; the same seed, machine and versions give the same model (on a GPU as far as its
-            convolutions are deterministic, see ``torch.use_deterministic_algorithms``).
-        range_method: ``"mse"`` or ``"minmax"``.
-        error_weighting: how the elements of a unit's error are weighted: ``"none"`` (all alike) or ``"fisher"`` (by the
+            convolutions are deterministic, see `torch.use_deterministic_algorithms`).
+        range_method: `"mse"` or `"minmax"`.
+        error_weighting: how the elements of a unit's error are weighted: `"none"` (all alike) or `"fisher"` (by the
             squared gradients of the predictions, an option of BRECQ); by default as the method's authors do.
-        blocks: names of the modules that are reconstructed as one, as in ``fp_model.named_modules()``; layers outside
+        blocks: names of the modules that are reconstructed as one, as in `fp_model.named_modules()`; layers outside
             of them are units of their own. By default, residual and transformer blocks and the like are found.
-        cache_device: where inputs and outputs of units are kept between passes: ``"model"`` (where the network is) or
-            ``"cpu"``, if they do not fit there; how much it is, is logged. The result is the same.
-        cache_dtype: ``torch.float16`` or ``torch.bfloat16`` halves what is kept and rounds it; by default nothing is
+        cache_device: where inputs and outputs of units are kept between passes: `"model"` (where the network is) or
+            `"cpu"`, if they do not fit there; how much it is, is logged. The result is the same.
+        cache_dtype: `torch.float16` or `torch.bfloat16` halves what is kept and rounds it; by default nothing is
             rounded.
         checkpoint: a folder, made if it does not exist, that keeps every finished unit. The same call goes on from
             there after a stop, and ends with the same network, bit for bit; once the network is finished, the call
@@ -94,9 +89,9 @@ def quantize(
 
     Returns:
         A new network of the same class, device and type, in eval mode, without gradients and without the hooks of
-        ``fp_model``. Its ``state_dict`` holds the hardened weights, scales and zero points. A network in half precision
+        `fp_model`. Its `state_dict` holds the hardened weights, scales and zero points. A network in half precision
         is made in float32 and rounded at the end, scales too: its weights lie beside their grid by as much. What is
-        quantized, and what stays in floating point, says :func:`baselines.summarize`.
+        quantized, and what stays in floating point, says `baselines.summarize`.
 
     Raises:
         ValueError: an unknown method or bit width, no calibration inputs, fewer of them than one batch, inputs that
@@ -104,8 +99,16 @@ def quantize(
             data and hides a layer, gradients that are switched off inside of the network, values that are not finite,
             an unknown place or type of the cache, or a checkpoint of another run.
         OverflowError: values that a cache of float16 cannot hold.
-        TypeError: no network, no loader, or ``blocks`` that are not names.
+        TypeError: no network, no loader, or `blocks` that are not names.
         FloatingPointError: a loss that is not finite during reconstruction (which unit, which step).
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from baselines import quantize
+    >>> fp_model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    >>> network = quantize(fp_model, torch.randn(64, 3, 8, 8), method="rtn", w_bits=4, a_bits=4)
+    >>> network(torch.randn(2, 3, 8, 8)).shape
+    torch.Size([2, 10])
     """
     started = time.perf_counter()
     if method not in RECIPES:
@@ -196,6 +199,7 @@ def _description(method: str, job: Job, spec: QuantSpec, seed: int, fp_model: nn
     return {
         "method": method,
         "recipe": repr(job.recipe),
+        "engine": ENGINE_VERSION,
         **dataclasses.asdict(spec),
         **dataclasses.asdict(job.settings),
         "seed": seed,
@@ -209,7 +213,7 @@ def _description(method: str, job: Job, spec: QuantSpec, seed: int, fp_model: nn
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, also those that a ``state_dict`` leaves out."""
+    """All parameters and buffers, also those that a `state_dict` leaves out."""
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
@@ -230,7 +234,7 @@ def _set_layout(model: nn.Module, layout: torch.memory_format) -> None:
 
 @contextlib.contextmanager
 def _own_context(device: torch.device) -> Iterator[None]:
-    """The caller may be inside of ``no_grad``, ``inference_mode`` or ``autocast``."""
+    """The caller may be inside of `no_grad`, `inference_mode` or `autocast`."""
     with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))

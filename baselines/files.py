@@ -1,7 +1,5 @@
 """Files written whole or not at all, and digests of tensors."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tempfile
@@ -15,7 +13,7 @@ from torch import Tensor
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary name beside ``target``, renamed to it when the block ends, removed when the block raises."""
+    """A temporary name beside `target`, renamed to it when the block ends, removed when the block raises."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     os.close(handle)

@@ -1,7 +1,5 @@
 """What the user gives, checked: the network, the calibration inputs, whole numbers."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -9,17 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from baselines.network.units import quantized_layers
+from baselines.quantization.layers import quantized_layers
 
 _IMAGE_KEYS = ("pixel_values", "images", "image", "inputs", "input", "x")
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 def check_network(model: nn.Module) -> None:
-    """See that ``model`` is a network in floating point with values that can be used.
+    """See that `model` is a network in floating point with values that can be used.
 
     Raises:
-        TypeError: no ``nn.Module``.
+        TypeError: no `nn.Module`.
         ValueError: it is quantized already, or a parameter or buffer is not finite; infinite buffers are masks.
     """
     if not isinstance(model, nn.Module):
@@ -35,10 +33,10 @@ def check_network(model: nn.Module) -> None:
 
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:
-    """``value`` as an ``int``; ``name`` is for the error.
+    """`value` as an `int`; `name` is for the error.
 
     Raises:
-        ValueError: no integer, or one below ``least``.
+        ValueError: no integer, or one below `least`.
     """
     number = operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else None
     if number is None or (least is not None and number < least):
@@ -48,11 +46,11 @@ def whole_number(name: str, value: object, least: int | None = None) -> int:
 
 
 def gather_inputs(loader: Tensor | Iterable[object]) -> Tensor:
-    """All calibration inputs as one tensor ``(N, ...)``, on the CPU unless it was given as one tensor.
+    """All calibration inputs as one tensor (N, ...), on the CPU unless it was given as one tensor.
 
     Args:
-        loader: a stacked tensor, or an iterable (``DataLoader``, list) of batches; a batch is a tensor, a tuple or
-            list that starts with one, or a dict with an entry such as ``"pixel_values"`` or ``"image"``. Labels are
+        loader: a stacked tensor, or an iterable (`DataLoader`, list) of batches; a batch is a tensor, a tuple or
+            list that starts with one, or a dict with an entry such as `"pixel_values"` or `"image"`. Labels are
             not used. The last, smaller batch counts.
 
     Raises:

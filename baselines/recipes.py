@@ -1,10 +1,8 @@
-"""The published methods as data: one engine (:mod:`baselines.reconstruction`) runs them all and never sees a name.
+"""The published methods as data: one engine (`baselines.reconstruction`) runs them all and never sees a name.
 
 In all of them, a block quantizes what it reads. The authors' codes quantize what a block gives, and learn the scale of
 that quantizer with the block; here it belongs to the next one.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -13,7 +11,7 @@ ERROR_WEIGHTINGS = ("none", "fisher")
 """All alike, or by the diagonal Fisher information, see `baselines.reconstruction.rest_of_network.fisher_weights`."""
 
 FEWER_CLASSES = 0.3
-"""Exponent in :meth:`Prediction.weight_for`: from the published 10 at 1,000 classes to 2.4 at ten, where about 2.5 was
+"""Exponent in `Prediction.weight_for`: from the published 10 at 1,000 classes to 2.4 at ten, where about 2.5 was
 the best of 1, 2.5 and 5 (ResNet-20 on CIFAR-10, W2A2, other training images than those of the calibration)."""
 
 
@@ -29,7 +27,7 @@ class Stage:
         iters: optimiser steps a unit.
         error_norm: exponent of the reconstruction error.
         rounding_lr, scale_lr: Adam's learning rates; that of the scales falls to zero along a cosine. That of the
-            roundings is for ``iters`` steps, see :meth:`rounding_lr_for`.
+            roundings is for `iters` steps, see `rounding_lr_for`.
         max_rounding_lr: what shorter runs may raise it to.
     """
 
@@ -49,7 +47,7 @@ class Stage:
         return self.activation_scales and self.quantize_activations
 
     def rounding_lr_for(self, iters: int) -> float:
-        """The roundings' learning rate in a run of ``iters`` steps.
+        """The roundings' learning rate in a run of `iters` steps.
 
         Adam moves a parameter by about its learning rate a step. At the published rate, a run much shorter than the
         published one ends before the roundings have got to 0 or 1, and hardening them undoes what was learned; so a
@@ -63,11 +61,11 @@ class Prediction:
     """A second loss beside the reconstruction error: how far a unit's output moves the network's prediction.
 
     The unit gets the quantized input, unmixed, the rest of the network is FP; see
-    :func:`baselines.reconstruction.losses.prediction_difference`.
+    `baselines.reconstruction.losses.prediction_difference`.
 
     Attributes:
         weight: against the reconstruction error.
-        classes: the number of classes that ``weight`` is for, see :meth:`weight_for`.
+        classes: the number of classes that `weight` is for, see `weight_for`.
         temperature: what the logits are divided by.
         share: of a batch's images for which it is computed.
     """
@@ -78,7 +76,7 @@ class Prediction:
     share: float = 1.0
 
     def weight_for(self, classes: int) -> float:
-        """The weight for a network of ``classes`` classes: that of the recipe, less where there are fewer classes.
+        """The weight for a network of `classes` classes: that of the recipe, less where there are fewer classes.
 
         A prediction of C classes is C - 1 numbers. Those of few classes on the same number of images are soon learned
         by heart, for the unit has as many parameters as ever; so the weight falls with a power of their number.
@@ -90,7 +88,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """FP inputs of the units corrected to the statistics of batch norms, see `baselines.reconstruction.distribution`.
+    """Of the units' FP inputs, to the statistics of batch norms: `baselines.reconstruction.distribution_correction`.
 
     Attributes:
         closeness: weight of the squared distance from what they were.
@@ -107,7 +105,7 @@ class Recipe:
     """How a network is reconstructed; no stage means that weights are rounded to nearest.
 
     Attributes:
-        unit: ``"layer"`` or ``"block"``.
+        unit: `"layer"` or `"block"`.
         stages: run one after the other on the whole network.
         keep_probability: probability that an element of an activation is quantized during reconstruction; the others
             take the FP value (1: always quantized).
@@ -116,7 +114,8 @@ class Recipe:
         beta: first and last exponent of the rounding penalty.
         prediction: the loss behind the rest of the network, if any.
         correction: of the FP inputs, if any.
-        error_weighting: of the elements of the reconstruction error, one of :data:`ERROR_WEIGHTINGS`.
+        error_weighting: of the elements of the reconstruction error, one of `ERROR_WEIGHTINGS`.
+        version: raised whenever the method comes to other results, see `baselines.versions`.
     """
 
     unit: str = "block"
@@ -128,6 +127,7 @@ class Recipe:
     prediction: Prediction | None = None
     correction: Correction | None = None
     error_weighting: str = "none"
+    version: int = 1
 
     @property
     def looks_ahead(self) -> bool:

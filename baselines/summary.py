@@ -1,35 +1,20 @@
 """What of a network is quantized, at how many bits, and what stays in floating point."""
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from torch import nn
 
 from baselines.network.attention import Product
-from baselines.network.trace import Operation, Trace
-from baselines.network.units import quantized_layers
-from baselines.quantization.layers import QuantLayer, is_quantizable
+from baselines.network.floating_point import FloatingPoint
+from baselines.quantization.layers import QuantLayer, quantized_layers
 from baselines.quantization.quantizers import ActivationQuantizer
 from baselines.quantization.specs import OFF
-
-_MOVING = {
-    *("contiguous", "clone", "detach", "to", "type", "float", "double", "half", "bfloat16", "copy"),
-    *("cat", "concat", "concatenate", "stack", "flatten", "unflatten", "reshape", "repeat", "repeat_interleave"),
-    *("getitem", "index_select", "gather", "take", "roll", "flip", "pad", "pixel_shuffle", "channel_shuffle"),
-    *("zeros", "ones", "empty", "full", "arange", "linspace", "tensor", "fill", "zero", "masked_fill", "setitem"),
-    *("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout"),
-}
-"""Operations that move or make values, or do nothing outside of training."""
-
-_SAME = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul", "truediv": "div"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSummary:
-    """One quantized layer: its ``name`` and ``kind``, how many ``weights`` it has, and bits (32: floating point)."""
+    """One quantized layer: its `name` and `kind`, how many `weights` it has, and bits (32: floating point)."""
 
     name: str
     kind: str
@@ -48,21 +33,8 @@ class ProductSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FloatingPoint:
-    """What stays in floating point.
-
-    Attributes:
-        operations: how often each kind of operation runs in one pass, outside of the quantized layers and products.
-        unquantized: what one would expect to be quantized, but is not: modules, and functions with their module.
-    """
-
-    operations: Mapping[str, int] = field(default_factory=dict)
-    unquantized: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class QuantizationSummary:
-    """Rows for each quantized layer and product, and what stays in floating point. ``str()`` gives a table."""
+    """Rows for each quantized layer and product, and what stays in floating point. `str()` gives a table."""
 
     layers: tuple[LayerSummary, ...]
     products: tuple[ProductSummary, ...]
@@ -112,13 +84,20 @@ class QuantizationSummary:
 
 
 def summarize(model: nn.Module) -> QuantizationSummary:
-    """What of ``model`` is quantized.
+    """What of `model` is quantized.
 
     Args:
-        model: what :func:`baselines.quantize` returned, or a module that holds it.
+        model: what `baselines.quantize` returned, or a module that holds it.
 
     Raises:
-        ValueError: nothing in ``model`` is quantized.
+        ValueError: nothing in `model` is quantized.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from baselines import quantize, summarize
+    >>> fp_model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> print(summarize(quantize(fp_model, torch.randn(64, 8), method="rtn")).headline)
+    2 layers with 192 weights (weights: 2 at 8 bits; inputs: 1 at 8 bits, 1 at FP)
     """
     layers = quantized_layers(model)
     if not layers:
@@ -135,32 +114,6 @@ def summarize(model: nn.Module) -> QuantizationSummary:
         ),
         floating_point=stays,
     )
-
-
-def operations_in_floating_point(model: nn.Module, record: Trace) -> dict[str, int]:
-    """How often each kind of operation of a plain copy runs outside of what quantization replaces, most often first."""
-    modules = dict(model.named_modules())
-    counts: Counter[str] = Counter()
-    for operation in record.operations:
-        module = modules[operation.owner]
-        if not isinstance(module, Product) and not is_quantizable(module) and _computes(operation):
-            counts[_plain_name(operation)] += 1
-    return dict(counts.most_common())
-
-
-def _computes(operation: Operation) -> bool:
-    """Whether there are new values, not the old ones elsewhere or in another shape."""
-    if _plain_name(operation) in _MOVING or _plain_name(operation).startswith("new_"):
-        return False
-    if operation.function.__name__.endswith("_") and not operation.function.__name__.endswith("__"):
-        return True  # in place
-    old = {tensor.untyped_storage().data_ptr() for tensor in operation.inputs}
-    return any(tensor.untyped_storage().data_ptr() not in old for tensor in operation.outputs)
-
-
-def _plain_name(operation: Operation) -> str:
-    name = operation.function.__name__.strip("_")
-    return _SAME.get(name, name)
 
 
 def _layer(name: str, layer: QuantLayer) -> LayerSummary:

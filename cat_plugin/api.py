@@ -1,7 +1,6 @@
 """The main entry point."""
 
 import contextlib
-import dataclasses
 import logging
 import time
 
@@ -9,7 +8,8 @@ import torch
 from torch import nn
 
 from cat_plugin.config import CATConfig
-from cat_plugin.errors import CATError
+from cat_plugin.correction.hook import refuse_attached
+from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.evaluation import compare_accuracy
 from cat_plugin.fitting.fit import Fit, fit_and_score
 from cat_plugin.fitting.layer import fit_layer
@@ -89,24 +89,14 @@ def apply_cat(
     config = CATConfig.resolve(config)
     start = time.perf_counter()
     quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
+    refuse_attached(quantized_model)
     layers, found = inspect_models(quantized_model, fp_model)
-    if layer is not None and config.features is not None:
-        raise CATError(
-            f"layer={layer!r} with features={config.features!r}: features feed the correction of the model's output; "
-            "give one of the two"
-        )
-    if layer is not None and config.criterion != CATConfig.criterion:
-        raise CATError(
-            f"layer={layer!r} with criterion={config.criterion!r}: channels of a layer are no classes, and are judged "
-            "by their squared error; leave criterion out"
-        )
     running = {"forward_fn": forward_fn, "batch_size": batch_size, "progress": progress}
     reading = {"output": output, "class_axis": config.class_axis}
     batches = stream_outputs(
         quantized_model,
         fp_model,
         calib_loader,
-        features=config.features,
         layer=layer,
         positions=config.positions,
         seed=config.seed,
@@ -118,16 +108,16 @@ def apply_cat(
         reused: list[float] = []
         with processes.together(), contextlib.closing(batches):  # closed at once if anything raises
             for batch in batches:
-                store.append(batch.q, batch.f, batch.h, batch.images)
+                store.append(batch.q, batch.f, batch.images)
                 if batch.calibrated is not None:
                     reused.append(batch.calibrated.double().sum().item())
         collected = time.perf_counter()
         fit = (fit_and_score if layer is None else fit_layer)(store, config, processes)
         share = processes.sum(torch.tensor(sum(reused))).item() / fit.images if reused else None
         seconds = collected - start, time.perf_counter() - collected
-        report = _report(store, fit, share, processes, layer, model_bytes(quantized_model), seconds)
-    report = dataclasses.replace(report, quantized_layers=layers, warnings=(*found, *report.warnings))
-    cat_model = CATWrapper(quantized_model, fit.correction, report, config, output=output, layer=layer)
+        sizes = _cluster_sizes(store, fit.correction, processes)
+    cat_model = CATWrapper(quantized_model, fit.correction, None, config, output=output, layer=layer)
+    accuracy = None
     if eval_loader is not None:
         try:
             # Of a layer's output, `reading` tells nothing about the model's.
@@ -136,44 +126,44 @@ def apply_cat(
         except BaseException:
             cat_model.remove()
             raise
-        cat_model.report = dataclasses.replace(report, accuracy=accuracy)
+    correction = fit.correction
+    # Where nothing changes there is nothing to show.
+    profiled = fit.out is not None and (fit.evidence is None or fit.evidence.accepted)
+    cat_model.report = CATReport(
+        images=fit.images,
+        positions=fit.positions,
+        num_clusters=correction.num_clusters,
+        cluster_sizes=sizes,
+        held_out=fit.scores,
+        layer=layer,
+        evidence=fit.evidence,
+        warnings=(*found, *_output_warnings(fit, layer, share)),
+        quantized_layers=layers,
+        added_parameters=correction.num_parameters,
+        added_bytes=correction.num_bytes,
+        model_bytes=model_bytes(quantized_model),
+        collect_seconds=seconds[0],
+        fit_seconds=seconds[1],
+        accuracy=accuracy,
+        clusters=profile_clusters(correction, fit.q, fit.f, fit.out) if profiled else (),
+    )
     logger.info("%s", cat_model.report)
-    for warning in report.warnings:
+    for warning in cat_model.report.warnings:
         logger.warning("%s", warning)
     return cat_model
 
 
-def _report(
-    store: LogitStore,
-    fit: Fit,
-    reused: float | None,
-    processes: Processes,
-    layer: str | None,
-    size: int,
-    seconds: tuple[float, float],
-) -> CATReport:
-    correction = fit.correction
+def _cluster_sizes(store: LogitStore, correction: ClusterAffine, processes: Processes) -> tuple[int, ...]:
+    """How many rows of all processes are in each cluster."""
     sizes = torch.zeros(correction.num_clusters, dtype=torch.int64)
-    for q, _, _ in store.chunks():
+    for q, _ in store.chunks():
         sizes += torch.bincount(correction.assign(q.to(store.dtype)), minlength=correction.num_clusters)
-    # Channels of a layer are no classes, and positions may well look alike.
+    return tuple(processes.sum(sizes).tolist())
+
+
+def _output_warnings(fit: Fit, layer: str | None, reused: float | None) -> list[str]:
+    """What makes the fit doubtful; channels of a layer are no classes, and positions may well look alike."""
+    if layer is not None:
+        return []
     repeated = fit.repeated if fit.positions is None else 0
-    warnings = [] if layer else find_output_warnings(fit.q, fit.f) + find_warnings(fit.f, fit.images, repeated, reused)
-    # Where nothing changes there is nothing to show.
-    profiled = fit.out is not None and (fit.evidence is None or fit.evidence.accepted)
-    return CATReport(
-        images=fit.images,
-        num_clusters=correction.num_clusters,
-        cluster_sizes=tuple(processes.sum(sizes).tolist()),
-        held_out=fit.held_out,
-        added_parameters=correction.num_parameters,
-        added_bytes=correction.num_bytes,
-        model_bytes=size,
-        collect_seconds=seconds[0],
-        fit_seconds=seconds[1],
-        layer=layer,
-        evidence=fit.evidence,
-        positions=fit.positions,
-        warnings=tuple(warnings),
-        clusters=profile_clusters(correction, fit.q, fit.f, fit.out) if profiled else (),
-    )
+    return find_output_warnings(fit.q, fit.f) + find_warnings(fit.f, fit.images, repeated, reused)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cat_plugin.errors import CATError
-from cat_plugin.fitting.criteria import CRITERIA
 
-MODES = ("auto", "paper")
+DEFAULT_CLUSTERS = {"auto": 1, "paper": 64}
+MODES = tuple(DEFAULT_CLUSTERS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,24 +22,14 @@ class CATConfig:
     mode              `"auto"`: maps of several families are weighed against each other and
                       against leaving the model alone on held-out images, see
                       `cat_plugin.fitting.auto`; `"paper"`: the published recipe
-    num_clusters      K, the number of clusters of the quantized model's logits; in `"auto"` the
-                      largest of 4, 8, 16, ... 128 that is tried
+    num_clusters      K, the number of clusters of the quantized model's logits. None: 1 in
+                      `"auto"`, where more have not paid, and 64 in `"paper"`
     pca_dim           principal components of the logits that are kept: for clustering where
                       there are more classes than this, and in `"auto"` for the shared map
     alpha             0 to 1, how far an output moves from the quantized to the corrected logits
-    min_cluster_size  K is lowered until a cluster has on average this many images; None: never
     class_axis        axis of the classes in outputs that have positions; None: the last of
                       sequences (N, T, C), 1 of maps (N, C, H, W)
     positions         of such outputs, how many positions of an image are drawn for the fit
-    features          name of a layer of the quantized model whose output, averaged over
-                      positions, feeds the map too; `"auto"` only
-    criterion         what has to improve on held-out images, and chooses the number of clusters and
-                      how far to go; `"auto"` only. `"softened_kl"`: KL(FP || output) of predictions
-                      softened by a temperature, each side at the scale that suits it; `"kl"`: plain
-                      KL; `"squared_error"` of the logits, less their mean over classes;
-                      `"agreement"` with FP's class. Besides, 1 % of the predictions have to change,
-                      and agreement may not fall beyond chance. `"none"` chooses as the first does and
-                      demands nothing; under 20 images nothing is fitted all the same
     seed              of PCA, k-means, the folds and the positions
     ================  ==========================================================================
 
@@ -55,35 +45,20 @@ class CATConfig:
     """
 
     mode: str = "auto"
-    num_clusters: int = 64
+    num_clusters: int | None = None
     pca_dim: int = 50
     alpha: float = 1.0
-    min_cluster_size: int | None = 16
     class_axis: int | None = None
     positions: int = 64
-    features: str | None = None
-    criterion: str = "softened_kl"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise CATError(f"mode={self.mode!r} should be one of {', '.join(map(repr, MODES))}")
-        if self.features is not None and (not isinstance(self.features, str) or self.mode == "paper"):
-            raise CATError(
-                f"features={self.features!r} with mode={self.mode!r}: expected the name of a layer of the quantized "
-                "model, such as 'layer4', and mode='auto', since the published recipe knows logits only"
-            )
-        if self.criterion not in tuple(CRITERIA):
-            raise CATError(f"criterion={self.criterion!r} should be one of {', '.join(map(repr, CRITERIA))}")
-        if self.mode == "paper" and self.criterion != type(self).criterion:
-            raise CATError(
-                f"criterion={self.criterion!r} with mode='paper': expected mode='auto', since the published recipe "
-                "judges nothing on held-out images"
-            )
+        if self.num_clusters is None:
+            object.__setattr__(self, "num_clusters", DEFAULT_CLUSTERS[self.mode])
         self._check_int("num_clusters", 1)
         self._check_int("pca_dim", 1)
-        if self.min_cluster_size is not None:
-            self._check_int("min_cluster_size", 1)
         self._check_int("positions", 1)
         self._check_int("seed", 0, 2**32 - 1)
         if self.class_axis is not None:
@@ -119,20 +94,16 @@ class CATConfig:
     @classmethod
     def paper(cls, num_clusters: int = 64, pca_dim: int = 50, alpha: float = 0.4, seed: int = 0) -> "CATConfig":
         """The published recipe: exactly `num_clusters` clusters, however few images they hold."""
-        return cls(
-            mode="paper", num_clusters=num_clusters, pca_dim=pca_dim, alpha=alpha, min_cluster_size=None, seed=seed
-        )
+        return cls(mode="paper", num_clusters=num_clusters, pca_dim=pca_dim, alpha=alpha, seed=seed)
 
     def clusters_for(self, n_images: int) -> int:
-        """Number of clusters to fit on `n_images` images; in `"auto"` the largest that is tried.
+        """Number of clusters to fit on `n_images` images; in `"auto"` at most half as many as there are images.
 
         Raises:
-            CATError: in `"paper"` mode, there are fewer images than clusters and no `min_cluster_size` that lowers K.
+            CATError: in `"paper"` mode, there are fewer images than clusters.
         """
-        if self.mode == "auto" and self.min_cluster_size is None:
-            return min(n_images, self.num_clusters)
-        if self.min_cluster_size is not None:
-            return min(max(n_images // self.min_cluster_size, 1), self.num_clusters)
+        if self.mode == "auto":
+            return max(min(n_images // 2, self.num_clusters), 1)
         if n_images < self.num_clusters:
             raise CATError(
                 f"n_images={n_images} should be >= num_clusters={self.num_clusters}; "

@@ -49,6 +49,11 @@ def standard_error(values: Tensor, images: Tensor | None = None) -> float:
     return math.sqrt(sums.square().sum().item() * len(found) / max(len(found) - 1, 1)) / len(values)
 
 
+def centred(logits: Tensor) -> Tensor:
+    """Without what all classes of an image have in common, which changes no prediction."""
+    return logits - logits.mean(dim=1, keepdim=True)
+
+
 def kl_divergence(f: Tensor, out: Tensor) -> float:
     """Mean over images of KL(softmax(f) || softmax(out)) in nats; `f` and `out` are (N, C)."""
     log_f, log_out = f.double().log_softmax(dim=1), out.double().log_softmax(dim=1)

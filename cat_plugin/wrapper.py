@@ -29,14 +29,12 @@ class CATWrapper(nn.Module):
     Args:
         quantized_model: the user's model, which is hooked, not copied; or a wrapper around it that is no module.
         correction: takes the logits (N, C) of that model.
-        report, config: how the correction came about, if known. A correction that takes features needs `config`, which
-            names their layer.
+        report, config: how the correction came about, if known.
         output: where the model's output holds the logits, if it is not obvious, see `cat_plugin.running.outputs`.
         layer: name of the layer whose output is corrected; None: the model's.
 
     Raises:
-        CATError: the model already carries a correction, or the arguments are of other types, or a correction takes
-            features of an unnamed layer, or features inside of the model, or there is no such layer.
+        CATError: the model already carries a correction, the arguments are of other types, or there is no such layer.
 
     Example:
         >>> import torch
@@ -68,14 +66,8 @@ class CATWrapper(nn.Module):
             raise CATError(f"correction is a {type(correction).__name__}; expected a ClusterAffine")
         check_where(output)
         config = None if config is None else CATConfig.resolve(config)
-        takes_features = correction.feature_mix is not None
-        if takes_features and (config is None or config.features is None):
-            raise CATError("the correction takes features; give a config whose `features` names their layer")
-        if takes_features and layer is not None:
-            raise CATError(f"the correction takes features, which cannot feed that of layer {layer!r}")
         class_axis = None if config is None else config.class_axis
-        features = config.features if takes_features else None
-        hook = CATHook(correction, features, output, class_axis=class_axis, layer=layer)
+        hook = CATHook(correction, output, class_axis=class_axis, layer=layer)
         hook.attach(quantized_model)
         correction.to(model_device(quantized_model))
         self.quantized_model = quantized_model
@@ -149,7 +141,7 @@ class CATWrapper(nn.Module):
         """
         model = unwrap(quantized_model, "quantized_model")
         check_where(output)
-        loaded = load(folder, model, strict, output)
+        loaded = load(folder, model, strict, output, CATReport)
         reading = {"output": loaded.output, "layer": loaded.layer}
         cat_model = cls(model, loaded.correction, loaded.report, loaded.config, **reading)
         cat_model.class_names = loaded.class_names

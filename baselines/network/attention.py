@@ -1,7 +1,5 @@
 """Attention from parts that can be quantized one by one: linear layers, and products of two activations."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -9,18 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from baselines.quantization.quantizers import ActivationQuantizer
-
 
 class Product(nn.Module):
     """A product of two activations, such as queries and keys, or attention probabilities and values.
 
     Attributes:
-        left_quantizer, right_quantizer: quantize the two factors; ``None`` where they stay in floating point.
+        left_quantizer, right_quantizer: quantize the two factors; `None` where they stay in floating point.
     """
 
-    left_quantizer: ActivationQuantizer | None
-    right_quantizer: ActivationQuantizer | None
+    left_quantizer: nn.Module | None
+    right_quantizer: nn.Module | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,14 +25,14 @@ class Product(nn.Module):
     def forward(
         self, left: Tensor, right: Tensor, function: Callable[[Tensor, Tensor], Tensor] = torch.matmul
     ) -> Tensor:
-        """``function(left, right)``."""
+        """`function(left, right)`."""
         left = left if self.left_quantizer is None else self.left_quantizer(left)
         right = right if self.right_quantizer is None else self.right_quantizer(right)
         return function(left, right)
 
 
 class DotProductAttention(nn.Module):
-    """:func:`torch.nn.functional.scaled_dot_product_attention` in steps: ``mix(softmax(scores(q, k)), v)``.
+    """`torch.nn.functional.scaled_dot_product_attention` in steps: `mix(softmax(scores(q, k)), v)`.
 
     Fused kernels never hold the probabilities, so what is quantized there has to be computed one by one.
     """
@@ -56,7 +52,7 @@ class DotProductAttention(nn.Module):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """As torch's function: query ``(..., L, E)``, key ``(..., S, E)``, value ``(..., S, F)`` to ``(..., L, F)``;
+        """As torch's function: query `(..., L, E)`, key `(..., S, E)`, value `(..., S, F)` to `(..., L, F)`;
         in a mask of booleans, true elements take part."""
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
@@ -69,7 +65,7 @@ class DotProductAttention(nn.Module):
         return self.mix(functional.dropout(probabilities, dropout_p), value)
 
     def probabilities(self, query: Tensor, key: Tensor, added: Tensor | None, scale: float | None = None) -> Tensor:
-        """Attention probabilities ``(..., L, S)``; ``added`` goes onto the scores."""
+        """Attention probabilities `(..., L, S)`; `added` goes onto the scores."""
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         scores = self.scores(query * scale, key.transpose(-2, -1))
         return (scores if added is None else scores + added).softmax(-1)
@@ -83,7 +79,7 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
 
 
 class MultiheadAttention(nn.Module):
-    """:class:`torch.nn.MultiheadAttention` with its projections as linear layers and its products as modules.
+    """`torch.nn.MultiheadAttention` with its projections as linear layers and its products as modules.
 
     torch's class keeps three projections in one bare parameter and hands everything to one function (in eval mode
     to a fused kernel), where nothing can be quantized.
@@ -128,7 +124,7 @@ class MultiheadAttention(nn.Module):
         """As torch's class; in masks of booleans, true elements do not take part.
 
         Raises:
-            ValueError: other keys or values than queries, where the projections are packed; ``is_causal`` without
+            ValueError: other keys or values than queries, where the projections are packed; `is_causal` without
                 a mask.
         """
         if is_causal and attn_mask is None:
@@ -167,7 +163,7 @@ class MultiheadAttention(nn.Module):
         return projected if self.batch_first else projected.transpose(0, 1)
 
     def _added(self, mask: Tensor | None, padding: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
-        """Both masks as one tensor to add to the scores ``(batch, heads, queries, keys)``."""
+        """Both masks as one tensor to add to the scores (batch, heads, queries, keys)."""
         added = None
         if mask is not None:
             added = mask if mask.dim() == 2 else mask.unflatten(0, (-1, self.num_heads))

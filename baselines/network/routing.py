@@ -2,12 +2,10 @@
 
 An attention module multiplies queries and keys with an operator, calls one fused function for everything, or hands
 the weight of a linear layer to a function instead of calling the layer. A routed module does the same through modules:
-:class:`~baselines.network.attention.Product`, :class:`~baselines.network.attention.DotProductAttention` and the layer.
+`Product`, `DotProductAttention` and the layer.
 Its own forward pass stays as it is written; which calls are led where was found by watching one
-(:mod:`baselines.network.trace`).
+(`baselines.network.trace`).
 """
-
-from __future__ import annotations
 
 import functools
 import threading
@@ -20,8 +18,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from baselines.network.attention import DotProductAttention, Product
+from baselines.network.quantizable import is_quantizable
 from baselines.network.trace import Operation, Trace
-from baselines.quantization.layers import is_quantizable
 
 _MATMULS = {
     *(torch.matmul, torch.linalg.matmul, torch.bmm, torch.mm),
@@ -30,18 +28,8 @@ _MATMULS = {
 _ADDED_MATMULS = {torch.baddbmm, torch.addmm, torch.addbmm, Tensor.baddbmm, Tensor.addmm, Tensor.addbmm}
 _PRODUCTS = {*_MATMULS, *_ADDED_MATMULS, torch.einsum}
 _ATTENTION = functional.scaled_dot_product_attention
-_NUMBERED = {*_PRODUCTS, _ATTENTION}
-
-WEIGHTED = {
-    *_NUMBERED,
-    *(functional.linear, functional.bilinear, functional.multi_head_attention_forward),
-    *(functional.conv1d, functional.conv2d, functional.conv3d),
-    *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
-    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
-    *(torch.tensordot, torch.inner, torch.mv, torch.dot, torch.linalg.multi_dot, torch.chain_matmul),
-    *(Tensor.inner, Tensor.mv, Tensor.dot),
-}
-"""Functions whose factors a user would expect to be quantized."""
+NUMBERED = {*_PRODUCTS, _ATTENTION}
+"""Functions whose calls are numbered, to be led through modules."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +38,8 @@ class Routes:
 
     Attributes:
         owner: the module's name.
-        numbered: for each call of a product or of fused attention, in order: ``"product"``, ``"attention"``, or
-            ``None`` for one that stays as it is, since a factor is no activation.
+        numbered: for each call of a product or of fused attention, in order: `"product"`, `"attention"`, or
+            `None` for one that stays as it is, since a factor is no activation.
         layers: names, relative to the module, of layers whose weight it hands to a function.
     """
 
@@ -61,7 +49,7 @@ class Routes:
 
 
 def find_routes(model: nn.Module, record: Trace) -> list[Routes]:
-    """Routes for each module of ``model`` that calls products, fused attention, or functions with a layer's weight."""
+    """Routes for each module of `model` that calls products, fused attention, or functions with a layer's weight."""
     constants = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     modules = dict(model.named_modules())
     routes = []
@@ -73,7 +61,7 @@ def find_routes(model: nn.Module, record: Trace) -> list[Routes]:
             if operation.owner == owner:
                 calls.setdefault(operation.call, []).append(operation)
         numbered = [
-            tuple(_kind(operation, constants) for operation in call if operation.function in _NUMBERED)
+            tuple(_kind(operation, constants) for operation in call if operation.function in NUMBERED)
             for call in calls.values()
         ]
         if any(kinds != numbered[0] for kinds in numbered):
@@ -94,7 +82,7 @@ def _kind(operation: Operation, constants: set[int]) -> str | None:
 
 
 def _layers_used(module: nn.Module, operations: list[Operation]) -> tuple[str, ...]:
-    """Names of the linear layers inside of ``module`` whose weights these operations use."""
+    """Names of the linear layers inside of `module` whose weights these operations use."""
     found = []
     for operation in operations:
         weight = _weight(operation.function, operation.args, operation.kwargs)
@@ -112,7 +100,7 @@ def _weight(function: Callable, args: tuple, kwargs: dict) -> Tensor | None:
 
 
 def _factors(function: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Callable] | None:
-    """The two factors of a call, and the call as a function of these; ``None`` if there are more or fewer than two."""
+    """The two factors of a call, and the call as a function of these; `None` if there are more or fewer than two."""
     if function in _MATMULS:
         values = (*args, *kwargs.values())
         return (*values, function) if len(values) == 2 else None
@@ -125,7 +113,7 @@ def _factors(function: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Ten
 
 
 def route(model: nn.Module, routes: Routes) -> None:
-    """Lead the calls of one module of ``model``, in place: the same module, of a class that inherits from its own."""
+    """Lead the calls of one module of `model`, in place: the same module, of a class that inherits from its own."""
     module = model.get_submodule(routes.owner)
     kinds = {"product": Product, "attention": DotProductAttention}
     name = "products"
@@ -178,7 +166,7 @@ class _Router(TorchFunctionMode):
         self._targets = [None if kind is None else next(products) for kind in module._routes.numbered]
         self._layers = [module.get_submodule(name) for name in module._routes.layers]
 
-    def __enter__(self) -> _Router:
+    def __enter__(self) -> "_Router":
         self._outside = getattr(_innermost, "router", None)
         _innermost.router = self
         return super().__enter__()
@@ -189,7 +177,7 @@ class _Router(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _innermost.router is not self or not (function in _NUMBERED or function is functional.linear):
+        if _innermost.router is not self or not (function in NUMBERED or function is functional.linear):
             return function(*args, **kwargs)
         _innermost.router = None
         try:
@@ -221,7 +209,7 @@ class _Router(TorchFunctionMode):
 
 
 def _called(layer: nn.Linear, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``layer(input)``, with ``bias`` instead of its own."""
+    """`layer(input)`, with `bias` instead of its own."""
     output = layer(input)
     if bias is layer.bias:
         return output

@@ -5,8 +5,6 @@ Values are recognised by the identity of their tensor and its version, which cha
 no symbolic tracing is needed, and any control flow will do.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import inspect
@@ -30,10 +28,10 @@ class Value(NamedTuple):
     version: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Value:
+    def of(cls, tensor: Tensor) -> "Value":
         return cls(tensor, tensor._version)
 
-    def same(self, other: Value | None) -> bool:
+    def same(self, other: "Value | None") -> bool:
         """Whether both are the same tensor with nothing written into it between."""
         return other is not None and self.tensor is other.tensor and self.version == other.version
 
@@ -43,8 +41,8 @@ class Call:
     """One call of one module.
 
     Attributes:
-        inputs: all tensors among the arguments; ``output`` is ``None`` unless it is one tensor.
-        simple: whether the call was ``module(tensor)``, with nothing else but defaults spelled out.
+        inputs: all tensors among the arguments; `output` is `None` unless it is one tensor.
+        simple: whether the call was `module(tensor)`, with nothing else but defaults spelled out.
         parents: names of the modules that were running.
     """
 
@@ -62,7 +60,7 @@ class Operation:
 
     Attributes:
         owner: name of the innermost module that was running.
-        call: index of that module's call in :attr:`Trace.started`.
+        call: index of that module's call in `Trace.started`.
         outputs: the tensors among its results.
     """
 
@@ -94,19 +92,19 @@ class Trace:
     output: object = None
 
     def of(self, name: str) -> list[Call]:
-        """The calls of the module called ``name``."""
+        """The calls of the module called `name`."""
         return [call for call in self.calls if call.name == name]
 
     def order(self, names: list[str]) -> list[str]:
-        """``names`` in the order in which the modules were first called; those never called are left out."""
+        """`names` in the order in which the modules were first called; those never called are left out."""
         return sorted(set(names) & set(self.started), key=self.started.index)
 
     def readers(self, value: Value) -> list[Call]:
-        """Calls of modules that got ``value`` as an input."""
+        """Calls of modules that got `value` as an input."""
         return [call for call in self.calls if any(value.same(other) for other in call.inputs)]
 
     def functions_reading(self, value: Value) -> set[str]:
-        """Names of the modules that handed ``value`` to a torch function."""
+        """Names of the modules that handed `value` to a torch function."""
         return {owner for owner, other in self.reads if value.same(other)}
 
 
@@ -127,11 +125,10 @@ def tensors_in(*values: object) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def trace(model: nn.Module, x: Tensor) -> Trace:
-    """Run ``model(x)`` and record every module call and every torch function. The model's hooks are as before
+    """Run `model(x)` and record every module call and every torch function. The model's hooks are as before
     afterwards."""
     record = Trace()
     running: list[_Running] = []
-    handles = []
 
     def enter(name: str):
         def hook(module, args, kwargs):
@@ -147,21 +144,18 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         parents = tuple(parent.name for parent in running)
         record.calls.append(Call(this.name, module, this.inputs, value, this.simple, parents))
 
-    try:
+    with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+            hooks.enter_context(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
         with _Watch(record, running):
             record.output = model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return record
 
 
 @contextlib.contextmanager
 def called_as_recorded(model: nn.Module, record: Trace, names: Iterable[str]) -> Iterator[None]:
-    """Within, passes of ``model`` must call the modules ``names`` as often as the recorded one did.
+    """Within, passes of `model` must call the modules `names` as often as the recorded one did.
 
     Those that were called more than once may be called more or less often, but not stay away.
 
@@ -186,13 +180,11 @@ def called_as_recorded(model: nn.Module, record: Trace, names: Iterable[str]) ->
                 )
         seen.clear()
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in names]
-    handles.append(model.register_forward_hook(compare))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(count(name)))
+        hooks.enter_context(model.register_forward_hook(compare))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Running(NamedTuple):
@@ -226,7 +218,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_simple(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> bool:
-    """Whether ``module(args[0])`` is the same call, since everything else has its default value."""
+    """Whether `module(args[0])` is the same call, since everything else has its default value."""
     if not args or not isinstance(args[0], Tensor) or len(tensors_in(args, kwargs)) != 1:
         return False
     if len(args) == 1 and not kwargs:

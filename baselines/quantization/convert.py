@@ -1,7 +1,6 @@
 """From the FP twin to the quantized network: layers replaced, quantizers placed, ranges set."""
 
-from __future__ import annotations
-
+import contextlib
 import copy
 import logging
 
@@ -9,20 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from baselines.network.attention import Product
-from baselines.network.folding import replace_module
-from baselines.network.routing import WEIGHTED
+from baselines.network.floating_point import floating_point
+from baselines.network.plain_copy import replace_module
+from baselines.network.quantizable import QUANTIZABLE, is_quantizable
 from baselines.network.trace import Trace, Value, tensors_in
-from baselines.network.units import quantized_layers
-from baselines.quantization.layers import QUANTIZABLE, is_quantizable, looks_quantizable, quantize_on_entry
+from baselines.quantization.layers import TWINS, quantize_on_entry, quantized_layers
 from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from baselines.quantization.specs import OFF, QuantSpec
-from baselines.summary import FloatingPoint, operations_in_floating_point
 
 logger = logging.getLogger(__name__)
 
 
 def quantized_copy(folded: nn.Module, record: Trace, blocks: list[str], spec: QuantSpec) -> nn.Module:
-    """A copy of ``folded`` whose layers are quantized layers (weights not yet rounded, activation ranges not yet set).
+    """A copy of `folded` whose layers are quantized layers (weights not yet rounded, activation ranges not yet set).
 
     An activation is quantized where quantized layers read it: on entry to a block if one of the block's layers reads
     the block's own input (the shortcut then sees the quantized tensor, too), else at the layer; layers that read the
@@ -38,16 +36,14 @@ def quantized_copy(folded: nn.Module, record: Trace, blocks: list[str], spec: Qu
     if not names:
         kinds = ", ".join(kind.__name__ for kind in QUANTIZABLE)
         raise ValueError(f"{type(folded).__name__} has no layer to quantize; what is quantized: {kinds}")
-    left = unquantized(folded, record)
+    network.floating_point = floating_point(folded, record)
+    left = list(network.floating_point.unquantized)
     if left:
-        logger.warning("left in floating point, since not called or of a kind that is not quantized: %s", list(left))
-    network.floating_point = FloatingPoint(
-        operations=operations_in_floating_point(folded, record), unquantized=tuple(left)
-    )
+        logger.warning("left in floating point, since not called or of a kind that is not quantized: %s", left)
     for name in names:
         is_edge = name in (names[0], names[-1])
         bits = spec.weight_bits(is_edge)
-        layer = QUANTIZABLE[type(modules[name])].of(modules[name])
+        layer = TWINS[type(modules[name])].of(modules[name])
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         if bits != OFF:
             layer.weight_quantizer = WeightQuantizer(layer.weight, bits, spec.range_method)
@@ -96,22 +92,6 @@ def _quantizer_for(value: Value, bits: int) -> ActivationQuantizer:
     return ActivationQuantizer(bits).to(value.tensor.device, value.tensor.dtype)
 
 
-def unquantized(folded: nn.Module, record: Trace) -> tuple[str, ...]:
-    """What a user would expect to be quantized and is not: names of modules, and of functions with their module."""
-    modules = dict(folded.named_modules())
-    called = set(record.started)
-    names = [
-        name
-        for name, module in modules.items()
-        if looks_quantizable(module) and not (is_quantizable(module) and name in called)
-    ]
-    for operation in record.operations:
-        module = modules[operation.owner]
-        if operation.function in WEIGHTED and not isinstance(module, Product) and not looks_quantizable(module):
-            names.append(f"{operation.function.__name__} in {operation.owner or type(folded).__name__}")
-    return tuple(dict.fromkeys(names))
-
-
 @torch.no_grad()
 def set_activation_ranges(
     folded: nn.Module,
@@ -123,9 +103,9 @@ def set_activation_ranges(
     generator: torch.Generator,
     budget: int = 1 << 20,
 ) -> None:
-    """Choose the range of every activation quantizer of ``network`` from one pass of the FP twin over ``inputs``.
+    """Choose the range of every activation quantizer of `network` from one pass of the FP twin over `inputs`.
 
-    Of every quantized tensor, ``budget`` random elements and the extremes are kept.
+    Of every quantized tensor, `budget` random elements and the extremes are kept.
 
     Raises:
         ValueError: an activation that is not finite, or none at all (says of which module).
@@ -144,16 +124,12 @@ def set_activation_ranges(
 
         return hook
 
-    handles = [
-        folded.get_submodule(name).register_forward_pre_hook(watch(place, position), with_kwargs=True)
-        for place, (name, position, _) in enumerate(places)
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for place, (name, position, _) in enumerate(places):
+            module = folded.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(watch(place, position), with_kwargs=True))
         for batch in inputs.split(batch_size):
             folded(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     for (name, _, quantizer), seen in zip(places, samples, strict=True):
         if not seen:
             raise ValueError(f"{name} was not reached; control flow that depends on data hides it")

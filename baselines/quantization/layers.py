@@ -1,7 +1,5 @@
 """Quantized twins of torch's layers: same attributes, plus a quantizer for the weight and one for the input."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,14 +8,14 @@ from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantiz
 
 
 class QuantLayer(nn.Module):
-    """What the quantized layers share. ``weight`` holds values on the grid once :meth:`harden` was called.
+    """What the quantized layers share. `weight` holds values on the grid once `harden` was called.
 
     Attributes:
-        weight_quantizer: the grid of the weights, or ``None`` where they stay in floating point.
-        input_quantizer: quantizes the layer's input, or ``None`` where the input stays in floating point or was
+        weight_quantizer: the grid of the weights, or `None` where they stay in floating point.
+        input_quantizer: quantizes the layer's input, or `None` where the input stays in floating point or was
             quantized on entry to the block. Layers that read the same tensor share one quantizer.
-        input_bits: bits of the input wherever it is quantized, or ``None`` where it stays in floating point.
-        soft_weight: what reconstruction puts in the place of ``weight`` for one pass.
+        input_bits: bits of the input wherever it is quantized, or `None` where it stays in floating point.
+        soft_weight: what reconstruction puts in the place of `weight` for one pass.
     """
 
     weight_quantizer: WeightQuantizer | None
@@ -26,8 +24,8 @@ class QuantLayer(nn.Module):
     soft_weight: Tensor | None
 
     @classmethod
-    def of(cls, layer: nn.Module) -> QuantLayer:
-        """Turn ``layer`` (not kept) into its quantized twin, which takes over its parameters, hooks and flags."""
+    def of(cls, layer: nn.Module) -> "QuantLayer":
+        """Turn `layer` (not kept) into its quantized twin, which takes over its parameters, hooks and flags."""
         twin = cls.__new__(cls)
         twin.__dict__.update(layer.__dict__)
         twin.weight_quantizer = twin.input_quantizer = twin.input_bits = twin.soft_weight = None
@@ -47,7 +45,7 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def harden(self, weight: Tensor | None = None) -> None:
-        """Replace the weight by ``weight``, already on the grid; by default by rounding to nearest."""
+        """Replace the weight by `weight`, already on the grid; by default by rounding to nearest."""
         self.soft_weight = None
         if self.weight_quantizer is not None:
             self.weight.copy_(self.weight_quantizer(self.weight) if weight is None else weight)
@@ -77,30 +75,20 @@ class QuantLinear(QuantLayer, nn.Linear):
         return functional.linear(x, self.current_weight, self.bias)
 
 
-QUANTIZABLE: dict[type[nn.Module], type[QuantLayer]] = {
+TWINS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
     nn.Conv3d: QuantConv3d,
     nn.Linear: QuantLinear,
 }
-"""Which layers are quantized, and into what."""
+"""What takes the place of each quantizable layer."""
 
 
-def is_quantizable(module: nn.Module) -> bool:
-    """Whether ``module`` is a layer that quantization replaces.
-
-    Exact types only, since a subclass may compute otherwise, as may a forward pass set on the module itself, and with a
-    weight of its own, not one that is computed anew for each pass (weight normalisation).
-    """
-    return type(module) in QUANTIZABLE and "weight" in module._parameters and "forward" not in vars(module)
-
-
-def looks_quantizable(module: nn.Module) -> bool:
-    """Whether a user would expect ``module`` to be quantized, though it may be of a kind that is not replaced."""
-    kinds = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
-    return isinstance(module, kinds) and not isinstance(module, QuantLayer)
+def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """All quantized layers of `model` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 
 def quantize_on_entry(block: nn.Module, args: tuple) -> tuple:
-    """Forward pre-hook of a block with an ``input_quantizer``: all readers of its input see the quantized tensor."""
+    """Forward pre-hook of a block with an `input_quantizer`: all readers of its input see the quantized tensor."""
     return (block.input_quantizer(args[0]), *args[1:])

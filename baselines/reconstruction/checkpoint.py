@@ -1,7 +1,5 @@
 """What a reconstruction has finished, unit by unit, in a folder: a run that was stopped goes on from there."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,17 +18,17 @@ _SHOWN = 60  # characters of a value in an error
 
 
 class Checkpoint:
-    """The folder of one run; use :meth:`open`.
+    """The folder of one run; use `open`.
 
-    ``run.json`` says which run it is. Each finished unit of each stage has a safetensors file with the unit's
-    ``state_dict`` as it was then, and the state of the random generator behind it.
+    `run.json` says which run it is. Each finished unit of each stage has a safetensors file with the unit's
+    `state_dict` as it was then, and the state of the random generator behind it.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     @classmethod
-    def open(cls, folder: Path, run: Mapping[str, object]) -> Checkpoint:
+    def open(cls, folder: Path, run: Mapping[str, object]) -> "Checkpoint":
         """Start a folder, or come back to it.
 
         Args:
@@ -69,7 +67,7 @@ class Checkpoint:
             save_file(tensors | {_GENERATOR: generator.get_state()}, temporary)
 
     def restore(self, stage: int, index: int, unit: nn.Module, generator: torch.Generator) -> None:
-        """Make ``unit`` and ``generator`` as they were when the unit was finished.
+        """Make `unit` and `generator` as they were when the unit was finished.
 
         Raises:
             ValueError: the file is damaged, or of another network.

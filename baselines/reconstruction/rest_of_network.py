@@ -1,7 +1,5 @@
 """What the rest of the network makes of a unit's output."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging
@@ -13,15 +11,16 @@ from torch import Tensor, nn
 
 from baselines.network.trace import EXAMPLES, tensors_in
 from baselines.network.units import Unit
-from baselines.reconstruction.cache import Cached, forward_replaced, returning
+from baselines.reconstruction.cache import Cached
 from baselines.reconstruction.losses import prediction_difference
+from baselines.reconstruction.streams import forward_replaced, returning
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
 def predictions(network: nn.Module, inputs: Cached, batch_size: int) -> Tensor:
-    """The network's predictions ``(N, C, ...)`` for all inputs, see :func:`prediction_of`.
+    """The network's predictions (N, C, ...) for all inputs, see `prediction_of`.
 
     Raises:
         ValueError: the network gives no scores of classes.
@@ -36,7 +35,7 @@ def predictions(network: nn.Module, inputs: Cached, batch_size: int) -> Tensor:
 
 
 def prediction_of(output: object) -> Tensor:
-    """The first tensor of whatever a network returns, or of what it calls ``logits``."""
+    """The first tensor of whatever a network returns, or of what it calls `logits`."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     return tensors_in(output if logits is None else logits)[0]
 
@@ -46,12 +45,12 @@ class RestOfNetwork:
 
     The network's own forward pass runs with the unit's output replaced, behind its activation if it has one, so that
     whatever it computes outside of modules happens as always. Units that have been passed are not computed: they give
-    anything, in :meth:`check` NaN. Where that reaches the prediction, the network has a connection past the unit, and
+    anything, in `check` NaN. Where that reaches the prediction, the network has a connection past the unit, and
     they are computed after all.
 
     Args:
         network: the network, without gradients.
-        inputs: its inputs ``(N, ...)``.
+        inputs: its inputs (N, ...).
         unit: whose output is replaced.
         passed: names of the units before, with the shape of their outputs less the first axis.
     """
@@ -71,7 +70,7 @@ class RestOfNetwork:
         self._new: Callable[[Tensor, tuple[int, ...]], Tensor] = _nans
 
     def check(self, output: Cached) -> None:
-        """Find out, with the first of the unit's outputs ``(N, ...)``, whether a connection passes the unit.
+        """Find out, with the first of the unit's outputs (N, ...), whether a connection passes the unit.
 
         Raises:
             ValueError: no gradient comes back from the prediction although it depends on the output.
@@ -92,7 +91,7 @@ class RestOfNetwork:
         self._new = Tensor.new_empty  # they are not looked at
 
     def __call__(self, output: Tensor, chosen: Tensor) -> Tensor:
-        """The prediction ``(n, ...)`` for the unit's output ``(n, ...)`` on the inputs ``chosen (n,)``, indices."""
+        """The prediction (n, ...) for the unit's output (n, ...) on the inputs `chosen` (n,), indices."""
         with contextlib.ExitStack() as stack:
             for module, shape in self._passed:
                 anything = _making(self._new, output, (len(output), *shape))
@@ -120,24 +119,24 @@ def _making(
 
 
 def _given(before: Tensor, value: Tensor, forward: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-    """``value`` for the input ``before``, for any other what ``forward`` makes of it."""
+    """`value` for the input `before`, for any other what `forward` makes of it."""
     return value if input is before else forward(input)
 
 
 def fisher_weights(
     rest: RestOfNetwork, output: Callable[[Tensor], Tensor], inputs: Cached, prediction: Tensor, batch_size: int
 ) -> Cached:
-    """The diagonal of the Fisher information of a unit's output ``(N, ...)``, scaled to a mean of 1.
+    """The diagonal of the Fisher information of a unit's output (N, ...), scaled to a mean of 1.
 
-    For each image, the squared gradient of ``KL(FP || quantized)`` of the predictions by each element of the output
+    For each image, the squared gradient of `KL(FP || quantized)` of the predictions by each element of the output
     (BRECQ, arXiv 2102.05426, eq. 10). The authors' code adds 1 to the gradients of a batch's mean before it squares
     them, which leaves little of their differences; here they are taken as they are.
 
     Args:
         rest: what follows the unit.
         output: the quantized unit, with its activation.
-        inputs: the quantized unit's inputs ``(N, ...)``.
-        prediction: of the FP network ``(N, C, ...)``.
+        inputs: the quantized unit's inputs (N, ...).
+        prediction: of the FP network (N, C, ...).
     """
     plan = replace(inputs.plan, dtype=None)  # squares may be smaller than half precision can hold
     weights = Cached.collect(_squared_gradients(rest, output, inputs, prediction, batch_size), len(inputs), plan)

@@ -17,7 +17,9 @@ from baselines.api import prepare
 from baselines.quantization.specs import QuantSpec
 from baselines.recipes import RECIPES
 from baselines.reconstruction.cache import Cached, CachePlan
-from baselines.reconstruction.engine import Job, RunSettings, UnitRun, unit_runs
+from baselines.reconstruction.engine import unit_runs
+from baselines.reconstruction.job import Job, RunSettings
+from baselines.reconstruction.unit_run import UnitRun
 from benchmarks import BenchmarkError
 from benchmarks.commands.command import exit_code
 from benchmarks.commands.options import parse_speed

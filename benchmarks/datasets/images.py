@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import BenchmarkError
 from benchmarks.runs.files import digest_text
-from cat_plugin.report.warnings import image_digests
+from cat_plugin.running.digests import image_digests
 
 FILES_BATCH = 64  # decoded together; 256 of ImageNet's in flight for every worker would be gigabytes
 DIGESTS_KEPT = 200_000

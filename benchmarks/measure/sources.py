@@ -23,7 +23,7 @@ from benchmarks.measure.evaluate import Protocol, Setting, paired_logits, quanti
 from benchmarks.measure.pairs import PairedLogits
 from benchmarks.networks.quantized import cache_key
 from benchmarks.runs.files import digest_text
-from cat_plugin.running.collect import check_finite
+from cat_plugin.checks import check_finite
 
 logger = logging.getLogger(__name__)
 

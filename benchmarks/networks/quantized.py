@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from baselines import quantize
 from baselines.files import atomic_path, digest_tensors
+from baselines.versions import result_version
 from benchmarks import BenchmarkError
 from benchmarks.networks.models import load_state
-from benchmarks.runs.environment import quantizing_versions, source_digest
+from benchmarks.runs.environment import quantizing_versions
 from benchmarks.runs.files import digest_text
 from benchmarks.wording import bits_name
 
@@ -31,9 +32,9 @@ def quantized_model(
 ) -> nn.Module:
     """``quantize(fp_model, images, **options)``, from ``cache`` where the same call has been made before.
 
-    A file is found again only while nothing that quantization depends on has changed: weights, images, options,
-    device, library versions and the sources of ``baselines``. An unreadable file is made anew. What a stopped call has
-    finished lies in ``cache``, too, and the same call goes on from there.
+    A file is found again only while nothing that quantization depends on has changed: weights, images, options, device,
+    library versions and the version of the method's results (`baselines.versions`). An unreadable file is made anew.
+    What a stopped call has finished lies in ``cache``, too, and the same call goes on from there.
 
     Args:
         cache_device: where inputs and outputs of units are kept, ``"model"`` or ``"cpu"``; the result is the same.
@@ -68,7 +69,7 @@ def cache_key(fp_model: nn.Module, images: Tensor, options: dict[str, Any]) -> s
     environment = repr(
         (type(fp_model).__qualname__, images.device.type, quantizing_versions(), sorted(options.items()))
     )
-    return digest_text(*inputs, environment, source_digest("baselines"))
+    return digest_text(*inputs, environment, result_version(options["method"]))
 
 
 def _quantize(fp_model: nn.Module, images: Tensor, **options: Any) -> nn.Module:

@@ -40,15 +40,6 @@ def _version(library: str) -> str | None:
 
 
 @cache
-def source_digest(package: str) -> str:
-    """Digest of all Python files of a package: changes with any edit."""
-    paths = sorted((ROOT / package).rglob("*.py"))
-    return digest_text(
-        *(text for path in paths for text in (path.relative_to(ROOT).as_posix(), path.read_text("utf-8")))
-    )
-
-
-@cache
 def code_digest(*modules: str) -> str:
     """Digest of Python modules, by dotted name, and of all modules of this repository that they import.
 

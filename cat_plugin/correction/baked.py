@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from cat_plugin.correction.hook import CATHook
-from cat_plugin.running.features import FeatureTap, find_layer
+from cat_plugin.running.taps import find_layer
 
 
 class BakedCAT(nn.Module):
@@ -28,13 +28,10 @@ class BakedCAT(nn.Module):
     def __init__(self, model: nn.Module, hook: CATHook) -> None:
         super().__init__()
         self.training = model.training
-        inner = hook.features or hook.layer
-        self.quantized_model = _twin(model, None if inner is None else find_layer(model, inner))
+        self.quantized_model = _twin(model, None if hook.layer is None else find_layer(model, hook.layer, "layer"))
         self._corrector = hook.unattached()
         self.correction = self._corrector.correction
-        if hook.layer is None:
-            self._corrector.tap(self.quantized_model)
-        else:
+        if hook.layer is not None:
             self._corrector.attach(self.quantized_model)
         self._take_signature()
 
@@ -98,6 +95,6 @@ def _shallow_copy(module: nn.Module, children: dict[str, nn.Module | None] | Non
     twin.__dict__.pop("_compiled_call_impl", None)  # calls the original
     if children is not None:
         twin.__dict__["_modules"] = children
-    hooks = ((key, hook) for key, hook in module._forward_hooks.items() if not isinstance(hook, CATHook | FeatureTap))
+    hooks = ((key, hook) for key, hook in module._forward_hooks.items() if not isinstance(hook, CATHook))
     twin.__dict__["_forward_hooks"] = OrderedDict(hooks)
     return twin

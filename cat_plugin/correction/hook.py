@@ -10,9 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.errors import CATError
-from cat_plugin.running.features import FeatureTap, find_layer
 from cat_plugin.running.outputs import Output, extract, insert
 from cat_plugin.running.positions import from_rows, to_rows
+from cat_plugin.running.taps import find_layer
 
 
 class CATHook:
@@ -26,7 +26,6 @@ class CATHook:
     def __init__(
         self,
         correction: ClusterAffine,
-        features: str | None = None,
         output: Output = None,
         *,
         class_axis: int | None = None,
@@ -36,7 +35,6 @@ class CATHook:
         self.output = output
         self.class_axis = class_axis
         self.layer = layer
-        self._tap = None if features is None else FeatureTap(features)
         self._handle: RemovableHandle | None = None
         self._disabled = 0
 
@@ -45,18 +43,11 @@ class CATHook:
 
     def correct(self, module: nn.Module, output: Any) -> Any:
         """What `module` returned, with its logits corrected, whether or not the hook is disabled."""
-        features = () if self._tap is None else (self._tap.take(),)
         logits = extract(output, type(module).__name__, self.output)
         if self.correction.scale.device != logits.device:
             self.correction.to(logits.device)
         rows = to_rows(logits, self.class_axis)
-        corrected = self.correction(rows, *(part.to(logits.device) for part in features))
-        return insert(output, from_rows(corrected, logits, self.class_axis), self.output)
-
-    @property
-    def features(self) -> str | None:
-        """Name of the layer whose output feeds the correction, if one does."""
-        return None if self._tap is None else self._tap.name
+        return insert(output, from_rows(self.correction(rows), logits, self.class_axis), self.output)
 
     def attach(self, model: nn.Module) -> None:
         """Registers the hook on `model`, or on its layer that is to be corrected.
@@ -66,23 +57,12 @@ class CATHook:
         """
         refuse_attached(model)
         target = model if self.layer is None else find_layer(model, self.layer, "layer")
-        self.tap(model)
         self._handle = target.register_forward_hook(self)
-
-    def tap(self, model: nn.Module) -> None:
-        """Listens to the layer of `model` that feeds the correction, if one does.
-
-        Raises:
-            CATError: the model has no layer of its name.
-        """
-        if self._tap is not None:
-            self._tap.attach(model)
 
     def unattached(self) -> "CATHook":
         """A hook that corrects alike, with a copy of the correction, and is on no model."""
         twin = copy.copy(self)
         twin.correction = copy.deepcopy(self.correction)
-        twin._tap = None if self._tap is None else FeatureTap(self._tap.name)
         twin._handle = None
         return twin
 
@@ -91,8 +71,6 @@ class CATHook:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        if self._tap is not None:
-            self._tap.remove()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -8,28 +8,27 @@ from torch import Tensor, nn
 
 from cat_plugin.errors import CATError
 
-BUFFERS = ("weight", "bias", "scale", "shift", "project", "mix", "feature_mix")
+BUFFERS = ("weight", "bias", "scale", "shift", "project", "mix")
 REQUIRED = BUFFERS[:4]
 
 
 class ClusterAffine(nn.Module):
     """Corrects logits by the affine map of their cluster and, where there is one, a map that all clusters share.
 
-    `out = q * scale[ids] + shift[ids] + (q @ project) @ mix + h @ feature_mix`. The cluster of an image is
+    `out = q * scale[ids] + shift[ids] + (q @ project) @ mix`. The cluster of an image is
     `ids = argmax(q @ weight + bias)`, which is the nearest centroid, see `cat_plugin.fitting.clustering`. Holds buffers
     only, no parameters, so optimizers do not see it.
 
-    ===========  ======  =====================================================================
-    buffer       shape   holds
-    ===========  ======  =====================================================================
-    weight       (C, K)  PCA and centroids, folded
-    bias         (K,)    the same
-    scale        (K, C)  1 + alpha * (gamma - 1)
-    shift        (K, C)  alpha * beta
-    project      (C, R)  principal directions of the logits; None: no shared map
-    mix          (R, C)  what the logits along them add to every class; None with `project`
-    feature_mix  (D, C)  what the features `h` (N, D) of a layer add; None: no features
-    ===========  ======  =====================================================================
+    ========  ======  =====================================================================
+    buffer    shape   holds
+    ========  ======  =====================================================================
+    weight    (C, K)  PCA and centroids, folded
+    bias      (K,)    the same
+    scale     (K, C)  1 + alpha * (gamma - 1)
+    shift     (K, C)  alpha * beta
+    project   (C, R)  principal directions of the logits; None: no shared map
+    mix       (R, C)  what the logits along them add to every class; None with `project`
+    ========  ======  =====================================================================
 
     Computes in float32, or float64 for float64 inputs, and returns the input's dtype. In float32
     the result agrees with a float64 reference to about 1e-6 relative, except for images on a
@@ -57,7 +56,6 @@ class ClusterAffine(nn.Module):
     shift: Tensor
     project: Tensor | None
     mix: Tensor | None
-    feature_mix: Tensor | None
 
     def __init__(
         self,
@@ -67,18 +65,15 @@ class ClusterAffine(nn.Module):
         shift: Tensor,
         project: Tensor | None = None,
         mix: Tensor | None = None,
-        feature_mix: Tensor | None = None,
     ) -> None:
         super().__init__()
         buffers = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
         clusters, classes = scale.shape if scale.ndim == 2 else (0, 0)
         expected = [(classes, clusters), (clusters,), (clusters, classes), (clusters, classes)]
-        shared = {"project": project, "mix": mix, "feature_mix": feature_mix}
+        shared = {"project": project, "mix": mix}
         shared = {name: tensor for name, tensor in shared.items() if tensor is not None}
         rank = mix.shape[0] if mix is not None else 0
         shapes_of_shared = {"project": (classes, rank), "mix": (rank, classes)}
-        if feature_mix is not None:
-            shapes_of_shared["feature_mix"] = (feature_mix.shape[0], classes)
         expected += [shapes_of_shared[name] for name in shared]
         buffers |= shared
         shapes = [tuple(tensor.shape) for tensor in buffers.values()]
@@ -86,7 +81,7 @@ class ClusterAffine(nn.Module):
             found = ", ".join(f"{name} {shape}" for name, shape in zip(buffers, shapes, strict=True))
             raise CATError(
                 f"got {found}; expected weight (C, K), bias (K,), scale (K, C), shift (K, C), and where there is a "
-                "shared map project (C, R) with mix (R, C), and feature_mix (D, C)"
+                "shared map project (C, R) with mix (R, C)"
             )
         for name in BUFFERS:
             tensor = buffers.get(name)
@@ -123,31 +118,21 @@ class ClusterAffine(nn.Module):
             CATError: `q` is not floating-point, not of shape (N, C), or on another device.
         """
         self._check(q)
-        q = q.to(_compute_dtype(q))
+        q = q.to(compute_dtype(q))
         if self.num_clusters == 1:
             return torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
         with _full_precision(q):  # in half precision images near a border would change clusters
             return self._scores(q).argmax(dim=1)
 
-    def forward(self, q: Tensor, h: Tensor | None = None) -> Tensor:
-        """Corrected logits (N, C) in the dtype of `q` (N, C). Raises as `assign` does.
-
-        Args:
-            h: (N, D) features of the same images, for a correction that was fitted with them.
-
-        Raises:
-            CATError: `h` is missing, or not needed, or of another shape.
-        """
-        dtype = _compute_dtype(q)
+    def forward(self, q: Tensor) -> Tensor:
+        """Corrected logits (N, C) in the dtype of `q` (N, C). Raises as `assign` does."""
+        dtype = compute_dtype(q)
         ids = self.assign(q)
-        self._check_features(q, h)
         scale, shift = (self.scale, self.shift) if self.num_clusters == 1 else (self.scale[ids], self.shift[ids])
         out = q.to(dtype) * scale.to(dtype) + shift.to(dtype)
-        with _full_precision(q):
-            if self.mix is not None:
+        if self.mix is not None:
+            with _full_precision(q):
                 out = out + (q.to(dtype) @ self.project.to(dtype)) @ self.mix.to(dtype)
-            if self.feature_mix is not None:
-                out = out + h.to(dtype) @ self.feature_mix.to(dtype)
         return out.to(q.dtype)
 
     def half(self) -> "ClusterAffine":
@@ -178,8 +163,7 @@ class ClusterAffine(nn.Module):
 
     def extra_repr(self) -> str:
         rank = "" if self.mix is None else f"rank={self.mix.shape[0]}, "
-        features = "" if self.feature_mix is None else f"features={self.feature_mix.shape[0]}, "
-        return f"clusters={self.num_clusters}, classes={self.num_classes}, {rank}{features}{self.num_bytes} bytes"
+        return f"clusters={self.num_clusters}, classes={self.num_classes}, {rank}{self.num_bytes} bytes"
 
     def _scores(self, q: Tensor) -> Tensor:
         return q @ self.weight.to(q.dtype) + self.bias.to(q.dtype)
@@ -192,16 +176,6 @@ class ClusterAffine(nn.Module):
             )
         if q.device != self.scale.device:
             raise CATError(f"logits are on {q.device}, the correction on {self.scale.device}; move it with .to(...)")
-
-    def _check_features(self, q: Tensor, h: Tensor | None) -> None:
-        if self.feature_mix is None:
-            if h is not None:
-                raise CATError("got features h, but this correction was fitted on logits alone; call it with q only")
-            return
-        expected = (q.shape[0], self.feature_mix.shape[0])
-        if h is None or tuple(h.shape) != expected:
-            found = "no features h" if h is None else f"features h of shape {tuple(h.shape)}"
-            raise CATError(f"got {found}; this correction was fitted with features and takes h of shape {expected}")
 
     def _stored(self, dtype: torch.dtype) -> "ClusterAffine":
         buffers = dict(self.named_buffers())
@@ -252,5 +226,6 @@ def _peak(values: Tensor) -> Tensor:
     return torch.where(values.isfinite(), values, 0).float().abs().amax(dim=0).clamp(min=2.0**-60)
 
 
-def _compute_dtype(q: Tensor) -> torch.dtype:
+def compute_dtype(q: Tensor) -> torch.dtype:
+    """What corrections of the logits `q` are computed in."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32

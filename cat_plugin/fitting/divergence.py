@@ -1,8 +1,10 @@
-"""Maps that minimise the Kullback-Leibler divergence from full-precision to corrected predictions: convex, float64."""
+"""The divergence (Kullback-Leibler) of corrected from full-precision predictions, and maps that minimise it."""
 
+import math
 from collections.abc import Callable
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 MAX_STEPS = 40
@@ -64,6 +66,33 @@ def cross_entropy(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     normaliser = logits.logsumexp(dim=1, keepdim=True)
     value = (normaliser.squeeze(1) - (teacher * logits).sum(dim=1)).mean()
     return value, (logits - normaliser).exp_().sub_(teacher).div_(len(logits))
+
+
+def softened(f: Tensor, temperature: float) -> Tensor:
+    """(N, C) predictions of the logits `f` (N, C), softened by a temperature."""
+    return (f / temperature).softmax(dim=1)
+
+
+def softened_divergence(output: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """(N,) cross-entropy of predictions against those of the teacher, (N, C), softened by the same temperature, at the
+    scale of `output` (N, C) that makes its mean smallest."""
+    scaled = best_scale(output / temperature, teacher) * output / temperature
+    return scaled.logsumexp(dim=1) - (teacher * scaled).sum(dim=1)
+
+
+def best_scale(logits: Tensor, teacher: Tensor) -> float:
+    """The factor of `logits` (N, C) that brings their softmax nearest to `teacher` on average."""
+    spread = logits.var(dim=1, correction=0).mean().sqrt().item()
+    if not spread > 1e-12:
+        return 1.0  # all classes alike, as where there is but one: no factor changes a prediction
+    inner, unit = (teacher * logits).sum(dim=1).mean(), math.log(spread)
+    found = minimize_scalar(
+        lambda log_scale: ((math.exp(log_scale) * logits).logsumexp(dim=1).mean() - math.exp(log_scale) * inner).item(),
+        bounds=(math.log(0.01) - unit, math.log(1000) - unit),
+        method="bounded",
+        options={"xatol": 1e-3},
+    )
+    return math.exp(found.x)
 
 
 def _minimise(value_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from cat_plugin.config import CATConfig
 from cat_plugin.correction.module import ClusterAffine
-from cat_plugin.fitting.fit import Fit, cross_fitted, fit_paper, gather_all
+from cat_plugin.fitting.fit import Fit
+from cat_plugin.fitting.paper import cross_fitted, fit_paper
 from cat_plugin.fitting.processes import ALONE, Processes
 from cat_plugin.fitting.store import LogitStore
 from cat_plugin.metrics import standard_error
@@ -58,8 +59,8 @@ def fit_layer(store: LogitStore, config: CATConfig, processes: Processes = ALONE
         CATError: in `"paper"` mode there are fewer rows than clusters.
     """
     if config.mode == "auto":
-        config = dataclasses.replace(config, mode="paper", num_clusters=1, min_cluster_size=None)
-    q, f, images = gather_all(store, processes)
+        config = dataclasses.replace(config, mode="paper", num_clusters=1)
+    q, f, images = store.gathered(processes)
     out = cross_fitted(q, f, config, images)
     scores = None if out is None else LayerScores.of(f, q, out, images)
     if scores is not None and scores.accepted:

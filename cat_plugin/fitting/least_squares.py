@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from cat_plugin.fitting.processes import Processes
+
 MIN_VARIANCE = 1e-8
 
 
@@ -47,11 +49,17 @@ class AffineSums:
         self._mean_q, self._mean_f = mean_q, mean_f
         self.sums = mean_q.new_zeros(5, len(mean_q))
 
-    def add(self, q: Tensor, f: Tensor) -> None:
+    def add(self, q: Tensor, f: Tensor) -> "AffineSums":
         """Adds images with logits `q` and `f`, both (n, C) float64."""
         q, f = q - self._mean_q, f - self._mean_f
         parts = (torch.ones_like(q), q, f, q.square(), q * f)
         self.sums += torch.stack([part.sum(dim=0) for part in parts])
+        return self
+
+    def over(self, processes: Processes) -> "AffineSums":
+        """The sums of all processes together."""
+        self.sums = processes.sum(self.sums)
+        return self
 
     def solve(self) -> tuple[Tensor, Tensor]:
         """gamma (1, C) and beta (1, C), as `fit_affine` with one cluster."""
@@ -63,7 +71,14 @@ class AffineSums:
 
 
 class SharedSums:
-    """Statistics of `fit_shared`, added up chunk by chunk, for R features and C classes."""
+    """Linear map from R features to what another map left over, each feature as strong as the data support.
+
+    `residual ~ z @ coefficients + offset`, from statistics that are added up chunk by chunk. The coefficients of
+    feature j, one for each of C classes, are taken as draws from a normal distribution around 0 whose variance is
+    estimated from them (empirical Bayes, by moments): least squares, times `t / (t + s)` with the variance t of the
+    coefficients and s of their errors. A feature that explains nothing gets coefficients 0, so neither a rank nor a
+    strength has to be chosen.
+    """
 
     def __init__(self, features: int, classes: int) -> None:
         self.sums = torch.zeros(features + 1, features + 1 + classes, dtype=torch.float64)
@@ -76,8 +91,13 @@ class SharedSums:
         self.power += residual.square().sum(dim=0)
         return self
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """Coefficients (R, C) and offset (C,)."""
+    def over(self, processes: Processes) -> "SharedSums":
+        """The sums of all processes together."""
+        self.sums, self.power = processes.sum(self.sums), processes.sum(self.power)
+        return self
+
+    def solve(self, share: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Coefficients (R, C) and offset (C,); `share` is that of effective samples among the rows."""
         features, classes = len(self.sums) - 1, len(self.power)
         n_images = self.sums[features, features]
         mean_z, mean_residual = self.sums[features, :features] / n_images, self.sums[features, -classes:] / n_images
@@ -88,32 +108,22 @@ class SharedSums:
         inverse = torch.linalg.inv(gram + jitter * torch.eye(features, dtype=gram.dtype))
         coefficients = inverse @ cross
         errors = (power.sum() - (coefficients * cross).sum()).clamp(min=0)
-        noise = inverse.diagonal() * errors / (classes * (n_images - features - 1).clamp(min=1))
+        noise = inverse.diagonal() * errors / (classes * (share * n_images - features - 1).clamp(min=1))
         signal = (coefficients.square().mean(dim=1) - noise).clamp(min=0)
         coefficients = coefficients * (signal / (signal + noise).clamp(min=torch.finfo(noise.dtype).tiny)).unsqueeze(1)
         return coefficients, mean_residual - mean_z @ coefficients
 
 
-def fit_shared(z: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Linear map from features to what another map left over, each feature as strong as the data support.
-
-    The coefficients of feature j, one for each class, are taken as draws from a normal distribution around 0 whose
-    variance is estimated from them (empirical Bayes, by moments): least squares, times `t / (t + s)` with the
-    variance t of the coefficients and s of their errors. A feature that explains nothing gets coefficients 0, so
-    neither a rank nor a strength has to be chosen.
-
-    Args:
-        z: (N, R) float64 features, R < N - 2, of mean about 0.
-        residual: (N, C) float64, of mean about 0.
-
-    Returns:
-        coefficients (R, C) and offset (C,) such that `residual ~ z @ coefficients + offset`.
-    """
-    return SharedSums(z.shape[1], residual.shape[1]).add(z, residual).solve()
-
-
 class DeviationSums:
-    """Statistics of `fit_deviations`, added up chunk by chunk, for K clusters.
+    """Each cluster's affine deviation from a map that all share, pulled to none as strongly as the data ask.
+
+    `residual ~ slope[k] * q + offset[k]` within cluster k of K, from statistics that are added up chunk by chunk.
+    Slopes and centred offsets are taken as draws from normal distributions around 0, with variances relative to the
+    noise of a class that are estimated over all clusters and classes (empirical Bayes, by moments). So a cluster of
+    five images inherits the shared map, and one of five hundred speaks; fewer than three say nothing.
+
+    With `keep_slope`, the slope of the shared map is left as it is on average over the clusters. Noise in `q` flattens
+    least-squares slopes, which lowers the largest logit; a shared map that was fitted otherwise need not be.
 
     Args:
         mean: (C,) float64 logits near the mean, from which deviations are counted, to keep digits.
@@ -132,51 +142,33 @@ class DeviationSums:
             total.index_add_(0, ids, part)
         return self
 
-    def solve(self, *, keep_slope: bool = False) -> tuple[Tensor, Tensor]:
-        """slope (K, C) and offset (K, C)."""
-        images = self.counts.clamp(min=1).unsqueeze(1)
-        mean_q, mean_residual = self.sums[0] / images, self.sums[1] / images
-        power = (self.sums[2] - images * mean_q.square()).clamp(min=0)
-        cross = self.sums[3] - images * mean_q * mean_residual
+    def over(self, processes: Processes) -> "DeviationSums":
+        """The sums of all processes together."""
+        self.counts, self.sums = processes.sum(self.counts), processes.sum(self.sums)
+        return self
+
+    def solve(self, share: float = 1.0, *, keep_slope: bool = False) -> tuple[Tensor, Tensor]:
+        """slope (K, C) and offset (K, C); `share` is that of effective samples among the rows."""
+        counts, sums = share * self.counts, share * self.sums
+        images = counts.clamp(min=1).unsqueeze(1)
+        mean_q, mean_residual = sums[0] / images, sums[1] / images
+        power = (sums[2] - images * mean_q.square()).clamp(min=0)
+        cross = sums[3] - images * mean_q * mean_residual
         slope = cross / power.clamp(min=MIN_VARIANCE)
-        squares = (self.sums[4] - images * mean_residual.square() - slope * cross).clamp(min=0).sum(dim=0)
-        n_images = self.counts.sum()
-        noise = (squares / (n_images - 2 * len(self.counts)).clamp(min=1)).clamp(min=1e-12)
+        squares = (sums[4] - images * mean_residual.square() - slope * cross).clamp(min=0).sum(dim=0)
+        n_images = counts.sum()
+        noise = (squares / (n_images - 2 * len(counts)).clamp(min=1)).clamp(min=1e-12)
         if keep_slope:
             slope = slope - (power * slope).sum(dim=0) / power.sum(dim=0).clamp(min=MIN_VARIANCE)
-        totals = self.sums.sum(dim=1) / n_images
+        totals = sums.sum(dim=1) / n_images
         spread = (totals[2] - totals[0].square()).clamp(min=MIN_VARIANCE)
-        speaks = ((self.counts > 2).unsqueeze(1) & (power > MIN_VARIANCE)).double()
+        speaks = ((counts > 2).unsqueeze(1) & (power > MIN_VARIANCE)).double()
         # E[mean^2] = noise * (tau + 1 / n), E[slope^2] = noise * (tau / spread + 1 / power): summed, solved for tau.
         offset_tau = _moment(mean_residual.square() * images / noise, images.expand_as(power), speaks)
         slope_tau = _moment(slope.square() * power / noise, power / spread, speaks)
         offset = mean_residual * speaks * (images * offset_tau / (images * offset_tau + 1))
         slope = slope * speaks * (power * slope_tau / (power * slope_tau + spread))
         return slope, offset - slope * (mean_q + self._mean)
-
-
-def fit_deviations(
-    q: Tensor, residual: Tensor, ids: Tensor, num_clusters: int, *, keep_slope: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Each cluster's affine deviation from a map that all share, pulled to none as strongly as the data ask.
-
-    `residual ~ slope[k] * q + offset[k]` within cluster k. Slopes and centred offsets are taken as draws from normal
-    distributions around 0, with variances relative to the noise of a class that are estimated over all clusters and
-    classes (empirical Bayes, by moments). So a cluster of five images inherits the shared map, and one of five
-    hundred speaks.
-
-    Args:
-        q: (N, C) float64 logits of the quantized model.
-        residual: (N, C) float64, what the shared map leaves of the full-precision logits.
-        ids: (N,) int64, cluster of each image.
-        num_clusters: K.
-        keep_slope: leave the slope of the shared map as it is on average over the clusters. Noise in `q` flattens
-            least-squares slopes, which lowers the largest logit; a shared map that was fitted otherwise need not be.
-
-    Returns:
-        slope (K, C) and offset (K, C), float64; 0 for clusters of fewer than three images.
-    """
-    return DeviationSums(num_clusters, q.mean(dim=0)).add(q, residual, ids).solve(keep_slope=keep_slope)
 
 
 def _moment(squares: Tensor, weights: Tensor, speaks: Tensor) -> Tensor:

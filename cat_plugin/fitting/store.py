@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cat_plugin.errors import CATError
+from cat_plugin.fitting.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ CHUNK_VALUES = 2**21
 
 
 class LogitStore:
-    """Logits (N, C) of the quantized and of the full-precision model, and features (N, D), of the same images.
+    """Logits (N, C) of the quantized and of the full-precision model for the same images.
 
     Where a row is not an image but a position of one, rows come with the image that they belong to.
 
@@ -40,30 +41,28 @@ class LogitStore:
         self._dtype = torch.float32
 
     @classmethod
-    def of(cls, q: Tensor, f: Tensor, h: Tensor | None = None, images: Tensor | None = None) -> "LogitStore":
-        """A store in memory of logits (N, C) twice, and features (N, D); `images` as in `append`."""
+    def of(cls, q: Tensor, f: Tensor, images: Tensor | None = None) -> "LogitStore":
+        """A store in memory of logits (N, C) twice; `images` as in `append`."""
         store = cls(memory_values=math.inf)
-        store.append(q, f, h, images)
+        store.append(q, f, images)
         return store
 
-    def append(self, q: Tensor, f: Tensor, h: Tensor | None = None, images: Tensor | None = None) -> None:
-        """Adds the logits of a batch (n, C) twice, and its features (n, D), on any device.
+    def append(self, q: Tensor, f: Tensor, images: Tensor | None = None) -> None:
+        """Adds the logits of a batch, (n, C) twice, on any device.
 
         images: (n,) int64, counted from 0 over all batches, the image of every row; None: every row is one.
         """
-        parts = tuple(part.detach().cpu() for part in (q, f, h) if part is not None)
+        parts = tuple(part.detach().cpu() for part in (q, f))
         widths = tuple(part.shape[1] for part in parts)
         if any(len(part) != len(parts[0]) for part in parts) or self._widths not in ((), widths):
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-            raise CATError(
-                f"a batch has logits and features of shapes {shapes}; expected one row an image, always as wide"
-            )
+            raise CATError(f"a batch has logits of shapes {shapes}; expected one row an image, always as wide")
         if (images is None) != (not self._images) and self._length:
             raise CATError("some batches have one row an image and others several; expected outputs of one kind")
         if images is not None:
             self._images.append(images.cpu())
         mixture = torch.randn(widths[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        self._keys.append(torch.stack([(part.double() * mixture).sum(1) for part in parts[:2]], 1))
+        self._keys.append(torch.stack([(part.double() * mixture).sum(1) for part in parts], 1))
         self._widths = widths
         self._dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self._length += len(q)
@@ -104,22 +103,29 @@ class LogitStore:
         """(N, 2) float64: a mixture of the logits of each model, by which images are told apart and put in order."""
         return torch.cat(self._keys) if self._keys else torch.empty(0, 2, dtype=torch.float64)
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """All rows in order, `(q, f, h)`, as many at a time as memory takes."""
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All rows in order, `(q, f)`, as many at a time as memory takes."""
         size = max(CHUNK_VALUES // max(sum(self._widths), 1), 1)
         for start in range(0, self._length, size):
             yield self.take(torch.arange(start, min(start + size, self._length)))
 
-    def take(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The given rows (n,) int64, `(q, f, h)` in float64."""
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The given rows (n,) int64, `(q, f)` in float64."""
         if self._folder is None:
             if len(self._parts) > 1:
                 self._parts = [tuple(torch.cat(part) for part in zip(*self._parts, strict=True))]
-            parts = [part[rows].double() for part in self._parts[0]]
+            q, f = (part[rows].double() for part in self._parts[0])
         else:
-            parts = [self._read(index, width, rows.numpy()) for index, width in enumerate(self._widths)]
-        q, f, *h = parts
-        return q, f, h[0] if h else None
+            q, f = (self._read(index, width, rows.numpy()) for index, width in enumerate(self._widths))
+        return q, f
+
+    def gathered(self, processes: Processes) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All rows of all processes, `(q, f, images)`, logits (N, C) in the dtype of the store."""
+        q, f = (processes.gather_rows(part.to(self.dtype)) for part in self.take(torch.arange(len(self))))
+        images = self.images
+        if images is not None:
+            images = processes.gather_rows(images + processes.rows_before(self.num_images))
+        return q, f, images
 
     def close(self) -> None:
         """Forgets everything and deletes the files."""

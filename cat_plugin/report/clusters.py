@@ -7,8 +7,7 @@ from torch import Tensor
 
 from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.errors import CATError
-from cat_plugin.fitting.criteria import centred
-from cat_plugin.metrics import kl_divergence
+from cat_plugin.metrics import centred, kl_divergence
 
 CLUSTERS_KEPT = 6
 CLASSES_KEPT = 10

@@ -4,11 +4,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cat_plugin.errors import CATError
-from cat_plugin.fitting.auto import Candidate
+from cat_plugin.fitting.evidence import Candidate, Evidence
+from cat_plugin.fitting.layer import LayerScores
+from cat_plugin.fitting.scores import HeldOutScores
 from cat_plugin.metrics import ClassChanges
+from cat_plugin.report.accuracy import AccuracyReport
 from cat_plugin.report.clusters import ClusterProfile
 from cat_plugin.saving.files import replacing
 from cat_plugin.saving.names import check_class_names
@@ -16,8 +19,6 @@ from cat_plugin.saving.names import check_class_names
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from cat_plugin.report.report import CATReport
 
 # Colours of Okabe and Ito, which people with any colour vision tell apart; markers tell them apart without colour.
 FP, QUANTIZED, CORRECTED = ("#000000", "o"), ("#E69F00", "s"), ("#009E73", "^")
@@ -31,8 +32,20 @@ CLASSES_DRAWN = 16
 NAME_LENGTH = 20
 
 
+class Drawable(Protocol):
+    """What is drawn of a `CATReport`."""
+
+    accuracy: AccuracyReport | None
+    held_out: HeldOutScores | LayerScores | None
+    evidence: Evidence | None
+    clusters: Sequence[ClusterProfile]
+    num_clusters: int
+    positions: int | None
+    layer: str | None
+
+
 def plot_report(
-    report: "CATReport", path: str | os.PathLike[str] | None = None, class_names: Sequence[str] | None = None
+    report: Drawable, path: str | os.PathLike[str] | None = None, class_names: Sequence[str] | None = None
 ) -> "Figure":
     """See `CATReport.plot`."""
     target = None if path is None else _writable(path)
@@ -160,7 +173,7 @@ def readable(label: int, names: Sequence[str] | None) -> str:
     return (name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…").replace("$", r"\$")
 
 
-def _summary_panels(report: "CATReport", names: Sequence[str] | None) -> list[Callable[["Axes"], None]]:
+def _summary_panels(report: Drawable, names: Sequence[str] | None) -> list[Callable[["Axes"], None]]:
     """What there is to draw of the whole model, as functions that draw it."""
     panels: list[Callable[[Axes], None]] = []
     accuracy, agreement = report.accuracy, None if report.layer is not None else report.held_out
@@ -220,7 +233,7 @@ def _draw_candidates(panel: "Axes", candidates: Sequence[Candidate]) -> None:
     panel.set_title("families of maps (share of the weight)", fontsize=SMALL)
 
 
-def _checked_names(report: "CATReport", class_names: Sequence[str] | None) -> tuple[str, ...] | None:
+def _checked_names(report: Drawable, class_names: Sequence[str] | None) -> tuple[str, ...] | None:
     scores = (report.accuracy, report.held_out)
     known = [changes.num_classes for score in scores if (changes := getattr(score, "classes", None)) is not None]
     highest = max((label for profile in report.clusters for label in profile.classes), default=-1)

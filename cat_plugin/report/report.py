@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cat_plugin.errors import CATError
-from cat_plugin.evaluation import AccuracyReport
-from cat_plugin.fitting.auto import Evidence
-from cat_plugin.fitting.fit import HeldOutScores
+from cat_plugin.fitting.evidence import Evidence
 from cat_plugin.fitting.layer import LayerScores
+from cat_plugin.fitting.scores import HeldOutScores
+from cat_plugin.report.accuracy import AccuracyReport
 from cat_plugin.report.clusters import ClusterProfile
 from cat_plugin.report.figures import plot_report
 from cat_plugin.report.layers import LayerCount

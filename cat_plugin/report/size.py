@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cat_plugin.running.inference import storage_leaves
-from cat_plugin.saving.fingerprint import state_tensors
+from cat_plugin.running.tensors import state_tensors, storage_leaves
 
 MAX_BITS = 8
 ROWS = 16

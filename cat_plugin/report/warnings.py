@@ -1,10 +1,9 @@
 """What makes a fit doubtful, in words that say what to do."""
 
-import hashlib
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 FEW_IMAGES = 256
 REUSED_SHARE = 0.5
@@ -103,15 +102,3 @@ def _chance(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
 
 def _are_probabilities(logits: Tensor) -> bool:
     return logits.shape[1] > 1 and bool((logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < 1e-2).all())
-
-
-def image_digests(images: Tensor) -> list[str]:
-    """What tells images (N, ...) apart: SHA-256 of the float32 bytes of each, the first 16 hexadecimal digits."""
-    flat = images.detach().to("cpu", torch.float32).contiguous().reshape(len(images), -1)
-    return [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in flat]
-
-
-def known_calibration(model: nn.Module) -> frozenset[str] | None:
-    """The `image_digests` that a quantizer left in the attribute `calibration_digests` of its model, if it did."""
-    digests = getattr(model, "calibration_digests", None)
-    return frozenset(digests) if isinstance(digests, set | frozenset) and digests else None

@@ -1,6 +1,6 @@
 """Paired logits of the quantized and the full-precision model, in one pass through a loader."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cat_plugin.correction.hook import refuse_attached
+from cat_plugin.checks import Faults, check_same_shape
 from cat_plugin.errors import CATError
-from cat_plugin.report.warnings import image_digests, known_calibration
+from cat_plugin.running.digests import image_digests, known_calibration
 from cat_plugin.running.inference import inference
 from cat_plugin.running.loaders import (
     NO_IMAGES,
@@ -27,7 +27,7 @@ from cat_plugin.running.loaders import (
 from cat_plugin.running.models import check_models, unwrap
 from cat_plugin.running.outputs import Output, check_where, extract
 from cat_plugin.running.positions import PositionDraw
-from cat_plugin.running.taps import captured, tapped
+from cat_plugin.running.taps import captured
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +35,14 @@ class PairedOutputs:
     """Logits of both models for the same images, on the CPU.
 
     q: (N, C) float32, of the quantized model. f: (N, C) float32, of the full-precision model.
-    targets: (N,) int64, or None where the loader has no labels. h: (N, D) float32 features of a layer of the
-    quantized model, or None where none were asked for. calibrated: (images,) bool, whether the quantized model was
-    calibrated on an image, or None where it does not tell, see `known_calibration`. images: (N,) int64, where outputs
-    have positions, which are the N rows then: the image that each belongs to.
+    targets: (N,) int64, or None where the loader has no labels. calibrated: (images,) bool, whether the quantized
+    model was calibrated on an image, or None where it does not tell, see `known_calibration`. images: (N,) int64, where
+    outputs have positions, which are the N rows then: the image that each belongs to.
     """
 
     q: Tensor
     f: Tensor
     targets: Tensor | None = None
-    h: Tensor | None = None
     calibrated: Tensor | None = None
     images: Tensor | None = None
 
@@ -64,7 +62,6 @@ def stream_outputs(
     fp_model: nn.Module,
     loader: Loader,
     *,
-    features: str | None = None,
     layer: str | None = None,
     output: Output = None,
     class_axis: int | None = None,
@@ -80,7 +77,6 @@ def stream_outputs(
 
     Args:
         loader: see `iterate_inputs`.
-        features: a layer of the quantized model whose outputs are given too, averaged over positions.
         layer: a layer of both models whose outputs are given in place of the models' logits.
         output: where the outputs hold the logits, if it is not obvious, see `cat_plugin.running.outputs.extract`.
         class_axis: that of the classes where outputs have positions, see `cat_plugin.running.positions.class_axis_of`.
@@ -97,7 +93,6 @@ def stream_outputs(
     check_models(quantized_model, fp_model)
     check_where(output)
     check_forward(models, forward_fn)
-    refuse_attached(quantized_model)
     calibration = known_calibration(quantized_model)
     draw, total = PositionDraw(class_axis, positions, seed), 0
     with ExitStack() as stack:
@@ -105,8 +100,7 @@ def stream_outputs(
         quantized = stack.enter_context(captured(quantized_model, "quantized_model", layer, output))
         # Hooks of the full-precision model need not run, unless a layer of it is asked for.
         fp = None if layer is None else stack.enter_context(captured(fp_model, "fp_model", layer, output))
-        tap = stack.enter_context(tapped(quantized_model, features))
-        faults = [_Faults(name) for name in (quantized.name, fp.name if fp else "fp_model", f"layer {features!r}")]
+        faults = [Faults(name) for name in (quantized.name, fp.name if fp else "fp_model")]
         batches = iterate_inputs(loader, batch_size, whole=forward_fn is not None)
         for batch, labels in progress_bar(batches, loader, batch_size, progress, "CAT: collecting logits"):
             returned = run(quantized_model, batch, forward_fn)
@@ -119,23 +113,12 @@ def stream_outputs(
             whole = fp.take() if fp else extract(returned, "fp_model", output, lenient=True)
             check_same_shape({"quantized_model": drawn.shape, "fp_model": whole.shape})
             f = to_cpu(drawn.rows(whole))
-            if tap is not None and drawn.dense:
-                raise CATError(
-                    f"quantized_model gave {tuple(drawn.shape)}, and features={features!r} feed the correction of "
-                    "one row an image; leave features out for outputs that have positions"
-                )
-            h = None if tap is None else to_cpu(tap.take())
-            if h is not None and len(h) != len(q):
-                raise CATError(
-                    f"layer {features!r} gave {len(h)} rows for {len(q)} images (windows or tokens may be rows there); "
-                    "name a layer that gives one row an image"
-                )
             inputs = batch if forward_fn is None else find_inputs(batch)
             known = None if calibration is None or inputs is None else _known(inputs, calibration)
-            for fault, values in zip(faults, (q, f, h), strict=True):
+            for fault, values in zip(faults, (q, f), strict=True):
                 fault.look(values)
             images = drawn.images()
-            yield PairedOutputs(q, f, drawn.labels(labels), h, known, None if images is None else total + images)
+            yield PairedOutputs(q, f, drawn.labels(labels), known, None if images is None else total + images)
             total += drawn.shape[0]
     if total == 0:
         raise CATError(NO_IMAGES)
@@ -148,20 +131,6 @@ def progress_bar(
 ) -> Iterator[Batch]:
     """`batches`, those of `loader`, with a progress bar if `progress` is true."""
     return tqdm(batches, title, num_batches(loader, batch_size) if progress else None, disable=not progress)
-
-
-def check_same_shape(shapes: Mapping[str, torch.Size]) -> None:
-    """Raises a `CATError` unless the outputs of all models (name -> shape) have the same shape."""
-    if len(set(shapes.values())) > 1:
-        found = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-        raise CATError(f"outputs differ in shape for the same batch: {found}; expected the same classes")
-
-
-def check_finite(logits: Tensor, name: str) -> None:
-    """Raises a `CATError` if `logits` (N, C) of the model `name` hold NaN or infinite values."""
-    faults = _Faults(name)
-    faults.look(logits)
-    faults.tell()
 
 
 def to_cpu(logits: Tensor) -> Tensor:
@@ -181,25 +150,3 @@ def _check_returned(q: Tensor, returned: Tensor) -> None:
 def _known(images: Tensor, calibration: frozenset[str]) -> Tensor:
     """(N,) bool: was the quantized model calibrated on an image, to judge by `calibration`."""
     return torch.tensor([digest in calibration for digest in image_digests(images)], dtype=torch.bool)
-
-
-class _Faults:
-    """Counts NaN and infinite values of the model `name`."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._values = self._images = self._total = 0
-
-    def look(self, logits: Tensor | None) -> None:
-        if logits is not None:
-            bad = ~torch.isfinite(logits)
-            self._values += int(bad.sum())
-            self._images += int(bad.any(dim=1).sum())
-            self._total += len(logits)
-
-    def tell(self) -> None:
-        if self._values:
-            raise CATError(
-                f"{self._name} gave {self._values} NaN or infinite logits, in {self._images} of {self._total} images; "
-                "check its scales, and its inputs for values out of range"
-            )

@@ -1,6 +1,5 @@
 """Run other people's models and leave no trace: modes, buffers and random states come back as they were."""
 
-import hashlib
 import logging
 import random
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cat_plugin.errors import CATError
+from cat_plugin.running.digests import state_digests
+from cat_plugin.running.tensors import named_tensors, storage_leaves
 
 logger = logging.getLogger(__name__)
 
@@ -76,27 +77,6 @@ def _set_training(flags: list[tuple[nn.Module, bool]]) -> list[tuple[nn.Module, 
     return [(module, error) for module, training, error in refused if module.training != training]
 
 
-def state_digests(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of dtype, shape and bytes of every parameter and buffer, non-persistent ones included, by name."""
-    return {name: tensor_digest(tensor) for name, tensor in named_tensors(model)}
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of all parameters and buffers."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def storage_leaves(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that hold the data of `tensor`, which may be a wrapper subclass of quantization tools."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from storage_leaves(getattr(tensor, name))
-    else:
-        yield tensor.detach()
-
-
 def _refuse_meta(model: nn.Module, name: str) -> None:
     found = [key for key, tensor in named_tensors(model) if any(leaf.is_meta for leaf in storage_leaves(tensor))]
     if found:
@@ -104,18 +84,6 @@ def _refuse_meta(model: nn.Module, name: str) -> None:
             f"{name} has {len(found)} parameters or buffers on the meta device, such as {found[0]!r}, which hold no "
             "data; materialise the model (to_empty) and load its weights first"
         )
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of dtype, shape and bytes of a tensor, the same on every device."""
-    digest = hashlib.sha256()
-    for leaf in storage_leaves(tensor):
-        digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-        values = leaf.dequantize() if leaf.is_quantized else leaf
-        # A copy: numpy() on the tensor itself would leave its storage unable to be resized, as observers do.
-        copy = values.to("cpu", copy=True).contiguous()
-        digest.update(copy.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _restore(states: "dict[str, _ModelState]", random_state: "_RandomState") -> list[str]:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from cat_plugin.errors import CATError
-from cat_plugin.running.inference import named_tensors, storage_leaves
+from cat_plugin.running.tensors import named_tensors, storage_leaves
 
 WRAPPED = ("model", "module")
 

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from cat_plugin.errors import CATError
-from cat_plugin.running.features import FeatureTap, find_layer
 from cat_plugin.running.outputs import Output, extract
 
 
@@ -59,14 +58,14 @@ def captured(model: nn.Module, name: str, layer: str | None, output: Output) -> 
         handle.remove()
 
 
-@contextmanager
-def tapped(model: nn.Module, features: str | None) -> Iterator[FeatureTap | None]:
-    """A `FeatureTap` on the layer `features` of `model` inside the block; None for None."""
-    if features is None:
-        yield None
-        return
-    tap = FeatureTap(features).attach(model)
-    try:
-        yield tap
-    finally:
-        tap.remove()
+def find_layer(model: nn.Module, name: str, argument: str) -> nn.Module:
+    """The layer `name` of `model`, as it was given for `argument`.
+
+    Raises:
+        CATError: there is none.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not isinstance(name, str) or not name or name not in modules:
+        known = ", ".join(child for child, _ in model.named_children())
+        raise CATError(f"{argument}={name!r} is no layer of {type(model).__name__}; its children are {known}")
+    return modules[name]

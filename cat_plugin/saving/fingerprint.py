@@ -2,15 +2,11 @@
 
 import dataclasses
 import hashlib
-import logging
-from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor, nn
 
-from cat_plugin.running.inference import named_tensors, storage_leaves, tensor_digest
-
-logger = logging.getLogger(__name__)
+from cat_plugin.running.digests import tensor_digest
+from cat_plugin.running.tensors import state_tensors, storage_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +46,6 @@ class Fingerprint:
                 f"{other.numbers:,}, or they have other names, shapes or types"
             )
         return "its weights or buffers have other values" if self.values != other.values else None
-
-
-def state_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of all parameters, buffers, and what else the `state_dict` holds."""
-    named = dict(named_tensors(model))
-    yield from named.items()
-    try:
-        state = model.state_dict()
-    except Exception:  # of other people's hooks
-        logger.debug("no state_dict of %s", type(model).__name__, exc_info=True)
-        return
-    for name, value in state.items():
-        if name not in named:
-            yield from _tensors(name, value)
-
-
-def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, list | tuple):
-        for index, part in enumerate(value):
-            yield from _tensors(f"{name}.{index}", part)
 
 
 def _digest(tensor: Tensor) -> str:

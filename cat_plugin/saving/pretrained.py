@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import safetensors.torch
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from cat_plugin.config import CATConfig
 from cat_plugin.correction.module import BUFFERS, REQUIRED, ClusterAffine
 from cat_plugin.errors import CATError
-from cat_plugin.report.report import CATReport
 from cat_plugin.running.outputs import Output
 from cat_plugin.saving.files import replacing
 from cat_plugin.saving.fingerprint import Fingerprint
 from cat_plugin.saving.names import check_class_names
-from cat_plugin.saving.plain import from_plain
+from cat_plugin.saving.plain import from_plain, to_plain
+
+Report = TypeVar("Report")
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +60,15 @@ class Saved:
     layer: str | None = None
     class_names: tuple[str, ...] | None = None
     config: CATConfig | None = None
-    report: CATReport | None = None
+    report: dict | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class Loaded(Generic[Report]):
     """What a folder holds, checked, for the arguments of `CATWrapper`."""
 
     correction: ClusterAffine
-    report: CATReport | None
+    report: Report | None
     config: CATConfig | None
     output: Output
     layer: str | None
@@ -77,7 +79,7 @@ def save(
     folder: str | os.PathLike,
     model: nn.Module,
     correction: ClusterAffine,
-    report: CATReport | None,
+    report: Any,
     config: CATConfig | None,
     output: Output,
     layer: str | None,
@@ -104,7 +106,7 @@ def save(
         layer=layer,
         class_names=check_class_names(class_names, correction.num_classes),
         config=config,
-        report=report,
+        report=None if report is None else to_plain(report),
     )
     text = json.dumps(dataclasses.asdict(saved), indent=2, ensure_ascii=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,19 +115,22 @@ def save(
         config_file.write_bytes(text.encode())
 
 
-def load(folder: str | os.PathLike, model: nn.Module, strict: bool, output: Output) -> Loaded:
+def load(
+    folder: str | os.PathLike, model: nn.Module, strict: bool, output: Output, report_type: type[Report]
+) -> Loaded[Report]:
     """Reads what `save` wrote, for `model`.
 
     Args:
         strict: whether another model than the one that it was saved with is an error, or a logged warning.
         output: in place of the saved one, if given.
+        report_type: dataclass of the report.
 
     Raises:
         CATError: there is no such folder or file; a file is damaged, or not the one that the other was saved with; the
             format is unknown; values are of wrong types, shapes, or not finite; or the model is another one.
     """
     folder = _existing(folder)
-    saved = _read_config(folder / CONFIG_NAME)
+    saved, report = _read_config(folder / CONFIG_NAME, report_type)
     data = _read(folder / TENSORS_NAME)
     if hashlib.sha256(data).hexdigest() != saved.tensors_sha256:
         raise CATError(
@@ -151,7 +156,7 @@ def load(folder: str | os.PathLike, model: nn.Module, strict: bool, output: Outp
         class_names = check_class_names(saved.class_names, correction.num_classes)
     except CATError as error:
         raise CATError(f"{folder / CONFIG_NAME}: {error}") from error
-    return Loaded(correction, saved.report, saved.config, output, saved.layer, class_names)
+    return Loaded(correction, report, saved.config, output, saved.layer, class_names)
 
 
 def _existing(folder: str | os.PathLike) -> Path:
@@ -175,7 +180,7 @@ def _read(path: Path) -> bytes:
         raise CATError(f"{path} cannot be read ({error.strerror}); save_pretrained writes it") from error
 
 
-def _read_config(path: Path) -> Saved:
+def _read_config(path: Path, report_type: type[Report]) -> tuple[Saved, Report | None]:
     data = _read(path)
     try:
         values = json.loads(data.decode())
@@ -190,7 +195,8 @@ def _read_config(path: Path) -> Saved:
             f"format {FORMAT_VERSION}: install that one, or save again"
         )
     try:
-        return from_plain(Saved, values, "the file")
+        saved = from_plain(Saved, values, "the file")
+        return saved, None if saved.report is None else from_plain(report_type, saved.report, "the file.report")
     except (CATError, OverflowError) as error:
         raise CATError(f"{path}: {error}") from error
 

@@ -36,6 +36,19 @@ class LongSkip(nn.Module):
         return self.fc(self.c(a + self.b(a).relu()).mean((2, 3)))
 
 
+class ReadByFunction(nn.Module):
+    """The output of `conv` is also read by an addition, which is no module, so that no hook sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.conv(self.bn0(self.stem(x)))
+        return (self.bn(x) + x).mean((2, 3))
+
+
 class Windows(nn.Module):
     """A block whose first layer sees four windows of an image as four rows, and one layer behind it."""
 
@@ -87,3 +100,9 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
 def images(count: int, seed: int = 1, size: int = 8) -> torch.Tensor:
     """Seeded inputs ``(count, 3, size, size)``."""
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    """Whether both hold the same values."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

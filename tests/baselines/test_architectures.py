@@ -9,9 +9,10 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 from baselines import quantize, summarize
-from baselines.network.folding import folded_copy
+from baselines.network.batch_norm_folding import folded_copy
+from baselines.network.blocks import find_blocks
 from baselines.network.trace import trace
-from baselines.network.units import find_blocks, find_units
+from baselines.network.units import find_units
 
 from .networks import SmallResNet, images, randomized
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from baselines import quantize, summarize
 from baselines.network.attention import Product
-from baselines.network.folding import plain_copy
+from baselines.network.plain_copy import plain_copy
 from baselines.quantization.quantizers import ActivationQuantizer
 
 from ..networks import images, randomized

@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from baselines.network.folding import folded_copy
+from baselines.network.batch_norm_folding import folded_copy
+from baselines.network.blocks import find_blocks
 from baselines.network.trace import trace
-from baselines.network.units import find_blocks, quantized_layers
 from baselines.quantization.convert import quantized_copy, set_activation_ranges
+from baselines.quantization.layers import quantized_layers
 from baselines.quantization.quantizers import ActivationQuantizer
 from baselines.quantization.specs import OFF, QuantSpec
 

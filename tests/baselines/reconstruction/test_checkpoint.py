@@ -4,12 +4,12 @@ import json
 import pytest
 import torch
 
-import baselines.reconstruction.engine
 from baselines import quantize
 from baselines.recipes import Recipe, Stage
-from baselines.reconstruction.engine import UnitRun
+from baselines.reconstruction import engine
+from baselines.reconstruction.unit_run import UnitRun
 
-from ..networks import SmallResNet, images, randomized
+from ..networks import SmallResNet, images, randomized, same
 
 UNITS = 4
 OPTIONS = {"w_bits": 2, "a_bits": 2, "iters": 3, "batch_size": 16, "seed": 5}
@@ -51,11 +51,6 @@ def worked_on(monkeypatch):
 
     monkeypatch.setattr(UnitRun, "finish", finish)
     return seen
-
-
-def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +110,8 @@ def test_stopped_again_and_again(tmp_path, monkeypatch, whole, worked_on):
 @pytest.mark.parametrize("method", ["qdrop", "brecq"])
 def test_finished_network_comes_back_without_a_step_or_a_captured_input(tmp_path, monkeypatch, method, whole):
     run(tmp_path, method=method)
-    monkeypatch.setattr(baselines.reconstruction.engine, "UnitRun", None)
-    monkeypatch.setattr(baselines.reconstruction.engine, "Stream", None)
+    monkeypatch.setattr(engine, "UnitRun", None)
+    monkeypatch.setattr(engine, "Stream", None)
     assert same(run(tmp_path, method=method), whole[method])
 
 

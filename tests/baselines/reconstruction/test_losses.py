@@ -1,28 +1,35 @@
 import pytest
 import torch
 
-from baselines.reconstruction.losses import inner_product, reconstruction_error
+from baselines.reconstruction.losses import reconstruction_error
+
+from ..networks import SmallResNet, randomized
+
+
+def error(network, inputs):
+    with torch.no_grad():
+        return (network(inputs) - randomized(SmallResNet())(inputs)).square().mean().item()
+
+
+def test_reconstruction_error_takes_other_norms():
+    output = torch.tensor([[1.0, -2.0]])
+    error = reconstruction_error(output, torch.zeros(1, 2), 1, 2.4)
+    assert error.item() == pytest.approx(1 + 2**2.4)
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_reconstruction_error_sums_channels_and_averages_the_rest(axis):
+    output, target = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+    assert reconstruction_error(output, target, axis).item() == (3 if axis == 1 else 4)
+
+
+def test_weights_of_the_error_multiply_its_elements():
+    output, weights = torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, 0.5]])
+    assert reconstruction_error(output, torch.zeros(1, 2), 1, 2.0, weights).item() == pytest.approx(3 + 0.5 * 4)
 
 
 def values(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize(
-    "arrange",
-    [
-        lambda x: x,
-        lambda x: x.to(memory_format=torch.channels_last),
-        lambda x: x.transpose(2, 3),
-        lambda x: x[:, :, :1].expand(-1, -1, 4, -1),
-    ],
-    ids=["contiguous", "channels-last", "transposed", "expanded"],
-)
-def test_inner_product_for_any_layouts(arrange):
-    a, b = values(2, 3, 4, 4).double(), values(2, 3, 4, 4, seed=1).double()
-    expected = sum(x * y for x, y in zip(arrange(a).flatten().tolist(), b.flatten().tolist(), strict=True))
-    for other in (b, b.to(memory_format=torch.channels_last)):
-        assert inner_product(arrange(a), other).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("norm", [2.0, 2.4])

@@ -3,12 +3,14 @@ from collections import namedtuple
 import pytest
 import torch
 
-from baselines.network.folding import folded_copy
+from baselines.network.batch_norm_folding import folded_copy
+from baselines.network.blocks import find_blocks
 from baselines.network.trace import trace
-from baselines.network.units import find_blocks, find_units
-from baselines.reconstruction.cache import Cached, CachePlan, Stream
+from baselines.network.units import find_units
+from baselines.reconstruction.cache import Cached, CachePlan
 from baselines.reconstruction.losses import prediction_difference
 from baselines.reconstruction.rest_of_network import RestOfNetwork, fisher_weights, prediction_of, predictions
+from baselines.reconstruction.streams import Stream
 
 from ..networks import LongSkip, SmallResNet, images, randomized
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from baselines.reconstruction.engine import UnitRun
+from baselines.reconstruction.unit_run import UnitRun
 from benchmarks import BenchmarkError
 from benchmarks.networks import quantized
 from benchmarks.networks.models import create_model
@@ -51,13 +51,13 @@ def test_network_that_insists_on_versions_of_its_state_comes_from_the_cache(made
     assert not caplog.text
 
 
-@pytest.mark.parametrize("change", ["option", "images", "weights", "sources"])
+@pytest.mark.parametrize("change", ["option", "images", "weights", "version"])
 def test_any_change_makes_a_new_network(model, images, made, tmp_path, monkeypatch, change):
     quantized_model(model, images, tmp_path, **OPTIONS)
     if change == "weights":
         model = create_model("resnet8", 10, seed=2).eval()
-    if change == "sources":
-        monkeypatch.setattr(quantized, "source_digest", lambda *packages: "other")
+    if change == "version":
+        monkeypatch.setattr(quantized, "result_version", lambda method: "other")
     images = images + 1 if change == "images" else images
     quantized_model(model, images, tmp_path, **(OPTIONS | ({"seed": 1} if change == "option" else {})))
     assert made == ["qdrop", "qdrop"]

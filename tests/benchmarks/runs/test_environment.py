@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.runs import environment
-from benchmarks.runs.environment import code_digest, describe_machine, quantizing_versions, source_digest, versions
+from benchmarks.runs.environment import code_digest, describe_machine, quantizing_versions, versions
 
 
 @pytest.fixture
@@ -26,14 +26,9 @@ def package(tmp_path, monkeypatch):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    clear()
+    code_digest.cache_clear()
     yield tmp_path
-    clear()
-
-
-def clear():
-    for function in (code_digest, source_digest):
-        function.cache_clear()
+    code_digest.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -51,18 +46,8 @@ def clear():
 def test_code_counts_if_it_is_imported(package, name, matters):
     before = code_digest("benchmarks.a")
     (package / name).write_text((package / name).read_text() + "# changed\n")
-    clear()
+    code_digest.cache_clear()
     assert (code_digest("benchmarks.a") != before) == matters
-
-
-def test_every_file_of_a_package_counts(package):
-    before = source_digest("benchmarks")
-    (package / "cat_plugin" / "c.py").write_text("z = 1\n")
-    clear()
-    assert source_digest("benchmarks") == before
-    (package / "benchmarks" / "new.py").write_text("")
-    clear()
-    assert source_digest("benchmarks") != before
 
 
 def test_figures_of_this_repository_depend_on_what_they_should():

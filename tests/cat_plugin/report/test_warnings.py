@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from cat_plugin import CATConfig, apply_cat
-from cat_plugin.report.warnings import _chance, find_output_warnings, find_warnings, image_digests
+from cat_plugin.report.warnings import _chance, find_output_warnings, find_warnings
+from cat_plugin.running.digests import image_digests
 from tests.cat_plugin.helpers import images, model_pair, paired_logits
 
 _, F = paired_logits(400, 10)

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from cat_plugin import CATError, apply_cat
-from cat_plugin.running.inference import inference, state_digests
+from cat_plugin.running.digests import state_digests
+from cat_plugin.running.inference import inference
 from tests.cat_plugin.helpers import SmallNet, images, state_of
 
 

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from baselines.quantization.ranges import NORM, activation_range, weight_range
+from baselines.quantization.range_search import NORM, activation_range, weight_range
 
 
 def error_of(x, scale, zero_point, bits):

@@ -1,6 +1,4 @@
-"""A private copy of a floating-point network: all that can be quantized is a module, and batch norm is folded."""
-
-from __future__ import annotations
+"""A private copy of a network in which all that can be quantized is a module."""
 
 import copy
 import itertools
@@ -8,30 +6,26 @@ import logging
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from baselines.network.attention import MultiheadAttention
 from baselines.network.routing import Routes, find_routes, route
-from baselines.network.trace import Call, Trace, tensors_in, trace
-from baselines.quantization.layers import is_quantizable
+from baselines.network.trace import Trace, tensors_in, trace
 
 logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def plain_copy(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of ``model`` in eval mode, without gradients, hooks and in-place activations, in which all that can be
+    """A copy of `model` in eval mode, without gradients, hooks and in-place activations, in which all that can be
     quantized is a module: linear layers and products of two activations, inside of attention, too.
 
     Half precision becomes float32: reconstruction moves scales by less than half precision can hold.
 
     Raises:
-        ValueError: ``model`` cannot be copied, does not take ``example``, or gives no tensor that was found.
+        ValueError: `model` cannot be copied, does not take `example`, or gives no tensor that was found.
     """
     twin = _deep_copy(model).eval().requires_grad_(False)
     for module in twin.modules():
@@ -71,8 +65,16 @@ def _remove_hooks(module: nn.Module) -> None:
 
 
 def _computes_a_weight(hook: object) -> bool:
-    """Whether ``hook`` is one of torch's own, of weight or spectral normalisation or pruning: a part of the network."""
+    """Whether `hook` is one of torch's own, of weight or spectral normalisation or pruning: a part of the network."""
     return type(hook).__module__.startswith("torch.nn.utils.")
+
+
+def hooked_modules(model: nn.Module) -> list[str]:
+    """Names of the modules whose hooks a plain copy does not take over."""
+    modules = model.named_modules()
+    return [
+        name or type(model).__name__ for name, module in modules if not all(map(_computes_a_weight, _hooks(module)))
+    ]
 
 
 def _first_pass(model: nn.Module, example: Tensor) -> Trace:
@@ -92,7 +94,7 @@ def _first_pass(model: nn.Module, example: Tensor) -> Trace:
 
 
 def _with_open_attention(model: nn.Module, record: Trace, example: Tensor) -> nn.Module:
-    """A copy of ``model`` with each ``nn.MultiheadAttention`` in parts."""
+    """A copy of `model` with each `nn.MultiheadAttention` in parts."""
     names = [name for name, module in model.named_modules() if type(module) is nn.MultiheadAttention and name]
     if not names:
         return model
@@ -101,21 +103,21 @@ def _with_open_attention(model: nn.Module, record: Trace, example: Tensor) -> nn
         inputs = [[value.tensor for value in call.inputs[:3]] for call in record.of(name)]
         packed = bool(inputs) and all(len(i) == 3 and i[0] is i[1] and i[0] is i[2] for i in inputs)
         replace_module(twin, name, MultiheadAttention(twin.get_submodule(name), packed))
-    if _same_outputs(model, twin, example):
+    if same_outputs(model, twin, example):
         return twin
     logger.warning("attention stays whole, since its parts gave other outputs: %s", names)
     return model
 
 
 def _with_routes(model: nn.Module, record: Trace, example: Tensor) -> nn.Module:
-    """A copy of ``model`` in which functions that can be quantized are led through modules."""
+    """A copy of `model` in which functions that can be quantized are led through modules."""
     routes = find_routes(model, record)
     routed = _routed(model, routes)
-    if not routes or _same_outputs(model, routed, example):
+    if not routes or same_outputs(model, routed, example):
         return routed
     for one in routes:
         routed = _routed(model, [one])
-        if _same_outputs(model, routed, example):
+        if same_outputs(model, routed, example):
             model = routed
         else:
             logger.warning("the functions of %s stay as they are: led through modules, they gave other outputs", one)
@@ -129,73 +131,8 @@ def _routed(model: nn.Module, routes: list[Routes]) -> nn.Module:
     return twin
 
 
-def folded_copy(model: nn.Module, example: Tensor) -> nn.Module:
-    """A plain copy of ``model`` (:func:`plain_copy`) with batch norm folded.
-
-    A batch norm is folded into the convolution or linear layer whose output it alone reads; others stay. Of the norms
-    with an activation inside that timm has, the activation stays as a module of its own.
-    """
-    hooked = [
-        name or type(model).__name__
-        for name, module in model.named_modules()
-        if not all(map(_computes_a_weight, _hooks(module)))
-    ]
-    if hooked:
-        logger.warning("hooks are not taken over, whether or not they change what the network computes: %s", hooked)
-    twin = plain_copy(model, example)
-    record = trace(twin, example)
-    pairs = [(call.name, _foldable_source(call, record)) for call in record.calls]
-    pairs = [(norm, layer) for norm, layer in pairs if layer is not None]
-    folded = _with_folded(twin, pairs)
-    if _same_outputs(twin, folded, example):
-        return folded
-    for norm, layer in pairs:  # some layer's output is also read by a function: find it
-        folded = _with_folded(twin, [(norm, layer)])
-        if _same_outputs(twin, folded, example):
-            twin = folded
-        else:
-            kind = type(twin.get_submodule(norm))
-            reason = f"the output of {layer} is used elsewhere, too" if kind in BATCH_NORMS else "its class does more"
-            logger.warning("batch norm %s (%s) stays: %s", norm, kind.__name__, reason)
-    return twin
-
-
-def _foldable_source(norm: Call, record: Trace) -> str | None:
-    """The name of the layer that ``norm`` can be folded into, if it is a batch norm and there is one."""
-    if not isinstance(norm.module, BATCH_NORMS) or norm.module.running_mean is None:
-        return None
-    value = norm.inputs[0]
-    makers = [call for call in record.calls if is_quantizable(call.module) and value.same(call.output)]
-    if len(makers) != 1 or any(len(record.of(name)) != 1 for name in (norm.name, makers[0].name)):
-        return None
-    if isinstance(makers[0].module, nn.Linear) and value.tensor.dim() != 2:
-        return None  # batch norm works on axis 1, the linear layer on the last one
-    others = [c for c in record.readers(value) if c.name != norm.name and c.name not in norm.parents]
-    return None if others else makers[0].name
-
-
-def _with_folded(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
-    """A copy of ``model`` in which each batch norm (first name) is folded into its layer (second name)."""
-    twin = copy.deepcopy(model)
-    for norm_name, layer_name in pairs:
-        norm, layer = twin.get_submodule(norm_name), twin.get_submodule(layer_name)
-        fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-        gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
-        shift = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
-        fused = fuse(layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, gain, shift)
-        layer.weight, layer.bias = (nn.Parameter(part.detach(), requires_grad=False) for part in fused)
-        replace_module(twin, norm_name, _behind_norm(norm))
-    return twin
-
-
-def _behind_norm(norm: nn.Module) -> nn.Module:
-    """What is left of a module when its batch norm has been folded."""
-    parts = [getattr(norm, name, None) for name in ("drop", "act")]  # as timm's BatchNormAct2d calls them
-    return nn.Sequential(*parts) if all(isinstance(part, nn.Module) for part in parts) else nn.Identity()
-
-
 @torch.no_grad()
-def _same_outputs(model: nn.Module, other: nn.Module, example: Tensor) -> bool:
+def same_outputs(model: nn.Module, other: nn.Module, example: Tensor) -> bool:
     """Whether both give the same outputs, compared in float64: faster formats of a GPU would blur the difference."""
     tolerance = 1e-4
     try:
@@ -210,7 +147,7 @@ def _same_outputs(model: nn.Module, other: nn.Module, example: Tensor) -> bool:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of the one called ``name``, wherever else that one is registered, too."""
+    """Put `module` in the place of the one called `name`, wherever else that one is registered, too."""
     old = model.get_submodule(name)
     for parent in model.modules():
         for child, value in parent._modules.items():

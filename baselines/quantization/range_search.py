@@ -6,8 +6,6 @@ that lie around each channel's best. Large activation tensors are first reduced 
 same whatever their size.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable
 
@@ -27,13 +25,13 @@ _CHUNK_ELEMENTS = 1 << 22
 
 
 def weight_range(weight: Tensor, bits: int, method: str = "mse") -> tuple[Tensor, Tensor]:
-    """Range of each output channel of ``weight (channels, ...)``: ``scale``, ``zero_point``, both ``(channels,)``."""
+    """Range of each output channel of `weight` (channels, ...): `scale`, `zero_point`, both (channels,)."""
     rows = weight.detach().flatten(1)
     return _search(rows, None, _ends(rows), bits, method)
 
 
 def activation_range(values: Tensor, bits: int, method: str = "mse") -> tuple[Tensor, Tensor]:
-    """One range for a whole activation tensor of any shape: 0-dim ``scale`` and ``zero_point``."""
+    """One range for a whole activation tensor of any shape: 0-dim `scale` and `zero_point`."""
     flat = values.detach().float().flatten()
     low, high = _ends(flat.unsqueeze(0))
     rows, counts = flat.unsqueeze(0), None
@@ -60,7 +58,7 @@ def _affine(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
 def _search(
     rows: Tensor, counts: Tensor | None, ends: tuple[Tensor, Tensor], bits: int, method: str
 ) -> tuple[Tensor, Tensor]:
-    """Range of each row of ``rows (channels, n)``; a value counts as often as ``counts (1, n)`` says (None: once)."""
+    """Range of each row of `rows` (channels, n); a value counts as often as `counts` (1, n) says (None: once)."""
     levels = 2**bits - 1
     low, high = ends
     if method == "minmax":
@@ -81,7 +79,7 @@ def _search(
 
 
 def _pairs(widths: Iterable[float], zero_points: Iterable[float], like: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs as two columns ``(candidates, 1)``."""
+    """All pairs as two columns (candidates, 1)."""
     pairs = torch.tensor(list(itertools.product(widths, zero_points)), dtype=like.dtype, device=like.device)
     return pairs[:, :1], pairs[:, 1:]
 
@@ -89,7 +87,7 @@ def _pairs(widths: Iterable[float], zero_points: Iterable[float], like: Tensor) 
 def _best(
     rows: Tensor, counts: Tensor | None, unit: Tensor, width: Tensor, zero_point: Tensor, levels: int
 ) -> tuple[Tensor, Tensor]:
-    """Width, in units, and zero point ``(channels,)`` with the least error, among ``(candidates, channels or 1)``."""
+    """Width, in units, and zero point (channels,) with the least error, among (candidates, channels or 1)."""
     width, zero_point = (each.expand(-1, len(rows)) for each in (width, zero_point))
     chunk = max(1, _CHUNK_ELEMENTS // rows.numel())
     errors = [
@@ -101,7 +99,7 @@ def _best(
 
 
 def _error(rows: Tensor, counts: Tensor | None, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
-    """Summed error ``(m, channels)`` of ``rows (channels, n)`` for candidates ``(m, channels, 1)``."""
+    """Summed error (m, channels) of `rows` (channels, n) for candidates (m, channels, 1)."""
     error = (rows / scale).round_().add_(zero_point).clamp_(0, levels).sub_(zero_point).mul_(scale)
     error = error.sub_(rows).abs_().pow_(NORM)
     return (error if counts is None else error.mul_(counts)).sum(2)

@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from baselines.network.folding import plain_copy
+from baselines.network.plain_copy import plain_copy
 from baselines.recipes import Correction
 from baselines.reconstruction.cache import Cached, CachePlan
-from baselines.reconstruction.distribution import Corrector, distance_to_statistics
+from baselines.reconstruction.distribution_correction import Corrector, distance_to_statistics
 
 from ..networks import SmallResNet, images, randomized
 
 CPU = torch.device("cpu")
+
 PLAN = CachePlan(CPU, None, CPU)
 
 

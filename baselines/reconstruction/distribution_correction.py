@@ -1,7 +1,5 @@
 """Calibration data pulled towards what the network saw in training: the statistics that its batch norms keep."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator
@@ -9,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from baselines.network.folding import BATCH_NORMS
+from baselines.network.batch_norm_folding import BATCH_NORMS
 from baselines.network.trace import trace
 from baselines.recipes import Correction
 from baselines.reconstruction.cache import Cached
@@ -29,7 +27,7 @@ class Corrector:
 
     Args:
         network: the FP network with its batch norms unfolded; it is not changed.
-        example: inputs of the network ``(N, ...)``.
+        example: inputs of the network (N, ...).
     """
 
     def __init__(self, network: nn.Module, example: Tensor, correction: Correction) -> None:
@@ -40,7 +38,7 @@ class Corrector:
             logger.info("no batch norm, so the inputs of the units are not corrected")
 
     def correct(self, unit: str, inputs: Cached, batch_size: int) -> Cached:
-        """Corrected inputs ``(N, ...)`` of ``unit``; ``inputs`` itself where no batch norm is in the unit or directly
+        """Corrected inputs (N, ...) of `unit`; `inputs` itself where no batch norm is in the unit or directly
         behind it."""
         module = self._network.get_submodule(unit)
         inside = [norm for norm in module.modules() if _has_statistics(norm)]
@@ -52,7 +50,7 @@ class Corrector:
         return Cached.collect(batches, len(inputs), inputs.plan)
 
     def _norm_behind(self, unit: str) -> nn.Module | None:
-        """The batch norm that reads the output of ``unit``, if there is one; it was folded into the unit."""
+        """The batch norm that reads the output of `unit`, if there is one; it was folded into the unit."""
         output = self._record.of(unit)[0].output
         readers = [] if output is None else self._record.readers(output)
         return next((call.module for call in readers if _has_statistics(call.module)), None)
@@ -75,8 +73,8 @@ class Corrector:
 
 
 def distance_to_statistics(norm: nn.Module, value: Tensor) -> Tensor:
-    """Squared distance of a batch's means and standard deviations from those that ``norm`` keeps, summed over channels.
-    ``value`` is ``(N, C, ...)``; with fewer than two values of a channel it is 0."""
+    """Squared distance of a batch's means and standard deviations from those that `norm` keeps, summed over channels.
+    `value` is (N, C, ...); with fewer than two values of a channel it is 0."""
     if value.numel() < 2 * value.shape[1]:
         return value.new_zeros(())
     variance, mean = torch.var_mean(value.transpose(0, 1).flatten(1), dim=1)
@@ -96,9 +94,7 @@ def _inputs_of(modules: list[nn.Module]) -> Iterator[list[tuple[nn.Module, Tenso
     def watch(module: nn.Module, args: tuple) -> None:
         reached.append((module, args[0]))
 
-    handles = [module.register_forward_pre_hook(watch) for module in modules]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(watch))
         yield reached
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,0 +1,84 @@
+"""What held-out images say about a correction, and whether it is worth having."""
+
+import dataclasses
+import math
+
+from torch import Tensor
+
+from cat_plugin.fitting.families import Family
+from cat_plugin.fitting.weights import Sample
+from cat_plugin.metrics import standard_error
+
+MIN_AGREEMENT = -1.0
+"""Held-out gain in agreement, in standard errors, below which the identity is returned, also where KL falls."""
+MIN_CHANGED = 1.0
+"""Percentage of predictions that a correction has to change to be worth having."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A family of maps.
+
+    kl_gain: by how much it lowers the held-out softened divergence, in nats, and kl_gain_error its standard error, as
+    in `Evidence`; weight: its share in the correction.
+    """
+
+    name: str
+    kl_gain: float
+    kl_gain_error: float
+    weight: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What held-out images say about a correction.
+
+    images: how many there were (positions, where outputs have such). kl_gain: mean fall of the softened
+    KL(FP || output), both at the scale that suits them best, in nats, and kl_gain_error its standard error. changed:
+    percentage of predictions that the correction changes. accepted: whether it is used, and reason says why.
+    """
+
+    images: int
+    kl_gain: float
+    kl_gain_error: float
+    changed: float
+    accepted: bool
+    reason: str
+    candidates: tuple[Candidate, ...] = ()
+
+
+def judge(outputs: dict[Family, Tensor], weights: dict[Family, float], held_out: Tensor, sample: Sample) -> Evidence:
+    """The evidence for a correction whose outputs are `held_out` (n, C), each by maps that were fitted without it.
+
+    Args:
+        outputs: (n, C) of every family, and weights: theirs in the correction.
+    """
+    total = sum(weights.values())
+    before_loss = sample.divergence(sample.rows.q)
+
+    def fall(output: Tensor) -> tuple[float, float]:
+        falls = before_loss - sample.divergence(output)
+        return falls.mean().item(), standard_error(falls, sample.owners)
+
+    candidates = tuple(
+        Candidate(family.name, *fall(output.double()), weights[family] / total if total else 0.0)
+        for family, output in outputs.items()
+    )
+    gain, error = fall(held_out)
+    target, before, after = (logits.argmax(dim=1) for logits in (sample.rows.f, sample.rows.q, held_out))
+    changed = 100.0 * (after != before).double().mean().item()
+    won, lost = int(((after == target) & (before != target)).sum()), int(((before == target) & (after != target)).sum())
+    spread = math.sqrt(won + lost)
+    if sample.owners is not None:
+        net = (after == target).double() - (before == target).double()
+        spread = standard_error(net, sample.owners) * len(net)
+    verb = "falls" if gain > 0 else "does not fall, it rises"
+    faults = {
+        f"softened KL {verb} by {abs(gain):.4f} +- {error:.4f} nats": not gain > 0,
+        f"{won} predictions come to agree with FP, and {lost} no longer do": won - lost < MIN_AGREEMENT * spread,
+        f"a correction would change {changed:.2f} % of the predictions": changed < MIN_CHANGED,
+    }
+    found = [fault for fault, given in faults.items() if given]
+    said = "; ".join(found or list(faults)[:2])
+    reason = f"{'nothing to gain: ' if found else ''}on held-out images, {said}"
+    return Evidence(len(sample.rows.q), gain, error, changed, not found, reason, candidates)

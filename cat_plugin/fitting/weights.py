@@ -1,0 +1,126 @@
+"""Which share of a correction comes from which family of maps: by how well it predicts images it was not fitted on."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from cat_plugin.fitting.divergence import best_scale, cross_entropy, softened, softened_divergence
+from cat_plugin.fitting.families import IDENTITY, TRUSTED, Family, Rows, Shared, fit_maps
+from cat_plugin.running.positions import fold_of_rows
+
+WEIGHT_PRIOR = 20.0
+"""Strength of the pull of the weights to those of the trusted families."""
+SHARES = (1.0, 0.75, 0.5, 0.25)
+"""Of the way from the quantized model to the average of the maps."""
+FEW_SAMPLES = 512
+"""Up to which images are cut into ten parts, so that the maps judged are nearly those of all images; else into five."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """Rows that families are compared on.
+
+    owners: (n,) int64, the image of each, where all of these are positions of images. seed: of the folds.
+    """
+
+    rows: Rows
+    owners: Tensor | None
+    shared: Shared
+    seed: int
+
+    @property
+    def samples(self) -> float:
+        """How many independent samples the rows are worth."""
+        return self.shared.share * len(self.rows.q)
+
+    def teacher(self) -> Tensor:
+        """(n, C) FP's predictions, softened."""
+        return softened(self.rows.f, self.shared.temperature)
+
+    def divergence(self, output: Tensor) -> Tensor:
+        """(n,) softened divergence of the logits `output` (n, C) from FP's."""
+        return softened_divergence(output, self.teacher(), self.shared.temperature)
+
+    def folds(self) -> Tensor:
+        """(n,) int64 fold of every row; the positions of an image are held out together."""
+        n_folds = 10 if self.samples <= FEW_SAMPLES else 5
+        if self.owners is None:
+            return torch.arange(len(self.rows.q)) % n_folds
+        return fold_of_rows(self.owners, n_folds, self.seed)
+
+
+def cross_fit(sample: Sample) -> dict[Family, Tensor]:
+    """(n, C) float32 outputs of every family, each row by a map that was fitted without it.
+
+    The components and clusters are those of all rows, which says nothing of their full-precision logits.
+    """
+    outputs = {family: torch.empty(sample.rows.q.shape, dtype=torch.float32) for family in sample.shared.families}
+    fold_of = sample.folds()
+    for fold in fold_of.unique():
+        held_out = (fold_of == fold).nonzero().squeeze(1)
+        rows = sample.rows.take(held_out)
+        maps = fit_maps(outputs, sample.shared, sample.rows.take((fold_of != fold).nonzero().squeeze(1)))
+        for family, output in outputs.items():
+            output[held_out] = maps[family](rows).float()
+    return outputs
+
+
+def weigh(outputs: dict[Family, Tensor], sample: Sample) -> dict[Family, float]:
+    """Non-negative weights of the families that minimise the held-out KL(FP || output) of their sum.
+
+    Away from equal shares for the trusted families, weights are pulled back: few images cannot tell families apart.
+    """
+    stacked = torch.empty(len(outputs), *sample.rows.q.shape, dtype=torch.float64)
+    for part, output in zip(stacked, outputs.values(), strict=True):
+        torch.sub(output, output.mean(dim=1, keepdim=True), out=part)
+    teacher = sample.rows.f.softmax(dim=1)
+    trusted = np.array([float(family in TRUSTED) for family in outputs])
+    trusted /= trusted.sum()
+    mean = torch.einsum("m,mnc->nc", torch.from_numpy(trusted), stacked)
+    scale = best_scale(mean, teacher)
+    penalty = WEIGHT_PRIOR * _dispersion(stacked, (scale * mean).softmax(dim=1), teacher) / sample.samples
+
+    def value_and_gradient(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = cross_entropy(torch.einsum("m,mnc->nc", torch.from_numpy(weights), stacked), teacher)
+        gradient = torch.einsum("mnc,nc->m", stacked, slope).numpy()
+        away = weights / scale - trusted
+        return value.item() + penalty * (away**2).sum(), gradient + 2 * penalty / scale * away
+
+    bounds = [(0, None)] * len(outputs)
+    found = minimize(value_and_gradient, scale * trusted, jac=True, method="L-BFGS-B", bounds=bounds)
+    return {family: float(weight) for family, weight in zip(outputs, found.x, strict=True)}
+
+
+def temper(weights: dict[Family, float], outputs: dict[Family, Tensor], sample: Sample) -> dict[Family, float]:
+    """`weights`, moved towards the identity as far as held-out images ask, in steps of a quarter.
+
+    Few images give a direction sooner than a distance.
+    """
+    total = sum(weights.values())
+    output, plain = mixed(weights, outputs), total * sample.rows.q
+    share = min(SHARES, key=lambda share: sample.divergence(plain + share * (output - plain)).mean().item())
+    tempered = {family: share * weight for family, weight in weights.items()}
+    tempered[IDENTITY] += (1 - share) * total
+    return tempered
+
+
+def mixed(weights: dict[Family, float], outputs: dict[Family, Tensor]) -> Tensor:
+    """(n, C) float64 weighted sum of the outputs of the families."""
+    return sum(weight * outputs[family].double() for family, weight in weights.items())
+
+
+def _dispersion(stacked: Tensor, predicted: Tensor, teacher: Tensor) -> float:
+    """Variance of the slope of an image's divergence by the weights, relative to its curvature.
+
+    1 where targets are drawn from the predictions; less where the teacher's soft predictions tell more than a label.
+    """
+    variance = curvature = 0.0
+    for part in stacked:
+        weighted = predicted * part
+        mean = weighted.sum(dim=1)
+        variance += (mean - (teacher * part).sum(dim=1)).var().item()
+        curvature += ((weighted * part).sum(dim=1) - mean.square()).mean().item()
+    return min(variance / max(curvature, 1e-12), 1.0)
