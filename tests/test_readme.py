@@ -110,7 +110,9 @@ def parser_of(command: str) -> Callable:
     """The function that reads the options of a command."""
     from benchmarks import commands
 
-    modules = [importlib.import_module(f"{commands.__name__}.{each.name}") for each in pkgutil.iter_modules(commands.__path__)]
+    modules = [
+        importlib.import_module(f"{commands.__name__}.{each.name}") for each in pkgutil.iter_modules(commands.__path__)
+    ]
     return next(vars(module)[f"parse_{command}"] for module in modules if f"parse_{command}" in vars(module))
 
 
