@@ -33,7 +33,7 @@ class Candidate:
 class Evidence:
     """What held-out images say about a correction.
 
-    images: how many there were (positions, where outputs have such). kl_gain: mean fall of the softened
+    images: how many there were. kl_gain: mean fall of the softened
     KL(FP || output), both at the scale that suits them best, in nats, and kl_gain_error its standard error. changed:
     percentage of predictions that the correction changes. accepted: whether it is used, and reason says why.
     """
@@ -47,11 +47,14 @@ class Evidence:
     candidates: tuple[Candidate, ...] = ()
 
 
-def judge(outputs: dict[Family, Tensor], weights: dict[Family, float], held_out: Tensor, sample: Sample) -> Evidence:
-    """The evidence for a correction whose outputs are `held_out` (n, C), each by maps that were fitted without it.
+def judge(
+    outputs: dict[Family, Tensor], weights: dict[Family, float], corrected: Tensor, sample: Sample, alpha: float = 1.0
+) -> Evidence:
+    """The evidence for a correction whose outputs are `corrected` (n, C), each by maps that were fitted without it.
 
     Args:
         outputs: (n, C) of every family, and weights: theirs in the correction.
+        alpha: how far a family alone would move the outputs; `corrected` have been moved.
     """
     total = sum(weights.values())
     before_loss = sample.divergence(sample.rows.q)
@@ -60,12 +63,15 @@ def judge(outputs: dict[Family, Tensor], weights: dict[Family, float], held_out:
         falls = before_loss - sample.divergence(output)
         return falls.mean().item(), standard_error(falls, sample.owners)
 
+    def moved(output: Tensor) -> Tensor:
+        return sample.rows.q + alpha * (output - sample.rows.q)
+
     candidates = tuple(
-        Candidate(family.name, *fall(output.double()), weights[family] / total if total else 0.0)
+        Candidate(family.name, *fall(moved(output.double())), weights[family] / total if total else 0.0)
         for family, output in outputs.items()
     )
-    gain, error = fall(held_out)
-    target, before, after = (logits.argmax(dim=1) for logits in (sample.rows.f, sample.rows.q, held_out))
+    gain, error = fall(corrected)
+    target, before, after = (logits.argmax(dim=1) for logits in (sample.rows.f, sample.rows.q, corrected))
     changed = 100.0 * (after != before).double().mean().item()
     won, lost = int(((after == target) & (before != target)).sum()), int(((before == target) & (after != target)).sum())
     spread = math.sqrt(won + lost)
@@ -81,4 +87,4 @@ def judge(outputs: dict[Family, Tensor], weights: dict[Family, float], held_out:
     found = [fault for fault, given in faults.items() if given]
     said = "; ".join(found or list(faults)[:2])
     reason = f"{'nothing to gain: ' if found else ''}on held-out images, {said}"
-    return Evidence(len(sample.rows.q), gain, error, changed, not found, reason, candidates)
+    return Evidence(sample.images, gain, error, changed, not found, reason, candidates)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
 from cat_plugin.checks import check_finite
@@ -14,7 +13,7 @@ from cat_plugin.fitting.evidence import Evidence
 from cat_plugin.fitting.paper import cross_fitted, fit_paper
 from cat_plugin.fitting.processes import ALONE, Processes
 from cat_plugin.fitting.scores import HeldOutScores
-from cat_plugin.fitting.store import LogitStore
+from cat_plugin.fitting.store import LogitStore, different_images
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,7 +22,7 @@ class Fit:
 
     scores: on held-out images; None where images are too few to hold any out. evidence: what it was chosen by, in
     `"auto"` mode. images: how many it was fitted on, and positions: how many of their positions, where outputs have
-    such; repeated: how many images or positions repeat another. q, f: (n, C) logits of those that it was judged on, and
+    such; repeated: how many of the images repeat another. q, f: (n, C) logits of those that it was judged on, and
     out: (n, C) corrected logits of these, by maps that were fitted without them; None where nothing was held out, and
     for layers.
     """
@@ -89,20 +88,20 @@ def fit_and_score(store: LogitStore, config: CATConfig, processes: Processes = A
     Raises:
         CATError: in `"paper"` mode there are fewer images than clusters.
     """
-    n_images = int(processes.sum(torch.tensor(store.num_images)))
     dense = store.images is not None
     if config.mode == "auto":
         made = select(store, config, processes)
         out = made.corrected if made.evidence.images > 0 else None
         scores = None if out is None else HeldOutScores.of(made.f, made.q, out, made.owners)
-        correction, positions = made.correction.to(store.dtype), made.images if dense else None
-        return Fit(correction, scores, made.evidence, n_images, positions, made.repeated, made.q, made.f, out)
+        correction, positions = made.correction.to(store.dtype), made.rows if dense else None
+        return Fit(correction, scores, made.evidence, made.images, positions, made.repeated, made.q, made.f, out)
     q, f, images = store.gathered(processes)
-    repeated = len(q) - len(torch.unique(torch.cat([q, f], dim=1), dim=0))
+    keys = processes.gather_rows(store.keys())
+    repeated = len(keys) - len(different_images(keys))
     correction = fit_paper(q, f, config.clusters_for(len(q)), config)
     out = cross_fitted(q, f, config, images)
     scores = None if out is None else HeldOutScores.of(f, q, out, images)
-    return Fit(correction, scores, None, n_images, len(q) if dense else None, repeated, q, f, out)
+    return Fit(correction, scores, None, len(keys), len(q) if dense else None, repeated, q, f, out)
 
 
 def _check(q: Tensor, f: Tensor, config: CATConfig | None) -> CATConfig:

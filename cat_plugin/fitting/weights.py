@@ -32,6 +32,11 @@ class Sample:
     seed: int
 
     @property
+    def images(self) -> int:
+        """How many images there are."""
+        return len(self.rows.q) if self.owners is None else len(self.owners.unique())
+
+    @property
     def samples(self) -> float:
         """How many independent samples the rows are worth."""
         return self.shared.share * len(self.rows.q)

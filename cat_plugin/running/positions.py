@@ -64,6 +64,11 @@ class Drawn:
         """The drawn rows (rows, C) of `output`; logits (N, C) are theirs."""
         return self._take(to_rows(output, self.class_axis))
 
+    def means(self, output: Tensor) -> Tensor:
+        """(images, C) means over all positions, drawn or not."""
+        rows = to_rows(output.detach(), self.class_axis)
+        return rows.reshape(self.shape[0], -1, rows.shape[-1]).mean(dim=1, dtype=torch.float32)
+
     def labels(self, labels: Tensor | None) -> Tensor | None:
         """Labels (rows,) of the drawn rows, if `labels` are one an image, or where there are such one a position."""
         shape = [size for axis, size in enumerate(self.shape) if axis != self.class_axis]
