@@ -75,6 +75,18 @@ def apply_cat(
     Raises:
         CATError: `config` is no CATConfig; and see `cat_plugin.running.collect.feed_outputs`, `fit_cluster_affine`
             and `compare_accuracy`. Nothing stays attached.
+
+    Example:
+        >>> import copy, torch
+        >>> from cat_plugin import apply_cat
+        >>> fp_model = torch.nn.Linear(8, 4)
+        >>> quantized_model = copy.deepcopy(fp_model)
+        >>> quantized_model.weight.data = fp_model.weight.data.round(decimals=1)
+        >>> cat_model = apply_cat(quantized_model, fp_model, torch.randn(400, 8))
+        >>> cat_model.report.images
+        400
+        >>> cat_model.remove() is quantized_model
+        True
     """
     config = CATConfig.resolve(config)
     quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")

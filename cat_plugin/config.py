@@ -32,6 +32,16 @@ class CATConfig:
     positions         of such outputs, how many positions of an image are drawn for the fit
     seed              of PCA, k-means, the folds and the positions
     ================  ==========================================================================
+
+    Raises:
+        CATError: a value that is of another type, out of range, or does not go with the others.
+
+    Example:
+        >>> from cat_plugin import CATConfig
+        >>> CATConfig().mode, CATConfig.paper().mode
+        ('auto', 'paper')
+        >>> CATConfig.from_dict(CATConfig(alpha=0.5).to_dict()).alpha
+        0.5
     """
 
     mode: str = "auto"

@@ -57,6 +57,15 @@ def compare_accuracy(
     Raises:
         CATError: the loader yields no images, or no class labels, or labels out of range; outputs
             whose logits cannot be told, are not of one shape, or not finite.
+
+    Example:
+        >>> import torch
+        >>> from cat_plugin import CATWrapper, ClusterAffine, compare_accuracy
+        >>> fp_model, quantized_model, images = torch.nn.Linear(8, 3), torch.nn.Linear(8, 3), torch.randn(64, 8)
+        >>> cat_model = CATWrapper(quantized_model, ClusterAffine.identity(3))
+        >>> found = compare_accuracy(fp_model, quantized_model, cat_model, [(images, fp_model(images).argmax(1))])
+        >>> found.fp_top1, found.paired.delta
+        (100.0, 0.0)
     """
     how = {"output": output, "class_axis": class_axis, "forward_fn": forward_fn, "batch_size": batch_size}
     return measure_accuracy(fp_model, quantized_model, cat_model, loader, progress=progress, seed=seed, **how)

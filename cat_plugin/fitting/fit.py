@@ -57,6 +57,16 @@ def fit_cluster_affine(q: Tensor, f: Tensor, config: CATConfig | None = None) ->
     Raises:
         CATError: `q` and `f` are not finite floating-point (N, C) with N >= 1; in `"paper"` mode there are fewer images
             than clusters; or `config` is no CATConfig.
+
+    Example:
+        >>> import torch
+        >>> from cat_plugin import CATConfig, fit_cluster_affine
+        >>> q = torch.randn(400, 3)
+        >>> correction = fit_cluster_affine(q, 2 * q + 1, CATConfig.paper(num_clusters=1, alpha=1.0))
+        >>> torch.allclose(correction(q), 2 * q + 1, atol=1e-4)
+        True
+        >>> torch.equal(fit_cluster_affine(q, q)(q), q)  # nothing to gain: left as it is
+        True
     """
     config = _check(q, f, config)
     if config.mode == "paper":
