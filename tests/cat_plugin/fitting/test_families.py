@@ -24,10 +24,12 @@ CONFIG = CATConfig(pca_dim=4, num_clusters=5)
 
 def fitted(rows, shared, chunk_sizes=None, sample=None):
     """The maps of all families; least squares from chunks of these sizes, if given."""
-    chunks = None
-    if chunk_sizes is not None:
-        chunks = lambda: (Rows(*parts) for parts in zip(*(part.split(chunk_sizes) for part in rows), strict=True))
-    return fit_maps(EVERY, shared, rows if sample is None else rows.take(sample), chunks)
+
+    def chunks():
+        return (Rows(*parts) for parts in zip(*(part.split(chunk_sizes) for part in rows), strict=True))
+
+    sample = rows if sample is None else rows.take(sample)
+    return fit_maps(EVERY, shared, sample, None if chunk_sizes is None else chunks)
 
 
 @pytest.fixture(scope="module")
