@@ -150,7 +150,7 @@ class DeviationSums:
     def solve(self, share: float = 1.0, *, keep_slope: bool = False) -> tuple[Tensor, Tensor]:
         """slope (K, C) and offset (K, C); `share` is that of effective samples among the rows."""
         counts, sums = share * self.counts, share * self.sums
-        images = counts.clamp(min=1).unsqueeze(1)
+        images = counts.where(counts > 0, 1.0).unsqueeze(1)
         mean_q, mean_residual = sums[0] / images, sums[1] / images
         power = (sums[2] - images * mean_q.square()).clamp(min=0)
         cross = sums[3] - images * mean_q * mean_residual
