@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from cat_plugin.config import CATConfig
+from cat_plugin.config import AUTO, CATConfig
 from cat_plugin.correction.hook import refuse_attached
 from cat_plugin.correction.module import ClusterAffine
+from cat_plugin.errors import CATError
 from cat_plugin.evaluation import measure_accuracy
 from cat_plugin.fitting.fit import Fit, fit_and_score
 from cat_plugin.fitting.layer import fit_layer
 from cat_plugin.fitting.processes import Processes
 from cat_plugin.fitting.store import LogitStore
+from cat_plugin.kinds import SOFTMAX, VALUE
 from cat_plugin.report.clusters import profile_clusters
 from cat_plugin.report.layers import inspect_models
 from cat_plugin.report.report import CATReport
@@ -92,6 +94,11 @@ def apply_cat(
     quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
     refuse_attached(quantized_model)
     layers, found = inspect_models(quantized_model, fp_model)
+    if eval_loader is not None and config.kind is not SOFTMAX:
+        raise CATError(
+            f"eval_loader= with output_kind={config.output_kind!r}: accuracy is measured on one class an image; leave "
+            "it out and evaluate as you do without CAT"
+        )
     running = {"forward_fn": forward_fn, "batch_size": batch_size, "progress": progress}
     reading = {"output": output, "class_axis": config.class_axis}
     processes = Processes.all(model_device(quantized_model))
@@ -127,7 +134,7 @@ def apply_cat(
         held_out=fit.scores,
         layer=layer,
         evidence=fit.evidence,
-        warnings=(*found, *_output_warnings(fit, layer, share[0].item() / fit.images if share[1] else None)),
+        warnings=(*found, *_output_warnings(fit, layer, config, share[0].item() / fit.images if share[1] else None)),
         quantized_layers=layers,
         added_parameters=correction.num_parameters,
         added_bytes=correction.num_bytes,
@@ -135,7 +142,7 @@ def apply_cat(
         collect_seconds=collected - start,
         fit_seconds=fitted - collected,
         accuracy=accuracy,
-        clusters=profile_clusters(correction, fit.q, fit.f, fit.out) if profiled else (),
+        clusters=profile_clusters(correction, fit.q, fit.f, fit.out, config.kind) if profiled else (),
     )
     logger.info("%s", cat_model.report)
     for warning in cat_model.report.warnings:
@@ -163,6 +170,7 @@ def _collect(
             reused.append(batch.calibrated.double().sum().item())
 
     drawing = {"class_axis": config.class_axis, "positions": config.positions, "seed": config.seed}
+    drawing["binary"] = config.kind is not VALUE
     try:
         feed_outputs(quantized_model, fp_model, loader, consume, layer=layer, output=output, **drawing, **running)
     except NoImagesError:
@@ -179,8 +187,10 @@ def _cluster_sizes(store: LogitStore, correction: ClusterAffine, processes: Proc
     return tuple(processes.sum(sizes).tolist())
 
 
-def _output_warnings(fit: Fit, layer: str | None, reused: float | None) -> list[str]:
+def _output_warnings(fit: Fit, layer: str | None, config: CATConfig, reused: float | None) -> list[str]:
     """What makes the fit doubtful; channels of a layer are no classes."""
     if layer is not None:
         return []
-    return find_output_warnings(fit.q, fit.f) + find_warnings(fit.f, fit.images, fit.repeated, reused)
+    said = None if config.output_kind == AUTO else config.kind
+    about_images = find_warnings(fit.f, fit.images, fit.repeated, reused, config.kind)
+    return find_output_warnings(fit.q, fit.f, said) + about_images

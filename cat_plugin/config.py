@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from cat_plugin.errors import CATError
+from cat_plugin.kinds import KINDS, SOFTMAX, OutputKind
 
 DEFAULT_CLUSTERS = {"auto": 1, "paper": 64}
 MODES = tuple(DEFAULT_CLUSTERS)
+AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,10 @@ class CATConfig:
     pca_dim           principal components of the logits that are kept: for clustering where
                       there are more classes than this, and in `"auto"` for the shared map
     alpha             0 to 1, how far an output moves from the quantized to the corrected logits
+    output_kind       what outputs mean: `"softmax"`, logits of classes that exclude each other (one
+                      logit is that of the second of two classes); `"sigmoid"`, logits of labels
+                      that do not; `"value"`, numbers of a regression. `"auto"`: as the first, and
+                      the report warns where it may be another
     class_axis        axis of the classes in outputs that have positions; None: the last of
                       sequences (N, T, C), 1 of maps (N, C, H, W)
     positions         of such outputs, how many positions of an image are drawn for the fit
@@ -48,6 +54,7 @@ class CATConfig:
     num_clusters: int | None = None
     pca_dim: int = 50
     alpha: float = 1.0
+    output_kind: str = AUTO
     class_axis: int | None = None
     positions: int = 64
     seed: int = 0
@@ -55,6 +62,8 @@ class CATConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise CATError(f"mode={self.mode!r} should be one of {', '.join(map(repr, MODES))}")
+        if self.output_kind not in (AUTO, *KINDS):
+            raise CATError(f"output_kind={self.output_kind!r} should be one of {', '.join(map(repr, (AUTO, *KINDS)))}")
         if self.num_clusters is None:
             object.__setattr__(self, "num_clusters", DEFAULT_CLUSTERS[self.mode])
         self._check_int("num_clusters", 1)
@@ -78,6 +87,11 @@ class CATConfig:
             limits = f" from {low} to {high}" if high < math.inf else f" >= {low}" if low > -math.inf else ""
             raise CATError(f"{name}={value!r} should be an integer{limits}")
         object.__setattr__(self, name, int(value))
+
+    @property
+    def kind(self) -> OutputKind:
+        """What outputs mean."""
+        return SOFTMAX if self.output_kind == AUTO else KINDS[self.output_kind]
 
     @classmethod
     def resolve(cls, config: "CATConfig | None") -> "CATConfig":

@@ -13,7 +13,7 @@ PACKAGES = (*LIBRARIES, "benchmarks")
 MAY_IMPORT = {"cat_plugin": set(), "baselines": set(), "benchmarks": {"cat_plugin", "baselines"}}
 ROOMS = {
     "cat_plugin": "api wrapper evaluation | report | saving fitting | correction | running "
-    "| config metrics checks errors",
+    "| config metrics checks kinds errors",
     "baselines": "api | summary inputs | reconstruction | quantization | network | recipes versions files",
     "benchmarks": "__main__ perf | commands | reports | measure | networks | datasets | runs | anchors wording",
 }

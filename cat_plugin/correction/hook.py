@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.errors import CATError
 from cat_plugin.running.outputs import Output, extract, insert
-from cat_plugin.running.positions import from_rows, to_rows
+from cat_plugin.running.positions import class_axis_of, from_rows, to_rows
 from cat_plugin.running.taps import find_layer
 
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("ids of the hooks that are disabled here", default=frozenset())
@@ -52,8 +52,10 @@ class CATHook:
         logits = extract(output, type(module).__name__, self.output)
         if self.correction.scale.device != logits.device:
             self.correction.to(logits.device)
-        rows = to_rows(logits, self.class_axis)
-        return insert(output, from_rows(self.correction(rows), logits, self.class_axis), self.output)
+        axis = class_axis_of(logits, self.class_axis) if logits.ndim > 2 else 1
+        binary = self.correction.num_classes == 2 and logits.shape[axis] == 1
+        corrected = self.correction(to_rows(logits, axis, binary))
+        return insert(output, from_rows(corrected, logits, axis, binary), self.output)
 
     def attach(self, model: nn.Module) -> None:
         """Registers the hook on `model`, or on its layer that is to be corrected.

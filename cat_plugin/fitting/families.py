@@ -15,6 +15,7 @@ from cat_plugin.fitting.clustering import Clusters, cluster, one_cluster
 from cat_plugin.fitting.divergence import fit_class_divergence, fit_shared_divergence
 from cat_plugin.fitting.least_squares import AffineSums, DeviationSums, SharedSums
 from cat_plugin.fitting.processes import ALONE, Processes
+from cat_plugin.kinds import SOFTMAX, VALUE, OutputKind
 
 SAMPLES_A_COMPONENT = 5
 SOFTENING = 0.5
@@ -133,13 +134,15 @@ class Basis:
 class Shared:
     """What all families have in common: components, clusters, the temperature, and how much a row counts.
 
-    share: effective samples a row, at most 1; positions of an image are not independent of each other.
+    share: effective samples a row, at most 1; positions of an image are not independent of each other. kind: what
+    outputs mean.
     """
 
     basis: Basis
     clusters: Clusters
     temperature: float
     share: float
+    kind: OutputKind
 
     @classmethod
     def of(cls, q: Tensor, f: Tensor, config: CATConfig, share: float = 1.0) -> "Shared":
@@ -152,8 +155,14 @@ class Shared:
             clusters = cluster(q.numpy(), basis.mean.numpy(), plain, count, config.seed)
         else:
             clusters = one_cluster(*q.shape)
-        temperature = SOFTENING * max(f.std(dim=1).mean().item(), 1e-6) if q.shape[1] > 1 else 1.0
-        return cls(basis, clusters, temperature, share)
+        kind = config.kind
+        spread = f.std(dim=1).mean() if kind is SOFTMAX and q.shape[1] > 1 else f.std()
+        softening = 1.0 if kind is VALUE else SOFTENING
+        return cls(basis, clusters, softening * max(spread.item(), 1e-6), share, kind)
+
+    def teacher(self, f: Tensor) -> Tensor:
+        """(n, C) FP's predictions, softened, from its outputs `f`."""
+        return self.kind.means(f / self.temperature)
 
     @property
     def families(self) -> tuple[Family, ...]:
@@ -241,10 +250,10 @@ def _fit_squares(
 def _fit_divergence(family: Family, base: AffineMap, shared: Shared, sample: Rows) -> AffineMap:
     """The least divergence from FP's predictions on `sample`, starting at `base`."""
     prior = PRIOR / shared.share
-    teacher = (sample.f / shared.temperature).softmax(dim=1)
+    teacher = shared.teacher(sample.f)
     if family.low_rank:
         ones = torch.cat([sample.z, sample.z.new_ones(len(sample.z), 1)], dim=1)
-        coefficients = fit_shared_divergence(ones, base(sample), teacher, shared.temperature, prior)
+        coefficients = fit_shared_divergence(ones, base(sample), teacher, shared.temperature, prior, shared.kind)
         return base.plus_mix(coefficients[:-1], coefficients[-1])
-    scale, shift = fit_class_divergence(sample.q, teacher, shared.temperature, prior)
+    scale, shift = fit_class_divergence(sample.q, teacher, shared.temperature, prior, shared.kind)
     return AffineMap(scale.unsqueeze(0), shift.unsqueeze(0), base.mix)

@@ -12,7 +12,7 @@ from cat_plugin.fitting.auto import select
 from cat_plugin.fitting.evidence import Evidence
 from cat_plugin.fitting.paper import cross_fitted, fit_paper
 from cat_plugin.fitting.processes import ALONE, Processes
-from cat_plugin.fitting.scores import HeldOutScores
+from cat_plugin.fitting.scores import ErrorScores, HeldOutScores, score
 from cat_plugin.fitting.store import LogitStore, different_images
 
 
@@ -28,7 +28,7 @@ class Fit:
     """
 
     correction: ClusterAffine
-    scores: HeldOutScores | None
+    scores: HeldOutScores | ErrorScores | None
     evidence: Evidence | None
     images: int
     positions: int | None
@@ -88,11 +88,11 @@ def fit_and_score(store: LogitStore, config: CATConfig, processes: Processes = A
     Raises:
         CATError: in `"paper"` mode there are fewer images than clusters.
     """
-    dense = store.images is not None
+    dense, kind = store.images is not None, config.kind
     if config.mode == "auto":
         made = select(store, config, processes)
         out = made.corrected if made.evidence.images > 0 else None
-        scores = None if out is None else HeldOutScores.of(made.f, made.q, out, made.owners)
+        scores = None if out is None else score(kind, made.f, made.q, out, made.owners)
         correction, positions = made.correction.to(store.dtype), made.rows if dense else None
         return Fit(correction, scores, made.evidence, made.images, positions, made.repeated, made.q, made.f, out)
     q, f, images = store.gathered(processes)
@@ -100,7 +100,7 @@ def fit_and_score(store: LogitStore, config: CATConfig, processes: Processes = A
     repeated = len(keys) - len(different_images(keys))
     correction = fit_paper(q, f, config.clusters_for(len(q)), config)
     out = cross_fitted(q, f, config, images)
-    scores = None if out is None else HeldOutScores.of(f, q, out, images)
+    scores = None if out is None else score(kind, f, q, out, images)
     return Fit(correction, scores, None, len(keys), len(q) if dense else None, repeated, q, f, out)
 
 

@@ -7,8 +7,9 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from cat_plugin.fitting.divergence import best_scale, cross_entropy, softened, softened_divergence
+from cat_plugin.fitting.divergence import best_scale, cross_entropy, softened_divergence
 from cat_plugin.fitting.families import IDENTITY, TRUSTED, Family, Rows, Shared, fit_maps
+from cat_plugin.kinds import VALUE, OutputKind
 from cat_plugin.running.positions import fold_of_rows
 
 WEIGHT_PRIOR = 20.0
@@ -41,13 +42,10 @@ class Sample:
         """How many independent samples the rows are worth."""
         return self.shared.share * len(self.rows.q)
 
-    def teacher(self) -> Tensor:
-        """(n, C) FP's predictions, softened."""
-        return softened(self.rows.f, self.shared.temperature)
-
     def divergence(self, output: Tensor) -> Tensor:
-        """(n,) softened divergence of the logits `output` (n, C) from FP's."""
-        return softened_divergence(output, self.teacher(), self.shared.temperature)
+        """(n,) softened divergence of the outputs (n, C) from FP's."""
+        shared = self.shared
+        return softened_divergence(output, shared.teacher(self.rows.f), shared.temperature, shared.kind)
 
     def folds(self) -> Tensor:
         """(n,) int64 fold of every row; the positions of an image are held out together."""
@@ -78,18 +76,19 @@ def weigh(outputs: dict[Family, Tensor], sample: Sample) -> dict[Family, float]:
 
     Away from equal shares for the trusted families, weights are pulled back: few images cannot tell families apart.
     """
-    stacked = torch.empty(len(outputs), *sample.rows.q.shape, dtype=torch.float64)
-    for part, output in zip(stacked, outputs.values(), strict=True):
-        torch.sub(output, output.mean(dim=1, keepdim=True), out=part)
-    teacher = sample.rows.f.softmax(dim=1)
+    kind = sample.shared.kind
+    # Values are in units of their own spread, so that the strength of the prior means the same.
+    unit = sample.shared.temperature if kind is VALUE else 1.0
+    stacked = torch.stack([kind.centred(output.double()) / unit for output in outputs.values()])
+    teacher = kind.means(sample.rows.f / unit)
     trusted = np.array([float(family in TRUSTED) for family in outputs])
     trusted /= trusted.sum()
     mean = torch.einsum("m,mnc->nc", torch.from_numpy(trusted), stacked)
-    scale = best_scale(mean, teacher)
-    penalty = WEIGHT_PRIOR * _dispersion(stacked, (scale * mean).softmax(dim=1), teacher) / sample.samples
+    scale = best_scale(mean, teacher, kind)
+    penalty = WEIGHT_PRIOR * _dispersion(stacked, kind.means(scale * mean), teacher, kind) / sample.samples
 
     def value_and_gradient(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slope = cross_entropy(torch.einsum("m,mnc->nc", torch.from_numpy(weights), stacked), teacher)
+        value, slope = cross_entropy(torch.einsum("m,mnc->nc", torch.from_numpy(weights), stacked), teacher, kind)
         gradient = torch.einsum("mnc,nc->m", stacked, slope).numpy()
         away = weights / scale - trusted
         return value.item() + penalty * (away**2).sum(), gradient + 2 * penalty / scale * away
@@ -117,15 +116,13 @@ def mixed(weights: dict[Family, float], outputs: dict[Family, Tensor]) -> Tensor
     return sum(weight * outputs[family].double() for family, weight in weights.items())
 
 
-def _dispersion(stacked: Tensor, predicted: Tensor, teacher: Tensor) -> float:
+def _dispersion(stacked: Tensor, predicted: Tensor, teacher: Tensor, kind: OutputKind) -> float:
     """Variance of the slope of an image's divergence by the weights, relative to its curvature.
 
     1 where targets are drawn from the predictions; less where the teacher's soft predictions tell more than a label.
     """
     variance = curvature = 0.0
     for part in stacked:
-        weighted = predicted * part
-        mean = weighted.sum(dim=1)
-        variance += (mean - (teacher * part).sum(dim=1)).var().item()
-        curvature += ((weighted * part).sum(dim=1) - mean.square()).mean().item()
+        variance += ((predicted - teacher) * part).sum(dim=1).var().item()
+        curvature += kind.quadratic(predicted, part).mean().item()
     return min(variance / max(curvature, 1e-12), 1.0)

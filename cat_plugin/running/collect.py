@@ -70,6 +70,7 @@ def feed_outputs(
     output: Output = None,
     class_axis: int | None = None,
     positions: int | None = None,
+    binary: bool = True,
     forward_fn: ForwardFn | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -86,6 +87,7 @@ def feed_outputs(
         output: where the outputs hold the logits, if it is not obvious, see `cat_plugin.running.outputs.extract`.
         class_axis: that of the classes where outputs have positions, see `cat_plugin.running.positions.class_axis_of`.
         positions: how many of an image's positions are drawn, with `seed`; None: all.
+        binary: whether a single logit is that of the second of two classes, and is given as those.
         forward_fn: how a model is called on a batch, if not on one tensor, see `cat_plugin.running.loaders.ForwardFn`.
         batch_size: into which a loader that is one stacked tensor is cut.
 
@@ -99,7 +101,7 @@ def feed_outputs(
     check_where(output)
     check_forward(models, forward_fn)
     calibration = known_calibration(quantized_model)
-    draw, total = PositionDraw(class_axis, positions, seed), 0
+    draw, total = PositionDraw(class_axis, positions, seed, binary and layer is None), 0
     with ExitStack() as stack:
         stack.enter_context(inference(models))
         quantized = stack.enter_context(captured(quantized_model, "quantized_model", layer, output))
