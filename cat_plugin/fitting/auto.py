@@ -74,7 +74,8 @@ def select(store: LogitStore, config: CATConfig, processes: Processes = ALONE) -
         return leave_alone(Evidence(0, 0.0, 0.0, 0.0, False, reason))
     shared = Shared.of(q, f, config, effective_share(q, f, owners))
     sample = Sample(shared.rows(q, f), owners, shared, config.seed)
-    outputs = cross_fit(sample)
+    sample, outputs = cross_fit(sample)
+    shared = sample.shared
     weights = temper(weigh(outputs, sample), outputs, sample)
     corrected = q + config.alpha * (mixed(weights, outputs) - q)
     weights, evidence = processes.agree((weights, judge(outputs, weights, corrected, sample, config.alpha)))

@@ -1,7 +1,8 @@
 """The kinds of maps from quantized to full-precision logits that are tried, and how each is fitted."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -134,40 +135,35 @@ class Basis:
 class Shared:
     """What all families have in common: components, clusters, the temperature, and how much a row counts.
 
-    share: effective samples a row, at most 1; positions of an image are not independent of each other. kind: what
-    outputs mean.
+    clusters: those in use, and tried: those among which held-out images choose. share: effective samples a row, at most
+    1; positions of an image are not independent of each other. kind: what outputs mean.
     """
 
     basis: Basis
     clusters: Clusters
+    tried: tuple[Clusters, ...]
     temperature: float
     share: float
     kind: OutputKind
 
     @classmethod
     def of(cls, q: Tensor, f: Tensor, config: CATConfig, share: float = 1.0) -> "Shared":
-        """From the logits `q` and `f`, both (N, C) float64."""
+        """From the logits `q` and `f`, both (N, C) float64; no clusters are in use yet."""
         samples = int(share * len(q))
         basis = Basis.fit(q, min(config.pca_dim, max(samples // SAMPLES_A_COMPONENT, 1)), config.seed)
-        count = config.clusters_for(samples) if basis.directions.shape[1] else 1
-        if count > 1:
-            plain = (basis.directions / basis.directions.norm(dim=0)).numpy()
-            clusters = cluster(q.numpy(), basis.mean.numpy(), plain, count, config.seed)
-        else:
-            clusters = one_cluster(*q.shape)
+        plain = (basis.directions / basis.directions.norm(dim=0)).numpy()
+        counts = config.clusters_for(samples) if basis.directions.shape[1] else ()
+        tried = tuple(
+            cluster(q.numpy(), basis.mean.numpy(), plain, count, config.seed) for count in counts if count > 1
+        )
         kind = config.kind
         spread = f.std(dim=1).mean() if kind is SOFTMAX and q.shape[1] > 1 else f.std()
-        softening = 1.0 if kind is VALUE else SOFTENING
-        return cls(basis, clusters, softening * max(spread.item(), 1e-6), share, kind)
+        temperature = (1.0 if kind is VALUE else SOFTENING) * max(spread.item(), 1e-6)
+        return cls(basis, one_cluster(*q.shape), tried, temperature, share, kind)
 
     def teacher(self, f: Tensor) -> Tensor:
         """(n, C) FP's predictions, softened, from its outputs `f`."""
         return self.kind.means(f / self.temperature)
-
-    @property
-    def families(self) -> tuple[Family, ...]:
-        """Those to try."""
-        return SHARED if len(self.clusters.bias) == 1 else SHARED + CLUSTERED
 
     def rows(self, q: Tensor, f: Tensor) -> Rows:
         """Logits (n, C) with what maps read of them."""
@@ -195,6 +191,7 @@ def fit_maps(
     sample: Rows,
     chunks: Chunks | None = None,
     processes: Processes = ALONE,
+    known: Mapping[Family, AffineMap] = MappingProxyType({}),
 ) -> dict[Family, AffineMap]:
     """The maps of `families`, and of those that they deviate from.
 
@@ -203,8 +200,9 @@ def fit_maps(
         sample: rows in memory, on which divergences are minimised.
         chunks: all rows of this process, whose squared errors are minimised; None: those of `sample`.
         processes: that call this function with chunks of their own, and with the same `sample`.
+        known: maps that need not be fitted again.
     """
-    maps: dict[Family, AffineMap] = {}
+    maps = dict(known)
 
     def fit(family: Family) -> None:
         if family in maps:

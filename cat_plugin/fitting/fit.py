@@ -70,7 +70,7 @@ def fit_cluster_affine(q: Tensor, f: Tensor, config: CATConfig | None = None) ->
     """
     config = _check(q, f, config)
     if config.mode == "paper":
-        return fit_paper(q, f, config.clusters_for(len(q)), config)
+        return fit_paper(q, f, *config.clusters_for(len(q)), config)
     return select(LogitStore.of(q, f), config).correction.to(q.device, compute_dtype(q))
 
 
@@ -98,7 +98,7 @@ def fit_and_score(store: LogitStore, config: CATConfig, processes: Processes = A
     q, f, images = store.gathered(processes)
     keys = processes.gather_rows(store.keys())
     repeated = len(keys) - len(different_images(keys))
-    correction = fit_paper(q, f, config.clusters_for(len(q)), config)
+    correction = fit_paper(q, f, *config.clusters_for(len(q)), config)
     out = cross_fitted(q, f, config, images)
     scores = None if out is None else score(kind, f, q, out, images)
     return Fit(correction, scores, None, len(keys), len(q) if dense else None, repeated, q, f, out)

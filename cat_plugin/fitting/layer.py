@@ -29,7 +29,7 @@ def fit_layer(store: LogitStore, config: CATConfig, processes: Processes = ALONE
     out = cross_fitted(q, f, config, images)
     scores = None if out is None else ErrorScores.of(f, q, out, images)
     if scores is not None and scores.accepted:
-        correction = fit_paper(q, f, config.clusters_for(len(q)), config)
+        correction = fit_paper(q, f, *config.clusters_for(len(q)), config)
     else:
         correction = ClusterAffine.identity(store.classes)
     n_images = int(processes.sum(torch.tensor(store.num_images)))

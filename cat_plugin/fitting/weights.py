@@ -1,6 +1,8 @@
 """Which share of a correction comes from which family of maps: by how well it predicts images it was not fitted on."""
 
 import dataclasses
+import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -8,7 +10,17 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from cat_plugin.fitting.divergence import best_scale, cross_entropy, softened_divergence
-from cat_plugin.fitting.families import IDENTITY, TRUSTED, Family, Rows, Shared, fit_maps
+from cat_plugin.fitting.families import (
+    CLUSTERED,
+    IDENTITY,
+    SHARED,
+    TRUSTED,
+    AffineMap,
+    Family,
+    Rows,
+    Shared,
+    fit_maps,
+)
 from cat_plugin.kinds import VALUE, OutputKind
 from cat_plugin.running.positions import fold_of_rows
 
@@ -55,20 +67,39 @@ class Sample:
         return fold_of_rows(self.owners, n_folds, self.seed)
 
 
-def cross_fit(sample: Sample) -> dict[Family, Tensor]:
-    """(n, C) float32 outputs of every family, each row by a map that was fitted without it.
+def cross_fit(sample: Sample) -> tuple[Sample, dict[Family, Tensor]]:
+    """(n, C) float32 outputs of every family, each row by a map that was fitted without it; and the sample with the
+    clusters in use that bring a family nearest to full precision (at temperature 1).
 
     The components and clusters are those of all rows, which says nothing of their full-precision logits.
     """
-    outputs = {family: torch.empty(sample.rows.q.shape, dtype=torch.float32) for family in sample.shared.families}
     fold_of = sample.folds()
-    for fold in fold_of.unique():
-        held_out = (fold_of == fold).nonzero().squeeze(1)
-        rows = sample.rows.take(held_out)
-        maps = fit_maps(outputs, sample.shared, sample.rows.take((fold_of != fold).nonzero().squeeze(1)))
-        for family, output in outputs.items():
-            output[held_out] = maps[family](rows).float()
-    return outputs
+    parts = [
+        ((fold_of == fold).nonzero().squeeze(1), (fold_of != fold).nonzero().squeeze(1)) for fold in fold_of.unique()
+    ]
+    known: list[dict[Family, AffineMap]] = [{} for _ in parts]
+
+    def outputs_of(families: Iterable[Family], trial: Sample) -> dict[Family, Tensor]:
+        outputs = {family: torch.empty(trial.rows.q.shape, dtype=torch.float32) for family in families}
+        for (held_out, others), maps in zip(parts, known, strict=True):
+            found = fit_maps(outputs, trial.shared, trial.rows.take(others), known=maps)
+            maps.update({family: found[family] for family in found if not family.clustered})
+            rows = trial.rows.take(held_out)
+            for family, output in outputs.items():
+                output[held_out] = found[family](rows).float()
+        return outputs
+
+    outputs = outputs_of(SHARED, sample)
+    best, clustered, least = sample, {}, math.inf
+    for clusters in sample.shared.tried:
+        shared = dataclasses.replace(sample.shared, clusters=clusters)
+        trial = dataclasses.replace(sample, shared=shared, rows=shared.rows(sample.rows.q, sample.rows.f))
+        found = outputs_of(CLUSTERED, trial)
+        plain = dataclasses.replace(trial, shared=dataclasses.replace(shared, temperature=1.0))
+        loss = min(plain.divergence(output.double()).mean().item() for output in found.values())
+        if loss < least:
+            best, clustered, least = trial, found, loss
+    return best, outputs | clustered
 
 
 def weigh(outputs: dict[Family, Tensor], sample: Sample) -> dict[Family, float]:
