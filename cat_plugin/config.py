@@ -11,7 +11,7 @@ from cat_plugin.kinds import KINDS, SOFTMAX, OutputKind
 
 MODES = ("auto", "paper")
 AUTO = "auto"
-TRIED_CLUSTERS, IMAGES_A_CLUSTER = (8, 32), 16
+TRIED_CLUSTERS, IMAGES_A_CLUSTER = (4, 32), 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class CATConfig:
                       against leaving the model alone on held-out images, see
                       `cat_plugin.fitting.auto`; `"paper"`: the published recipe
     num_clusters      K, the number of clusters of the quantized model's logits. None: 64 in
-                      `"paper"`, and in `"auto"` 8 or 32, whichever predicts held-out images better
+                      `"paper"`, and in `"auto"` 4 or 32, whichever predicts held-out images better
                       (where there are 16 images a cluster); 1 tries no clusters
     pca_dim           principal components of the logits that are kept: for clustering where
                       there are more classes than this, and in `"auto"` for the shared map
