@@ -7,5 +7,5 @@ def signed(points: float) -> str:
 
 
 def bits_name(w_bits: int, a_bits: int) -> str:
-    """Such as ``W2A4``."""
+    """Such as `W2A4`."""
     return f"W{w_bits}A{a_bits}"

@@ -1,11 +1,11 @@
 """Figures that others published, to be shown beside ours.
 
-``cat_alpha.csv``, ``cat_clusters.csv`` and ``cat_samples.csv`` are the authors' logs of arXiv 2509.26277, tabulated:
+`cat_alpha.csv`, `cat_clusters.csv` and `cat_samples.csv` are the authors' logs of arXiv 2509.26277, tabulated:
 top-1 in percent on the 50,000 validation images of ImageNet, networks quantized by PD-Quant, with and without CAT.
 Curves over alpha and over clusters were fitted on all 1.28 million training images.
 
-``imagenet_ptq.csv`` holds what quantized networks are published to reach on the same images; its column ``source`` is a
-key of :data:`SOURCES`.
+`imagenet_ptq.csv` holds what quantized networks are published to reach on the same images; its column `source` is a
+key of `SOURCES`.
 """
 
 import csv
@@ -36,7 +36,7 @@ SOURCES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Anchor:
-    """One published figure: ``gain`` in top-1 over the low-bit network, in percentage points, at a factor's value."""
+    """One published figure: `gain` in top-1 over the low-bit network, in percentage points, at a factor's value."""
 
     arch: str
     w_bits: int
@@ -47,7 +47,7 @@ class Anchor:
 
 
 def load_anchors(factor: str) -> list[Anchor]:
-    """What was published on a factor; nothing where it is not among :data:`CURVES`."""
+    """What was published on a factor; nothing where it is not among `CURVES`."""
     if factor not in CURVES:
         return []
     name, column, _ = CURVES[factor]
@@ -67,9 +67,9 @@ def load_anchors(factor: str) -> list[Anchor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """Top-1 in percent of a quantized network on ImageNet's validation images, as ``source`` says.
+    """Top-1 in percent of a quantized network on ImageNet's validation images, as `source` says.
 
-    ``fp_top1`` is that of its full-precision original and ``cat_gain`` what CAT adds, in points; None: not stated.
+    `fp_top1` is that of its full-precision original and `cat_gain` what CAT adds, in points; None: not stated.
     """
 
     network: str
@@ -102,7 +102,7 @@ def load_published(network: str) -> list[Published]:
 
 
 def _logs_of_cat(network: str) -> list[Published]:
-    """Means over the seeds in ``cat_alpha.csv``."""
+    """Means over the seeds in `cat_alpha.csv`."""
     with (Path(__file__).parent / CURVES["alpha"][0]).open(encoding="utf-8", newline="") as opened:
         lines = [
             line for line in csv.DictReader(opened) if line["arch"] == network and float(line["alpha"]) == PAPER_ALPHA

@@ -1,4 +1,4 @@
-"""ImageNet, or any folder in its layout: ``train/<class>/*`` and ``val/<class>/*``, decoded when it is needed."""
+"""ImageNet, or any folder in its layout: `train/<class>/*` and `val/<class>/*`, decoded when it is needed."""
 
 import os
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from benchmarks import BenchmarkError
-from benchmarks.datasets.data import Dataset
+from benchmarks.datasets.dataset import Dataset
+from benchmarks.datasets.description import Description
 from benchmarks.datasets.images import ImageFiles
 
-NAME = "imagenet"
-VAL_IMAGES = 50_000
+CLASSES, VAL_IMAGES = 1000, 50_000
 PARTS = "train", "val"
 LAYOUT = "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
 CLASSES_SHOWN = 3
 
 
 def default_workers(sharing: int = 1) -> int:
-    """Processes that decode, where the user does not say how many and ``sharing`` runs share the machine."""
+    """Processes that decode, where the user does not say how many and `sharing` runs share the machine."""
     return max(1, min(8, (os.cpu_count() or 1) // sharing))
 
 
@@ -47,15 +47,15 @@ def class_names(root: Path) -> tuple[str, ...]:
 
 
 def load_imagenet(root: Path, transform: Callable[[Any], Tensor], workers: int) -> Dataset:
-    """The files of both parts; ``transform`` is that of the network, ``workers`` processes decode.
+    """The files of both parts; `transform` is that of the network, `workers` processes decode.
 
     Raises:
-        BenchmarkError: see :func:`class_names`; or a class without images.
+        BenchmarkError: see `class_names`; or a class without images.
     """
     classes = class_names(root)
     (train, train_labels), (val, val_labels) = (_files_of(root, part, transform, workers) for part in PARTS)
     return Dataset(
-        name=NAME,
+        name=IMAGENET.name,
         train_images=train,
         train_labels=train_labels,
         test_images=val,
@@ -90,3 +90,16 @@ def _files_of(root: Path, part: str, transform: Callable[[Any], Tensor], workers
 def _some(names: list[str]) -> str:
     more = len(names) - CLASSES_SHOWN
     return ", ".join(names[:CLASSES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+IMAGENET = Description(
+    name="imagenet",
+    title="ImageNet",
+    load=lambda request: load_imagenet(request.data, request.transform, request.workers),
+    count_classes=lambda folder: CLASSES if folder is None else len(class_names(folder)),
+    image_shape=(3, 224, 224),
+    iters=20_000,
+    n_calib=1024,
+    in_files=True,
+    published=True,
+)

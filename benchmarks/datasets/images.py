@@ -1,6 +1,6 @@
 """Images of a data set: a tensor in memory, or files that are decoded when a network needs them.
 
-Both have a length and are indexed alike, ``images[rows]``; the functions here do the rest with either.
+Both have a length and are indexed alike, `images[rows]`; the functions here do the rest with either.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ READING_THREADS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFiles:
-    """Image files under ``root``, by name; ``transform`` makes an RGB image a float32 tensor ``(C, H, W)``.
+    """Image files under `root`, by name; `transform` makes an RGB image a float32 tensor `(C, H, W)`.
 
-    ``workers`` processes decode them; with 0, this one does.
+    `workers` processes decode them; with 0, this one does.
     """
 
     root: Path
@@ -43,7 +43,7 @@ class ImageFiles:
         return len(self.names)
 
     def __getitem__(self, rows: Tensor | slice) -> "ImageFiles":
-        """Some of them, in the order of ``rows``: indices ``(n,)``, or a slice."""
+        """Some of them, in the order of `rows`: indices `(n,)`, or a slice."""
         if isinstance(rows, slice):
             return replace(self, names=self.names[rows])
         return replace(self, names=tuple(self.names[row] for row in rows.tolist()))
@@ -65,7 +65,7 @@ Images = Tensor | ImageFiles
 
 
 def digests(images: Images) -> list[str]:
-    """What tells images apart: of a tensor ``(N, ...)`` the float32 values of each, of files the bytes of each."""
+    """What tells images apart: of a tensor `(N, ...)` the float32 values of each, of files the bytes of each."""
     return images.digests() if isinstance(images, ImageFiles) else image_digests(images)
 
 
@@ -75,9 +75,9 @@ def shown(images: Images, row: int) -> str:
 
 
 def batches(images: Images, title: str | None = None) -> Tensor | Iterable[Tensor]:
-    """What ``cat_plugin.running.collect.collect_outputs`` takes: a tensor as it is, files as batches ``(n, C, H, W)``.
+    """What `cat_plugin.running.collect.collect_outputs` takes: a tensor as it is, files as batches `(n, C, H, W)`.
 
-    ``title`` is that of a progress bar; None: there is none.
+    `title` is that of a progress bar; None: there is none.
 
     Raises:
         BenchmarkError: while batches are drawn, for a file that cannot be read as an image.
@@ -86,7 +86,7 @@ def batches(images: Images, title: str | None = None) -> Tensor | Iterable[Tenso
 
 
 def stacked(images: Images, title: str | None = None) -> Tensor:
-    """All in one tensor ``(N, C, H, W)``.
+    """All in one tensor `(N, C, H, W)`.
 
     Raises:
         BenchmarkError: a file cannot be read as an image.

@@ -8,16 +8,17 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from benchmarks.measure.evaluate import MODES, Measurement
+from benchmarks.measure.accuracy import Measurement
+from benchmarks.measure.corrections import MODES
 from cat_plugin.metrics import bootstrap_interval, paired_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A line of ``comparisons.csv``: one correction of one low-bit network; accuracies in percent, deltas in points.
+    """A line of `comparisons.csv`: one correction of one low-bit network; accuracies in percent, deltas in points.
 
-    ``ci_low`` to ``ci_high`` is the 95 % paired bootstrap interval of ``delta`` over test images, ``p_value`` that of
-    McNemar's exact test; ``won`` and ``lost`` count the test images that became right and wrong.
+    `ci_low` to `ci_high` is the 95 % paired bootstrap interval of `delta` over test images, `p_value` that of
+    McNemar's exact test; `won` and `lost` count the test images that became right and wrong.
     """
 
     dataset: str
@@ -40,10 +41,10 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A line of ``summary.csv``: means over ``seeds`` and, from two seeds on, their standard deviations ``*_std``.
+    """A line of `summary.csv`: means over `seeds` and, from two seeds on, their standard deviations `*_std`.
 
-    The interval is a paired bootstrap over test images, of each image's mean over the seeds. ``won`` and ``lost`` count
-    the test images that more seeds put right than wrong, and the reverse; ``p_value`` is that of the exact sign test
+    The interval is a paired bootstrap over test images, of each image's mean over the seeds. `won` and `lost` count
+    the test images that more seeds put right than wrong, and the reverse; `p_value` is that of the exact sign test
     on these, which for one seed is McNemar's.
     """
 
@@ -118,7 +119,7 @@ def modes_in(measured: Sequence[Measurement]) -> list[str]:
 
 
 def paired_figures(difference: Tensor) -> dict[str, float | int]:
-    """Interval, p-value, won and lost of the gains of images ``(n_eval,)``, each the mean over seeds, from -1 to 1."""
+    """Interval, p-value, won and lost of the gains of images `(n_eval,)`, each the mean over seeds, from -1 to 1."""
     paired = paired_statistics(difference < 0, difference > 0)
     low, high = bootstrap_interval(100.0 * difference)
     return {
@@ -142,7 +143,7 @@ def _settings(measured: Sequence[Measurement]) -> Iterator[list[Measurement]]:
 
 
 def _difference(group: Sequence[Measurement], mode: str) -> Tensor:
-    """``(n_eval,)`` float64: how often an image became right less how often it became wrong, a seed."""
+    """`(n_eval,)` float64: how often an image became right less how often it became wrong, a seed."""
     return torch.stack([each.correct(mode).double() - each.correct("lq").double() for each in group]).mean(0)
 
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.measure.draws import FIT_SEED, Cell, Source
-from benchmarks.measure.evaluate import corrections
-from benchmarks.measure.pairs import ORIGINS
+from benchmarks.measure.corrections import corrections
+from benchmarks.measure.draws import FIT_SEED, Cell
+from benchmarks.measure.paired_logits import ORIGINS, Source
 from cat_plugin import CATConfig
 from cat_plugin.fitting.criteria import CRITERIA
 
@@ -18,7 +18,7 @@ Value = int | float | str
 class Factor:
     """One setting: how it is called on an axis, its values, of what type they are, and the axis' scale.
 
-    ``change`` gives the cell that has another value of it; None where that is not to be had.
+    `change` gives the cell that has another value of it; None where that is not to be had.
     """
 
     label: str
@@ -147,7 +147,7 @@ def centre(n_cat: int) -> dict[str, CATConfig]:
 def points(
     sources: Sequence[Source], factors: Mapping[str, Sequence[Value]], n_cat: int, max_draws: int
 ) -> list[Point]:
-    """All values of all factors, source by source, on up to ``max_draws`` disjoint draws of ``n_cat`` images.
+    """All values of all factors, source by source, on up to `max_draws` disjoint draws of `n_cat` images.
 
     Test images and labels play no part in what is fitted, and no value is chosen by them: all are shown.
     """

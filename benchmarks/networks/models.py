@@ -20,7 +20,7 @@ KEYS_SHOWN = 5
 
 
 class CifarResNet(nn.Module):
-    """ResNet for small images (He et al. 2016, section 4.2), ``6 * blocks + 2`` layers of torchvision's blocks."""
+    """ResNet for small images (He et al. 2016, section 4.2), `6 * blocks + 2` layers of torchvision's blocks."""
 
     def __init__(self, blocks: int, num_classes: int, in_channels: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class CifarResNet(nn.Module):
         self.fc = nn.Linear(WIDTHS[2], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, in_channels, height, width)``."""
+        """Logits `(N, num_classes)` of images `(N, in_channels, height, width)`."""
         features = self.relu(self.bn1(self.conv1(images)))
         features = self.layer3(self.layer2(self.layer1(features)))
         return self.fc(self.avgpool(features).flatten(1))
@@ -71,14 +71,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"resnet8": resnet8, "resnet20": r
 
 
 def create_model(name: str, num_classes: int, seed: int = 0) -> nn.Module:
-    """A network of :data:`MODELS` with random weights from ``seed``, in eval mode."""
+    """A network of `MODELS` with random weights from `seed`, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MODELS[name](num_classes).eval()
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state_dict from a safetensors file, or from a ``torch.save`` file that holds tensors only.
+    """Load a state_dict from a safetensors file, or from a `torch.save` file that holds tensors only.
 
     Raises:
         BenchmarkError: no such file, a file that is more than tensors (nothing of it is run), something other than a
@@ -98,9 +98,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[str, Any] | None = None) -> None:
-    """``model.load_state_dict(state)`` for a state whose names and shapes fit.
+    """`model.load_state_dict(state)` for a state whose names and shapes fit.
 
-    ``versions`` are those of layers that ``torch.save`` keeps in a state_dict; safetensors does not, and a network such
+    `versions` are those of layers that `torch.save` keeps in a state_dict; safetensors does not, and a network such
     as torchvision's MNASNet refuses to load without. Where there are none, they are the network's own.
     """
     versioned = OrderedDict(state)
@@ -109,7 +109,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[
 
 
 def check_outputs(model: nn.Module, images: Tensor, classes: tuple[str, ...]) -> None:
-    """Raise :class:`BenchmarkError` unless the network has one output a class."""
+    """Raise `BenchmarkError` unless the network has one output a class."""
     with torch.no_grad():
         outputs = model(images[:1]).shape[-1]
     if outputs != len(classes):

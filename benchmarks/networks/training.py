@@ -14,7 +14,7 @@ from tqdm import trange
 
 from baselines.files import atomic_path, digest_tensors
 from benchmarks import BenchmarkError
-from benchmarks.datasets.data import Dataset
+from benchmarks.datasets.dataset import Dataset
 from benchmarks.networks import models
 from benchmarks.networks.models import create_model, load_weights
 from benchmarks.runs.files import digest_text
@@ -38,7 +38,7 @@ class Training:
 def trained_model(
     name: str, dataset: Dataset, cache: Path, training: Training | None = None, *, progress: bool = False
 ) -> nn.Module:
-    """The named network trained on ``dataset``, from ``cache`` where it is there already.
+    """The named network trained on `dataset`, from `cache` where it is there already.
 
     A file in the cache that cannot be loaded is trained anew and replaced.
     """
@@ -58,7 +58,7 @@ def trained_model(
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, training: Training, *, progress: bool = False) -> None:
-    """Train in place on images ``(N, channels, height, width)`` with labels ``(N,)``; ends in eval mode."""
+    """Train in place on images `(N, channels, height, width)` with labels `(N,)`; ends in eval mode."""
     generator = torch.Generator().manual_seed(training.seed)
     optimizer = torch.optim.SGD(
         model.parameters(), momentum=training.momentum, weight_decay=training.weight_decay, nesterov=True, lr=0.01
@@ -79,7 +79,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, training: Training, 
 
 
 def _shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Shift the whole batch by up to ``most`` pixels; the border repeats."""
+    """Shift the whole batch by up to `most` pixels; the border repeats."""
     down, right = torch.randint(0, 2 * most + 1, (2,), generator=generator).tolist()
     padded = functional.pad(images, (most,) * 4, mode="replicate")
     return padded[..., down : down + images.shape[-2], right : right + images.shape[-1]]

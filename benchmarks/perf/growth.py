@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.reports.report import align, to_csv, write_texts
+from benchmarks.reports.comparison_report import align, to_csv, write_texts
 
 AXES: dict[str, tuple[int, ...]] = {
     "images": (1024, 4096, 16384, 65536),
@@ -30,10 +30,10 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line of ``growth.csv``: one call, of a size that differs from the others of its axis in the value alone.
+    """A line of `growth.csv`: one call, of a size that differs from the others of its axis in the value alone.
 
-    ``us_per_row`` is microseconds an image; ``copies`` how many plain copies of the logits that it reads take as long;
-    ``exponent`` that of the operation along the axis, the same in all its lines.
+    `us_per_row` is microseconds an image; `copies` how many plain copies of the logits that it reads take as long;
+    `exponent` that of the operation along the axis, the same in all its lines.
     """
 
     axis: str
@@ -76,7 +76,7 @@ def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def lines(seconds: Seconds) -> list[Line]:
-    """Axis by axis, from the seconds of all operations at all :func:`sizes`."""
+    """Axis by axis, from the seconds of all operations at all `sizes`."""
     found = []
     for axis, values in AXES.items():
         for operation, reads in READS.items():
@@ -118,7 +118,7 @@ def _short(figure: float) -> str:
 
 
 def write_growth(folder: Path, found: Sequence[Line]) -> str:
-    """Write ``growth.md`` and ``growth.csv``, each whole or not at all, and give the text of the former."""
+    """Write `growth.md` and `growth.csv`, each whole or not at all, and give the text of the former."""
     text = to_markdown(found)
     write_texts(folder, {"growth.md": text + "\n", "growth.csv": to_csv(found)})
     return text

@@ -1,4 +1,4 @@
-"""Figures of a run of ``compare``: gains with intervals, classes that win and lose, logits before and after."""
+"""Figures of a run of `compare`: gains with intervals, classes that win and lose, logits before and after."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from benchmarks.measure.accuracy import Measurement
 from benchmarks.measure.comparisons import modes_in, summarize
-from benchmarks.measure.evaluate import MODES, Measurement
+from benchmarks.measure.corrections import MODES
 from benchmarks.reports.plots import GAIN_LABEL, LINEAR_TO, STYLES, blank_figure, gain_axis, new_figure
 from benchmarks.wording import bits_name
 from cat_plugin.report.figures import CLUSTERS_DRAWN, draw_clusters, plain_style, readable, save_figure
@@ -130,7 +131,7 @@ def draw_logits(measured: Sequence[Measurement], classes: Sequence[str] | None) 
 
 
 def class_gains(measured: Sequence[Measurement]) -> Iterator[tuple[str, Tensor]]:
-    """Name of every method and bit setting, and ``(C,)`` what it gains a class, see :func:`draw_changes`."""
+    """Name of every method and bit setting, and `(C,)` what it gains a class, see `draw_changes`."""
     mode = modes_in(measured)[-1]
 
     def key(measurement: Measurement) -> str:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from benchmarks.anchors import SOURCES, Published, load_published
-from benchmarks.datasets.imagenet import NAME as IMAGENET
-from benchmarks.datasets.imagenet import VAL_IMAGES
+from benchmarks.datasets.imagenet import IMAGENET, VAL_IMAGES
+from benchmarks.measure.accuracy import Measurement
 from benchmarks.measure.comparisons import Summary, summarize
-from benchmarks.measure.evaluate import Measurement
 from benchmarks.wording import bits_name, signed
 
 # torchvision's and timm's names, and the papers'.
@@ -46,10 +45,10 @@ def beside(measured: Sequence[Measurement]) -> Beside | None:
 
     They speak of some networks, on all 50,000 validation images: a smaller folder is another task.
 
-    All of ``measured`` are of one data set and network.
+    All of `measured` are of one data set and network.
     """
     row = measured[0].row
-    if row.dataset != IMAGENET or row.n_eval != VAL_IMAGES or row.model not in NETWORKS | OTHERS:
+    if row.dataset != IMAGENET.name or row.n_eval != VAL_IMAGES or row.model not in NETWORKS | OTHERS:
         return None
     lines = _lines(measured, load_published(NETWORKS[row.model])) if row.model in NETWORKS else []
     if not lines:

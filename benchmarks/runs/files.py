@@ -12,16 +12,16 @@ from benchmarks import BenchmarkError
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8, whole or not at all."""
     with atomic_path(target) as temporary:
         temporary.write_bytes(text.encode())
 
 
 def extract_zip(archive: Path, folder: Path) -> None:
-    """Extract a zip archive into ``folder``.
+    """Extract a zip archive into `folder`.
 
     Raises:
-        BenchmarkError: one of the entries is a symbolic link or would land outside ``folder``, and nothing has been
+        BenchmarkError: one of the entries is a symbolic link or would land outside `folder`, and nothing has been
             extracted; or the file is not a readable zip archive, is damaged, or cannot be written out.
     """
     try:

@@ -1,4 +1,4 @@
-"""Several processes that share the cells of one run, as ``torchrun`` starts them.
+"""Several processes that share the cells of one run, as `torchrun` starts them.
 
 They meet in the folder of the run alone: no process group is made, which would make corrections be fitted together.
 """
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """Number ``rank`` of ``world`` processes, and number ``local_rank`` of the ``local_world`` on this machine."""
+    """Number `rank` of `world` processes, and number `local_rank` of the `local_world` on this machine."""
 
     rank: int = 0
     world: int = 1
@@ -43,7 +43,7 @@ class Process:
 
 
 def this_process(environment: Mapping[str, str] = os.environ) -> Process:
-    """What ``torchrun`` says in the environment; one process where it says nothing.
+    """What `torchrun` says in the environment; one process where it says nothing.
 
     Raises:
         BenchmarkError: the variables are no numbers that go together.
@@ -64,7 +64,7 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Process:
 
 
 def local_device(text: str, process: Process) -> torch.device:
-    """The device ``text``; of several accelerators, where ``text`` names none, the one that is the process's own."""
+    """The device `text`; of several accelerators, where `text` names none, the one that is the process's own."""
     device = torch.device(text)
     if process.alone or device.index is not None or device.type == "cpu":
         return device
@@ -72,7 +72,7 @@ def local_device(text: str, process: Process) -> torch.device:
 
 
 def use_device(text: str, process: Process) -> None:
-    """Make ``text`` mean :func:`local_device` in this process, so that settings say the same in all of them.
+    """Make `text` mean `local_device` in this process, so that settings say the same in all of them.
 
     Figures of an accelerator are made to repeat as far as its library lets them: no search for the fastest kernels,
     the deterministic ones where there is a choice, and float32 that is not rounded to TF32.
@@ -89,14 +89,14 @@ def use_device(text: str, process: Process) -> None:
 
 
 def refuse_several(command: str, process: Process) -> None:
-    """Raise :class:`BenchmarkError` unless this is the only process."""
+    """Raise `BenchmarkError` unless this is the only process."""
     if not process.alone:
         raise BenchmarkError(f"{command} runs in one process, got WORLD_SIZE={process.world}; torchrun is for compare")
 
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether nobody else is at the work that ``path`` stands for; if so, it is claimed inside the block.
+    """Whether nobody else is at the work that `path` stands for; if so, it is claimed inside the block.
 
     The claim is a lock on the file, which the system takes back when the process ends, however it ends.
     """
@@ -112,7 +112,7 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 def _is_at(path: Path, opened: IO[str]) -> bool:
-    """Whether ``opened`` is still the file at ``path``; what another claim has deleted may be locked by anybody."""
+    """Whether `opened` is still the file at `path`; what another claim has deleted may be locked by anybody."""
     if fcntl is None:
         return True
     try:

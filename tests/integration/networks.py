@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.datasets.data import Dataset
+from benchmarks.datasets.dataset import Dataset
 from benchmarks.networks.models import create_model
 from benchmarks.networks.training import Training, train
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.datasets.data import Dataset, split_calibration
-from benchmarks.reports.report import align
+from benchmarks.datasets.calibration_split import split_calibration
+from benchmarks.datasets.dataset import Dataset
+from benchmarks.reports.comparison_report import align
 from benchmarks.runs.files import write_text
 from cat_plugin import CATWrapper, apply_cat, compare_accuracy
 from cat_plugin.correction.hook import find_hooks

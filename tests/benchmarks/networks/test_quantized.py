@@ -5,8 +5,8 @@ from baselines.reconstruction.engine import UnitRun
 from benchmarks import BenchmarkError
 from benchmarks.networks import quantized
 from benchmarks.networks.models import create_model
-from benchmarks.networks.pretrained import untrained
 from benchmarks.networks.quantized import quantized_model
+from benchmarks.networks.weights_and_transforms import untrained
 
 OPTIONS = {"method": "qdrop", "w_bits": 2, "a_bits": 2, "iters": 2, "batch_size": 8, "seed": 0}
 

@@ -67,7 +67,7 @@ def test_every_file_of_a_package_counts(package):
 
 def test_figures_of_this_repository_depend_on_what_they_should():
     names = (
-        code_digest("benchmarks.measure.evaluate"),
+        code_digest("benchmarks.measure.accuracy"),
         code_digest("benchmarks.measure.draws"),
         code_digest("benchmarks.reports.plots"),
     )

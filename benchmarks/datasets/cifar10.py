@@ -1,101 +1,37 @@
-"""Data sets, most of them as normalised tensors in memory, and the split of training images into disjoint parts."""
+"""CIFAR-10 as normalised tensors in memory: from a folder, from a zip archive, or downloaded."""
 
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits as sklearn_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10 as TorchvisionCIFAR10
+from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 from tqdm import tqdm
 
-from baselines.files import digest_tensors
 from benchmarks import BenchmarkError
-from benchmarks.datasets.images import ImageFiles, Images
-from benchmarks.runs.files import digest_text, extract_zip
+from benchmarks.datasets.dataset import Dataset, normalise
+from benchmarks.datasets.description import Description
+from benchmarks.runs.files import extract_zip
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_SIZE = 32
 # The constants that the networks were trained with, ImageNet's by tradition.
 CIFAR10_MEAN = (0.485, 0.456, 0.406)
 CIFAR10_STD = (0.229, 0.224, 0.225)
-
-# Mean and standard deviation of the pixels of the digits' training images, pixel / 16.
-DIGITS_MEAN, DIGITS_STD = (0.305,), (0.376,)
-DIGITS_TEST_IMAGES = 500
-DIGITS_SPLIT_SEED = 0
-
 DECODING_THREADS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """Images ``(N, channels, height, width)`` float32, normalised; labels ``(N,)`` int64, indices into ``classes``.
-
-    Training images are for training, calibration and fitting; test images only score. Images that would not fit into
-    memory are files, see :mod:`benchmarks.datasets.images`.
-    """
-
-    name: str
-    train_images: Images
-    train_labels: Tensor
-    test_images: Images
-    test_labels: Tensor
-    classes: tuple[str, ...]
-
-    def digest(self) -> str:
-        """Changes whenever an image or a label does.
-
-        Training images that are files are told by names and sizes: nobody reads 140 GB for this.
-        """
-        parts = {part: getattr(self, part) for part in ("train_images", "train_labels", "test_images", "test_labels")}
-        tensors = digest_tensors({part: images for part, images in parts.items() if isinstance(images, Tensor)})
-        if not isinstance(self.train_images, ImageFiles):
-            return tensors
-        return digest_text(tensors, self.train_images.listing(), self.test_digest())
-
-    def test_digest(self) -> str:
-        """Changes whenever a test image or its label does."""
-        labels = digest_tensors({"test_labels": self.test_labels})
-        if isinstance(self.test_images, ImageFiles):
-            return digest_text(labels, self.test_images.listing(), *self.test_images.digests())
-        return digest_text(labels, digest_tensors({"test_images": self.test_images}))
-
-
-def load_digits() -> Dataset:
-    """scikit-learn's handwritten digits, 8x8 grey: 1,297 training and 500 test images, every class in proportion."""
-    digits = sklearn_digits()
-    train, test = train_test_split(
-        np.arange(len(digits.target)),
-        test_size=DIGITS_TEST_IMAGES,
-        stratify=digits.target,
-        random_state=DIGITS_SPLIT_SEED,
-    )
-    images = _normalise(torch.from_numpy(digits.images).float().unsqueeze(1) / 16, DIGITS_MEAN, DIGITS_STD)
-    labels = torch.from_numpy(digits.target).long()
-    return Dataset(
-        name="digits",
-        train_images=images[train],
-        train_labels=labels[train],
-        test_images=images[test],
-        test_labels=labels[test],
-        classes=tuple(str(name) for name in digits.target_names),
-    )
-
-
 def load_cifar10(source: Path | None, cache: Path, *, download: bool = True, progress: bool = False) -> Dataset:
-    """CIFAR-10 from a folder or a zip archive with ``train/<class>/*`` and ``test/<class>/*``.
+    """CIFAR-10 from a folder or a zip archive with `train/<class>/*` and `test/<class>/*`.
 
     Args:
         source: the folder or archive; None downloads the original data through torchvision.
         cache: where a download is kept. An archive is extracted to a temporary folder and leaves nothing behind.
-        download: False takes a download that is in ``cache`` and makes none.
+        download: False takes a download that is in `cache` and makes none.
         progress: show progress bars.
 
     Raises:
@@ -113,34 +49,13 @@ def load_cifar10(source: Path | None, cache: Path, *, download: bool = True, pro
         return _read_cifar10(Path(extracted), progress, shown=source)
 
 
-def split_calibration(n_train: int, n_calib: int, n_cat: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Disjoint random indices of training images: ``(n_calib,)`` for quantization and ``(n_cat,)`` for CAT.
-
-    Raises:
-        BenchmarkError: a number below 1, or fewer training images than both parts need together.
-    """
-    if n_calib < 1 or n_cat < 1:
-        raise BenchmarkError(f"numbers of images must be at least 1, got n_calib={n_calib}, n_cat={n_cat}")
-    if n_calib + n_cat > n_train:
-        raise BenchmarkError(
-            f"n_calib={n_calib} plus n_cat={n_cat} needs {n_calib + n_cat} training images, there are {n_train}"
-        )
-    order = torch.randperm(n_train, generator=torch.Generator().manual_seed(seed))
-    return order[:n_calib], order[n_calib : n_calib + n_cat]
-
-
-def _normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    shape = (1, -1, 1, 1)
-    return (images - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
-
-
 def _cifar10(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Dataset:
-    """The data set from pixels ``(N, 3, 32, 32)`` uint8 and labels of both parts."""
+    """The data set from pixels `(N, 3, 32, 32)` uint8 and labels of both parts."""
     return Dataset(
-        name="cifar10",
-        train_images=_normalise(train[0].float() / 255, CIFAR10_MEAN, CIFAR10_STD),
+        name=CIFAR10.name,
+        train_images=normalise(train[0].float() / 255, CIFAR10_MEAN, CIFAR10_STD),
         train_labels=train[1],
-        test_images=_normalise(test[0].float() / 255, CIFAR10_MEAN, CIFAR10_STD),
+        test_images=normalise(test[0].float() / 255, CIFAR10_MEAN, CIFAR10_STD),
         test_labels=test[1],
         classes=CIFAR10_CLASSES,
     )
@@ -148,7 +63,7 @@ def _cifar10(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Datas
 
 def _download_cifar10(root: Path, download: bool) -> Dataset:
     try:
-        parts = [CIFAR10(str(root), train=train, download=download) for train in (True, False)]
+        parts = [TorchvisionCIFAR10(str(root), train=train, download=download) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         if not download:
             raise BenchmarkError(
@@ -164,7 +79,7 @@ def _download_cifar10(root: Path, download: bool) -> Dataset:
 
 
 def _read_cifar10(root: Path, progress: bool, shown: Path | None = None) -> Dataset:
-    """Both parts of the data set; ``shown`` is the name of it that the user knows."""
+    """Both parts of the data set; `shown` is the name of it that the user knows."""
     shown = shown or root
     folders = [entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__"))]
     if len(folders) == 1 and folders[0].name not in ("train", "test"):
@@ -173,7 +88,7 @@ def _read_cifar10(root: Path, progress: bool, shown: Path | None = None) -> Data
 
 
 def _read_part(folder: Path, shown: str, progress: bool) -> tuple[Tensor, Tensor]:
-    """Pixels ``(N, 3, 32, 32)`` uint8 and labels ``(N,)`` of one part."""
+    """Pixels `(N, 3, 32, 32)` uint8 and labels `(N,)` of one part."""
     if not folder.is_dir():
         raise BenchmarkError(f"{shown}/ is missing; expected train/<class>/*.jpg and test/<class>/*.jpg")
     found = {entry.name for entry in folder.iterdir() if entry.is_dir()}
@@ -197,7 +112,7 @@ def _read_part(folder: Path, shown: str, progress: bool) -> tuple[Tensor, Tensor
 
 
 def _decode(path: str) -> np.ndarray:
-    """The image as ``(32, 32, 3)`` uint8."""
+    """The image as `(32, 32, 3)` uint8."""
     try:
         pixels = np.asarray(pil_loader(path))
     except (OSError, SyntaxError, ValueError) as error:
@@ -206,3 +121,14 @@ def _decode(path: str) -> np.ndarray:
         height, width = pixels.shape[:2]
         raise BenchmarkError(f"{path} is {width}x{height} pixels, expected {CIFAR10_SIZE}x{CIFAR10_SIZE}")
     return pixels
+
+
+CIFAR10 = Description(
+    name="cifar10",
+    title="CIFAR-10",
+    load=lambda asked: load_cifar10(asked.data, asked.cache, download=asked.download, progress=asked.progress),
+    count_classes=lambda folder: len(CIFAR10_CLASSES),
+    image_shape=(3, CIFAR10_SIZE, CIFAR10_SIZE),
+    iters=1000,
+    n_calib=1024,
+)

@@ -24,8 +24,8 @@ AnyRow = TypeVar("AnyRow")
 class Record(Generic[AnyRow]):
     """A row, a dataclass, and what its figures come from.
 
-    ``predictions`` holds int16 tensors ``(n_eval,)``: ``labels``, and the classes that each network predicts (``fp``,
-    ``lq``, and one a correction). ``seconds`` is the time it took, 0 where that is unknown. ``profiles`` are what a
+    `predictions` holds int16 tensors `(n_eval,)`: `labels`, and the classes that each network predicts (`fp`,
+    `lq`, and one a correction). `seconds` is the time it took, 0 where that is unknown. `profiles` are what a
     correction did to the logits of the test images, where that is kept for a figure.
     """
 
@@ -37,7 +37,7 @@ class Record(Generic[AnyRow]):
     row_type: ClassVar[type]
 
     def correct(self, name: str) -> Tensor:
-        """``(n_eval,)`` bool: which test images the named network gets right."""
+        """`(n_eval,)` bool: which test images the named network gets right."""
         return self.predictions[name] == self.predictions[LABELS]
 
     def figures(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Record(Generic[AnyRow]):
         raise NotImplementedError
 
     def verify(self, name: str) -> None:
-        """Refuse a row, called ``name`` in the message, whose figures are not those of its predictions.
+        """Refuse a row, called `name` in the message, whose figures are not those of its predictions.
 
         Raises:
             BenchmarkError: the message says which figures differ.
@@ -56,7 +56,7 @@ class Record(Generic[AnyRow]):
             raise BenchmarkError(f"the row {name} does not hold the figures of its predictions: {found}")
 
     def store(self, path: Path) -> None:
-        """Write the row as JSON to ``path``, last: where it is, the predictions are beside it, too."""
+        """Write the row as JSON to `path`, last: where it is, the predictions are beside it, too."""
         with atomic_path(path.with_suffix(".safetensors")) as temporary:
             save_file(self.predictions, temporary)
         beside = {SECONDS: self.seconds} | ({PROFILES: to_plain(self.profiles)} if self.profiles else {})
@@ -64,7 +64,7 @@ class Record(Generic[AnyRow]):
 
     @classmethod
     def load(cls, path: Path) -> "Record[AnyRow]":
-        """Inverse of :meth:`store`."""
+        """Inverse of `store`."""
         values = json.loads(path.read_text("utf-8"))
         seconds = values.pop(SECONDS, 0.0)
         profiles = from_plain(tuple[ClusterProfile, ...], values.pop(PROFILES, []), PROFILES)

@@ -1,4 +1,4 @@
-"""A run of ``compare`` as CSV, JSON and a Markdown table with means and standard deviations over seeds."""
+"""A run of `compare` as CSV, JSON and a Markdown table with means and standard deviations over seeds."""
 
 import csv
 import io
@@ -9,8 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure.accuracy import Measurement, Row
 from benchmarks.measure.comparisons import Summary, compare, modes_in, summarize
-from benchmarks.measure.evaluate import MODES, Measurement, Row
+from benchmarks.measure.corrections import MODES
 from benchmarks.reports import published
 from benchmarks.runs.files import write_text
 from benchmarks.wording import bits_name, signed
@@ -19,9 +20,9 @@ from benchmarks.wording import bits_name, signed
 def write_report(folder: Path, measured: Sequence[Measurement], weights: str | None = None) -> dict[str, bool]:
     """Write all tables, each whole or not at all; which files there are, and whether each was there just the same.
 
-    ``results.csv`` has a line a network, ``comparisons.csv`` one a network and correction, ``summary.csv`` one a
-    method, bit setting and correction, over seeds; ``results.json`` holds all three, ``results.md`` the table to read,
-    whose title says which full-precision ``weights`` there were.
+    `results.csv` has a line a network, `comparisons.csv` one a network and correction, `summary.csv` one a
+    method, bit setting and correction, over seeds; `results.json` holds all three, `results.md` the table to read,
+    whose title says which full-precision `weights` there were.
     """
     parts = {
         "results": [measurement.row for measurement in measured],
@@ -46,17 +47,6 @@ def write_texts(folder: Path, texts: dict[str, str]) -> dict[str, bool]:
     return same
 
 
-def write_environment(folder: Path, environment: dict[str, Any]) -> None:
-    """Write ``environment.json``; where there is one, it stays that of the first call but for ``seconds``."""
-    path = folder / "environment.json"
-    try:
-        first = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        first = {}
-    kept = {**environment, **first, "seconds": environment["seconds"]}
-    write_text(path, json.dumps(kept, indent=2) + "\n")
-
-
 def to_csv(rows: Sequence[Any]) -> str:
     """One line for each of the dataclass instances, all of one type; empty where a value is None."""
     text = io.StringIO()
@@ -75,7 +65,7 @@ def to_markdown(measured: Sequence[Measurement], weights: str | None = None) -> 
 
 
 def title(rows: Sequence[Row], weights: str | None = None) -> str:
-    """One sentence that says what the table shows; ``weights`` are those of the full-precision network."""
+    """One sentence that says what the table shows; `weights` are those of the full-precision network."""
     first, seeds = rows[0], sorted({row.seed for row in rows})
     return (
         f"Top-1 in percent on {first.n_eval:,} test images: {first.model} on {first.dataset}, "
@@ -90,7 +80,7 @@ def to_table(measured: Sequence[Measurement]) -> str:
     """Markdown table, padded so that it also reads well on a console; one line a method and bit setting.
 
     Gain, interval and p are those of the library's default, or of the last correction where that is not there, see
-    :class:`benchmarks.measure.comparisons.Summary`.
+    `benchmarks.measure.comparisons.Summary`.
     """
     modes = modes_in(measured)
     shown = f"gain of {MODES[modes[-1]]}", "95 % interval", "p"
@@ -119,7 +109,7 @@ def readable_p(p_value: float) -> str:
 
 
 def spread(mean: float, std: float | None, sign: str = "") -> str:
-    """``mean ± std``, the latter where it is known."""
+    """`mean ± std`, the latter where it is known."""
     return f"{mean:{sign}.2f}" if std is None else f"{mean:{sign}.2f} ± {std:.2f}"
 
 

@@ -8,58 +8,8 @@ import torch
 from PIL import Image
 
 from benchmarks import BenchmarkError
-from benchmarks.datasets import data
-from benchmarks.datasets.data import (
-    CIFAR10_CLASSES,
-    CIFAR10_MEAN,
-    CIFAR10_STD,
-    load_cifar10,
-    load_digits,
-    split_calibration,
-)
-
-
-def test_digits_are_split_in_proportion():
-    digits = load_digits()
-    assert digits.train_images.shape == (1297, 1, 8, 8)
-    assert digits.test_images.shape == (500, 1, 8, 8)
-    assert digits.test_labels.bincount().tolist() == pytest.approx([50] * 10, abs=2)
-    assert len(digits.classes) == 10
-    assert digits.train_images.mean().item() == pytest.approx(0, abs=0.01)
-    assert digits.train_images.std().item() == pytest.approx(1, abs=0.01)
-
-
-def test_digits_test_images_are_not_among_the_training_images():
-    digits = load_digits()
-    distances = torch.cdist(digits.test_images.flatten(1), digits.train_images.flatten(1))
-    assert distances.min() > 0
-    assert load_digits().digest() == digits.digest()
-
-
-def test_split_is_disjoint_and_seeded():
-    before = torch.get_rng_state()
-    calib, cat = split_calibration(100, 30, 60, seed=0)
-    assert (len(calib), len(cat)) == (30, 60)
-    assert len({*calib.tolist(), *cat.tolist()}) == 90
-    assert max(*calib.tolist(), *cat.tolist()) < 100
-    again, other = split_calibration(100, 30, 60, seed=0)[0], split_calibration(100, 30, 60, seed=1)[0]
-    assert torch.equal(calib, again)
-    assert not torch.equal(calib, other)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_split_may_use_every_image():
-    calib, cat = split_calibration(10, 4, 6, seed=5)
-    assert sorted([*calib.tolist(), *cat.tolist()]) == list(range(10))
-
-
-@pytest.mark.parametrize(
-    ("n_calib", "n_cat", "message"),
-    [(5, 6, "n_calib=5 plus n_cat=6 needs 11 training images, there are 10"), (0, 6, "at least 1"), (5, 0, "n_cat=0")],
-)
-def test_impossible_splits_are_refused(n_calib, n_cat, message):
-    with pytest.raises(BenchmarkError, match=message):
-        split_calibration(10, n_calib, n_cat, seed=0)
+from benchmarks.datasets import cifar10
+from benchmarks.datasets.cifar10 import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, load_cifar10
 
 
 def test_cifar10_folder_is_read_and_normalised(shared_folder, tmp_path):
@@ -152,7 +102,7 @@ class FakeCIFAR10:
 
 
 def test_download_is_normalised_alike(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CIFAR10", FakeCIFAR10)
+    monkeypatch.setattr(cifar10, "TorchvisionCIFAR10", FakeCIFAR10)
     dataset = load_cifar10(None, tmp_path)
     assert dataset.classes == CIFAR10_CLASSES
     white = (1 - torch.tensor(CIFAR10_MEAN)) / torch.tensor(CIFAR10_STD)
@@ -164,6 +114,6 @@ def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise URLError("no network")
 
-    monkeypatch.setattr(data, "CIFAR10", fail)
+    monkeypatch.setattr(cifar10, "TorchvisionCIFAR10", fail)
     with pytest.raises(BenchmarkError, match=r"could not be downloaded .*no network.* by --data"):
         load_cifar10(None, tmp_path)

@@ -1,6 +1,5 @@
-"""Paired logits to draw from: files that other tools have made, and networks that the baselines quantize here."""
+"""Paired logits that other tools have made, from npz files."""
 
-import logging
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -9,31 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
-from tqdm import tqdm
 
-from baselines.files import atomic_path, digest_tensors
 from benchmarks import BenchmarkError
-from benchmarks.datasets.data import Dataset, split_calibration
-from benchmarks.datasets.images import ImageFiles, digests, stacked
-from benchmarks.measure.draws import Source
-from benchmarks.measure.evaluate import Protocol, Setting, paired_logits, quantization_options
-from benchmarks.measure.pairs import PairedLogits
-from benchmarks.networks.quantized import cache_key
-from benchmarks.runs.files import digest_text
+from benchmarks.measure.paired_logits import PairedLogits, Source
 from cat_plugin.running.collect import check_finite
-
-logger = logging.getLogger(__name__)
 
 LOGITS = ("q_calib", "f_calib", "q_test", "f_test")
 FEATURES = ("h_calib", "h_test")
-LOGITS_FORMAT = "with those of the images that quantization was tuned on"  # changes with what is stored of a network
 
 
 def file_sources(folders: Sequence[Path], skip: int) -> list[Source]:
-    """All ``*.npz`` files of the folders, see :func:`read_npz`, named after the files.
+    """All `*.npz` files of the folders, see `read_npz`, named after the files.
 
     Raises:
         BenchmarkError: a folder without such files, or files that cannot be used.
@@ -45,15 +30,15 @@ def file_sources(folders: Sequence[Path], skip: int) -> list[Source]:
             raise BenchmarkError(f"{folder} holds no *.npz files of logits; expected a folder of them")
         for path in paths:
             load = partial(read_npz, path, skip)
-            found.append(_source(path.stem, load(), load))
+            found.append(Source.of(path.stem, load(), load))
     return found
 
 
 def read_npz(path: Path, skip: int) -> PairedLogits:
-    """Logits from a file with the arrays ``q_calib, f_calib (N, C)``, ``q_test, f_test (M, C)`` and ``y_test (M,)``.
+    """Logits from a file with the arrays `q_calib, f_calib (N, C)`, `q_test, f_test (M, C)` and `y_test (M,)`.
 
-    The first ``skip`` rows of ``*_calib`` are the images that quantization was tuned on. Features ``h_calib (N, D)``
-    and ``h_test (M, D)`` of the low-bit network may be there, too.
+    The first `skip` rows of `*_calib` are the images that quantization was tuned on. Features `h_calib (N, D)`
+    and `h_test (M, D)` of the low-bit network may be there, too.
 
     Raises:
         BenchmarkError: no readable file of arrays (pickled objects are refused), arrays that are missing or do not
@@ -86,72 +71,6 @@ def read_npz(path: Path, skip: int) -> PairedLogits:
     )
     pairs.refuse_leaks(f"{path}: ")
     return pairs
-
-
-def network_sources(
-    grid: Sequence[Setting],
-    protocol: Protocol,
-    dataset: Dataset,
-    model_name: str,
-    fp_model: nn.Module,
-    cache: Path,
-    *,
-    cache_device: str = "model",
-    progress: bool = False,
-) -> list[Source]:
-    """``fp_model`` quantized in every way of ``grid``; to draw from are ``protocol.n_cat`` training images.
-
-    Networks run once: their logits are kept in ``cache`` for as long as nothing that they depend on has changed.
-    ``cache_device`` is where a quantization keeps inputs and outputs of units.
-    """
-    data = dataset.digest()
-    found = []
-    with tqdm(grid, unit="network", disable=not progress) as bar:
-        for setting in bar:
-            bar.set_description(setting.name)
-            calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
-            images = stacked(dataset.train_images[calib]).to(protocol.device)
-            key = cache_key(fp_model, images, quantization_options(setting, protocol))
-            fresh = dataset.train_images[cat]
-            # The digest of the data knows training images that are files by their names and sizes alone.
-            read = digests(fresh) if isinstance(fresh, ImageFiles) else []
-            parts = key, data, digest_tensors({"cat": cat}), str(protocol.features), LOGITS_FORMAT, *read
-            path = cache / "logits" / f"{digest_text(*parts)}.safetensors"
-            pairs = _stored(path)
-            if pairs is None:
-                kept = {"cache": cache, "cache_device": cache_device}
-                pairs = paired_logits(setting, protocol, dataset, fp_model, **kept, progress=progress)
-                with atomic_path(path) as temporary:
-                    save_file(pairs.tensors(), temporary)
-            found.append(_source(f"{dataset.name}-{model_name}-{setting.name}", pairs, partial(_read, path)))
-    return found
-
-
-def _source(name: str, pairs: PairedLogits, load: partial[PairedLogits]) -> Source:
-    """The logits themselves are let go: many of them do not fit into memory together."""
-    return Source(
-        name=name,
-        digest=digest_tensors(pairs.tensors()),
-        fresh=len(pairs.fit_q),
-        load=load,
-        tuned=0 if pairs.tuned_q is None else len(pairs.tuned_q),
-        features=pairs.test_h is not None,
-    )
-
-
-def _read(path: Path) -> PairedLogits:
-    return PairedLogits(**load_file(path))
-
-
-def _stored(path: Path) -> PairedLogits | None:
-    """The logits in the cache; None where there are none that can be read."""
-    if not path.is_file():
-        return None
-    try:
-        return _read(path)
-    except (OSError, TypeError, SafetensorError) as error:
-        logger.warning("running the networks again, the stored logits are unusable: %s", error)
-        return None
 
 
 def _refuse_misfit(arrays: dict[str, np.ndarray], path: Path) -> None:
