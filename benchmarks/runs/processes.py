@@ -3,24 +3,16 @@
 They meet in the folder of the run alone: no process group is made, which would make corrections be fitted together.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
+from filelock import FileLock, Timeout
 
 from benchmarks import BenchmarkError
-
-try:
-    import fcntl
-except ImportError:  # on Windows, where two processes may then do the same work
-    fcntl = None
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,36 +91,24 @@ def claimed(path: Path) -> Iterator[bool]:
     """Whether nobody else is at the work that `path` stands for; if so, it is claimed inside the block.
 
     The claim is a lock on the file, which the system takes back when the process ends, however it ends.
+
+    Raises:
+        BenchmarkError: the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as opened:
-        free = _locked(opened) and _is_at(path, opened)
-        try:
-            yield free
-        finally:
-            # Windows deletes no open file; an empty one stays there.
-            if free and fcntl is not None:
-                path.unlink(missing_ok=True)
-
-
-def _is_at(path: Path, opened: IO[str]) -> bool:
-    """Whether `opened` is still the file at `path`; what another claim has deleted may be locked by anybody."""
-    if fcntl is None:
-        return True
+    lock = FileLock(path)
     try:
-        found = path.stat()
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(found, os.fstat(opened.fileno()))
-
-
-def _locked(opened: IO[str]) -> bool:
-    if fcntl is None:
-        return True
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    except OSError as error:
+        raise BenchmarkError(
+            f"{path} cannot be locked ({error}); several processes need a folder with locks"
+        ) from error
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # a file system without locks: two processes may do the same work, with the same result
-        logger.warning("%s cannot be locked: %s", opened.name, error)
-    return True
+        yield True
+    finally:
+        with suppress(PermissionError):  # Windows deletes no open file; an empty one stays there
+            path.unlink(missing_ok=True)
+        lock.release()
