@@ -1,6 +1,9 @@
 """CIFAR-10 as normalised tensors in memory: from a folder, from a zip archive, or downloaded."""
 
+import lzma
 import tempfile
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +18,6 @@ from tqdm import tqdm
 from benchmarks import BenchmarkError
 from benchmarks.datasets.dataset import Dataset, normalise
 from benchmarks.datasets.description import Description
-from benchmarks.runs.files import extract_zip
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_SIZE = 32
@@ -35,8 +37,8 @@ def load_cifar10(source: Path | None, cache: Path, *, download: bool = True, pro
         progress: show progress bars.
 
     Raises:
-        BenchmarkError: no such file, an unsafe archive, a missing or empty part, other classes, images that cannot
-            be read or are not 32x32, or a download that failed or is not there.
+        BenchmarkError: no such file, an archive that cannot be read, a missing or empty part, other classes, images
+            that cannot be read or are not 32x32, or a download that failed or is not there.
     """
     if source is None:
         return _download_cifar10(cache / "cifar10", download)
@@ -45,8 +47,17 @@ def load_cifar10(source: Path | None, cache: Path, *, download: bool = True, pro
     if not source.is_file():
         raise BenchmarkError(f"no such file or folder: {source}")
     with tempfile.TemporaryDirectory(prefix="cat-plugin-") as extracted:
-        extract_zip(source, Path(extracted))
+        _extract(source, Path(extracted))
         return _read_cifar10(Path(extracted), progress, shown=source)
+
+
+def _extract(archive: Path, folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(folder)  # inside of it, wherever the names of entries point, and links as plain files
+    except (zipfile.BadZipFile, RuntimeError, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
+        # OSError: a full disk, or an entry that is a file and a folder. EOFError comes without a message.
+        raise BenchmarkError(f"{archive} cannot be read as a zip archive: {str(error) or 'it is cut off'}") from error
 
 
 def _cifar10(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Dataset:
