@@ -7,6 +7,7 @@ import torch
 from benchmarks.measure.factors import FACTORS, Value
 from benchmarks.networks.catalogue import ALL_NETWORKS, TIMM_FAMILIES
 from benchmarks.runs.processes import this_process, use_device
+from benchmarks.wording import reason
 
 FLOAT_BITS = 32
 
@@ -98,6 +99,5 @@ def device(text: str) -> str:
         ones = torch.ones(2, 2, device=text)
         (ones @ ones).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason(error)}") from None
     return text

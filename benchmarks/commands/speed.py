@@ -2,12 +2,10 @@
 
 import argparse
 import copy
-import csv
-import io
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from benchmarks.datasets.description import Request
 from benchmarks.datasets.registry import DATASETS
 from benchmarks.networks.models import load_weights
 from benchmarks.networks.weights_and_transforms import untrained
+from benchmarks.reports.tables import csv_table, markdown_table
 from benchmarks.runs.files import write_text
 from benchmarks.runs.processes import refuse_several, this_process
 from benchmarks.wording import bits_name
@@ -147,28 +146,25 @@ def _synchronize(device: torch.device) -> None:
 
 def to_csv(timing: Timing) -> str:
     """`unit,iter_ms,fp_fwd_bwd_ms,ratio`, the total last."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*(field.name for field in fields(Line)), "ratio"])
-    for line in timing.lines:
-        writer.writerow([line.unit, f"{line.iter_ms:.4f}", f"{line.fp_fwd_bwd_ms:.4f}", f"{line.ratio:.4f}"])
-    return text.getvalue()
+    names = ("iter_ms", "fp_fwd_bwd_ms", "ratio")
+    lines = [[line.unit, *(f"{getattr(line, name):.4f}" for name in names)] for line in timing.lines]
+    return csv_table([["unit", *names], *lines])
 
 
 def to_table(timing: Timing) -> str:
     """The lines as a Markdown table, and what a run of usual length takes as a sentence."""
-    width = max(len(line.unit) for line in timing.lines)
-    rows = [f"| {'unit':{width}} | ms / iteration | ms FP forward + backward | ratio |"]
-    rows.append(f"| {'-' * width} | {'-' * 13}: | {'-' * 23}: | ----: |")
-    for line in timing.lines:
-        rows.append(f"| {line.unit:{width}} | {line.iter_ms:14.2f} | {line.fp_fwd_bwd_ms:24.2f} | {line.ratio:5.2f} |")
+    header = "unit", "ms / iteration", "ms FP forward + backward", "ratio"
+    lines = [
+        (line.unit, *(f"{each:.2f}" for each in (line.iter_ms, line.fp_fwd_bwd_ms, line.ratio)))
+        for line in timing.lines
+    ]
     whole = timing.seconds_at(TYPICAL_ITERS)
-    rows.append(
-        f"\nA run of {TYPICAL_ITERS:,} iterations a unit: {whole:.0f} s, of which "
+    return (
+        f"{markdown_table([header, *lines], text_columns=1)}\n\n"
+        f"A run of {TYPICAL_ITERS:,} iterations a unit: {whole:.0f} s, of which "
         f"{timing.range_seconds:.2f} s ({timing.range_seconds / whole:.1%}) search for ranges and "
         f"{timing.capture_seconds:.2f} s ({timing.capture_seconds / whole:.1%}) capture inputs and outputs."
     )
-    return "\n".join(rows)
 
 
 def _title(args: argparse.Namespace) -> str:

@@ -14,6 +14,7 @@ from benchmarks import BenchmarkError
 from benchmarks.datasets.dataset import Dataset
 from benchmarks.datasets.description import Description
 from benchmarks.datasets.images import ImageFiles
+from benchmarks.wording import some
 
 CLASSES, VAL_IMAGES = 1000, 50_000
 PARTS = "train", "val"
@@ -38,7 +39,9 @@ def class_names(root: Path) -> tuple[str, ...]:
     train, val = (_classes_of(root, part) for part in PARTS)
     if train != val:
         only = {part: sorted(names) for part, names in (("train", train - val), ("val", val - train)) if names}
-        found = "; ".join(f"only {part}/ has {len(names)}: {_some(names)}" for part, names in only.items())
+        found = "; ".join(
+            f"only {part}/ has {len(names)}: {some(names, CLASSES_SHOWN)}" for part, names in only.items()
+        )
         raise BenchmarkError(
             f"{root}: train/ holds {len(train):,} classes and val/ {len(val):,}, and they differ: {found}; expected "
             "the same folders in both"
@@ -68,7 +71,7 @@ def _classes_of(root: Path, part: str) -> set[str]:
     folder = root / part
     if not folder.is_dir():
         found = sorted(entry.name for entry in root.iterdir())
-        raise BenchmarkError(f"{folder}/ is missing; {LAYOUT}, found {_some(found) or 'an empty folder'}")
+        raise BenchmarkError(f"{folder}/ is missing; {LAYOUT}, found {some(found, CLASSES_SHOWN) or 'an empty folder'}")
     entries = list(os.scandir(folder))
     classes = {entry.name for entry in entries if entry.is_dir()}
     if not classes:
@@ -85,11 +88,6 @@ def _files_of(root: Path, part: str, transform: Callable[[Any], Tensor], workers
         raise BenchmarkError(f"{root / part}/ has classes without images: {error}") from error
     names = tuple(Path(path).relative_to(root).as_posix() for path, _ in found.samples)
     return ImageFiles(root=root, names=names, transform=transform, workers=workers), torch.tensor(found.targets)
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - CLASSES_SHOWN
-    return ", ".join(names[:CLASSES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 IMAGENET = Description(

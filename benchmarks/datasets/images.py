@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import BenchmarkError
 from benchmarks.runs.files import digest_text
+from benchmarks.wording import reason
 from cat_plugin.report.warnings import image_digests
 
 FILES_BATCH = 64  # decoded together; 256 of ImageNet's in flight for every worker would be gigabytes
@@ -123,11 +124,10 @@ def _from_workers(loader: DataLoader) -> Iterator[Tensor | BenchmarkError]:
     try:
         yield from loader
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        if reason.startswith("Caught "):  # and brought here from a worker: a mistake in the code
+        if reason(error).startswith("Caught "):  # and brought here from a worker: a mistake in the code
             raise
         raise BenchmarkError(
-            f"the {loader.num_workers} processes that decode images failed ({reason}); decode without them by "
+            f"the {loader.num_workers} processes that decode images failed ({reason(error)}); decode without them by "
             "--workers 0, or give them more shared memory (of a container: --shm-size 8g) and open files (ulimit -n)"
         ) from error
 

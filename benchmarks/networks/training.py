@@ -16,7 +16,8 @@ from baselines.files import atomic_path, digest_tensors
 from benchmarks import BenchmarkError
 from benchmarks.datasets.dataset import Dataset
 from benchmarks.networks import models
-from benchmarks.networks.models import create_model, load_weights
+from benchmarks.networks.models import load_weights
+from benchmarks.networks.weights_and_transforms import untrained
 from benchmarks.runs.files import digest_text
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def trained_model(
     """
     training = training or Training()
     path = cache / f"{dataset.name}-{name}-{_cache_key(dataset, training)}.safetensors"
-    model = create_model(name, len(dataset.classes), training.seed)
+    model = untrained(name, len(dataset.classes), training.seed)
     if path.is_file():
         try:
             load_weights(model, path)

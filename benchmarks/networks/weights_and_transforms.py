@@ -12,6 +12,7 @@ from torchvision.models import WeightsEnum, get_model, get_model_weights
 from benchmarks import BenchmarkError
 from benchmarks.networks.catalogue import TIMM, is_timm
 from benchmarks.networks.models import MODELS, load_weights
+from benchmarks.wording import reason
 
 DEFAULT = "DEFAULT"
 # Top-1 in percent, from results/results-imagenet.csv of huggingface/pytorch-image-models, commit 0173a139.
@@ -168,8 +169,7 @@ def _refuse_other_classes(weights: str, outputs: int, classes: int) -> None:
 
 
 def _failed_download(weights: str, error: Exception) -> BenchmarkError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return BenchmarkError(
-        f"the weights {weights} could not be downloaded or read ({reason}); download them elsewhere and give the file "
-        "by --weights FILE, with --fp-top1 for the accuracy that is to be expected"
+        f"the weights {weights} could not be downloaded or read ({reason(error)}); download them elsewhere and give "
+        "the file by --weights FILE, with --fp-top1 for the accuracy that is to be expected"
     )

@@ -10,9 +10,9 @@ from benchmarks.anchors import CURVES, SOURCE, Anchor, load_anchors
 from benchmarks.measure.corrections import MODES
 from benchmarks.measure.draws import Gain
 from benchmarks.measure.factors import ABLATED, FACTORS, Value
-from benchmarks.reports.comparison_report import align, to_csv, write_texts
 from benchmarks.reports.plots import COLOURS, GAIN_LABEL, MARKERS, gain_axis, new_figure
 from benchmarks.reports.robustness_report import gains_table, mean_gain
+from benchmarks.reports.tables import markdown_table, to_csv, write_texts
 from benchmarks.wording import bits_name, signed
 from cat_plugin.report.figures import plain_style, save_figure
 
@@ -74,7 +74,7 @@ def sources_table(lines: Sequence[Line]) -> str:
             if found:
                 means = [mean_gain(line.gain for line in found if line.value == value) for value in values]
                 table.append((source, MODES[mode], f"{found[0].lq_top1:.2f}", *means))
-    return align(table)
+    return markdown_table(table)
 
 
 def anchors_table(anchors: Sequence[Anchor]) -> str:
@@ -83,7 +83,7 @@ def anchors_table(anchors: Sequence[Anchor]) -> str:
     table = [("network", "bits", *map(_readable, values))]
     for (arch, bits), curve in _curves(anchors).items():
         table.append((arch, bits, *(signed(curve[value]) if value in curve else "-" for value in values)))
-    return align(table)
+    return markdown_table(table)
 
 
 @plain_style()

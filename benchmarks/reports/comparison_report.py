@@ -1,19 +1,16 @@
 """A run of `compare` as CSV, JSON and a Markdown table with means and standard deviations over seeds."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from benchmarks.measure.accuracy import Measurement, Row
 from benchmarks.measure.comparisons import Summary, compare, modes_in, summarize
 from benchmarks.measure.corrections import MODES
 from benchmarks.reports import published
-from benchmarks.runs.files import write_text
+from benchmarks.reports.tables import markdown_table, to_csv, write_texts
 from benchmarks.wording import bits_name, signed
 
 
@@ -36,30 +33,10 @@ def write_report(folder: Path, measured: Sequence[Measurement], weights: str | N
     return write_texts(folder, texts)
 
 
-def write_texts(folder: Path, texts: dict[str, str]) -> dict[str, bool]:
-    """Write files by name; which there are, and whether each was there just the same, and so was not touched."""
-    same = {}
-    for name, text in texts.items():
-        path = folder / name
-        same[name] = path.is_file() and path.read_bytes() == text.encode()
-        if not same[name]:
-            write_text(path, text)
-    return same
-
-
-def to_csv(rows: Sequence[Any]) -> str:
-    """One line for each of the dataclass instances, all of one type; empty where a value is None."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return text.getvalue()
-
-
 def to_markdown(measured: Sequence[Measurement], weights: str | None = None) -> str:
     """Title and table; then the published figures for the same networks, where there are some."""
     found = published.beside(measured)
-    table = ["Beside published figures:", align(found.lines)] if found and found.lines else []
+    table = ["Beside published figures:", markdown_table(found.lines)] if found and found.lines else []
     parts = [title([measurement.row for measurement in measured], weights), to_table(measured), *table]
     return "\n\n".join([*parts, found.notes] if found else parts)
 
@@ -95,7 +72,7 @@ def to_table(measured: Sequence[Measurement]) -> str:
         ]
         gain = ("-", "-", "-") if last is None else _gain(last)
         lines.append((any_line.method, bits_name(any_line.w_bits, any_line.a_bits), *scores, *gain))
-    return align(lines)
+    return markdown_table(lines)
 
 
 def _gain(line: Summary) -> tuple[str, str, str]:
@@ -111,18 +88,3 @@ def readable_p(p_value: float) -> str:
 def spread(mean: float, std: float | None, sign: str = "") -> str:
     """`mean ± std`, the latter where it is known."""
     return f"{mean:{sign}.2f}" if std is None else f"{mean:{sign}.2f} ± {std:.2f}"
-
-
-def align(lines: Sequence[tuple[str, ...]]) -> str:
-    """A Markdown table, padded; the first line is the header; two columns of text, then figures, to the right."""
-    widths = [max(len(text) for text in column) for column in zip(*lines, strict=True)]
-    rule = [("-" * width) if index < 2 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
-
-    def joined(cells: Sequence[str]) -> str:
-        padded = [
-            text.ljust(width) if index < 2 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    return "\n".join([joined(lines[0]), joined(rule), *(joined(line) for line in lines[1:])])

@@ -8,8 +8,8 @@ from pathlib import Path
 from benchmarks.measure.corrections import MODES
 from benchmarks.measure.draws import Gain
 from benchmarks.measure.paired_logits import Source
-from benchmarks.reports.comparison_report import align, to_csv, write_texts
 from benchmarks.reports.plots import GAIN_LABEL, STYLES, gain_axis, new_figure
+from benchmarks.reports.tables import markdown_table, to_csv, write_texts
 from benchmarks.wording import signed
 from cat_plugin.report.figures import plain_style, save_figure
 
@@ -54,7 +54,7 @@ def gains_table(header: str, groups: Mapping[tuple[str, str], Sequence[float]]) 
             losing = sum(value < 0 for value in values) / len(values)
             figures = signed(statistics.fmean(values)), signed(min(values)), f"{losing:.0%}", str(len(values))
             lines.append((*names, *figures))
-    return align(lines)
+    return markdown_table(lines)
 
 
 def sources_table(gains: Sequence[Gain]) -> str:
@@ -68,7 +68,7 @@ def sources_table(gains: Sequence[Gain]) -> str:
             lines.append(
                 (source, f"{images:,}", str(draws), f"{first.fp_top1:.2f}", f"{first.lq_top1:.2f}", *means),
             )
-    return align(lines)
+    return markdown_table(lines)
 
 
 def shortfalls(sources: Sequence[Source], images: Sequence[int], max_draws: int) -> list[str]:

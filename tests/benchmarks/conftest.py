@@ -17,7 +17,6 @@ from benchmarks.commands import loading
 from benchmarks.datasets.cifar10 import CIFAR10_CLASSES
 from benchmarks.datasets.dataset import Dataset
 from benchmarks.networks import quantized
-from benchmarks.networks.models import create_model
 from benchmarks.networks.weights_and_transforms import load_pretrained, untrained
 
 IMAGES = {"train": 6, "test": 2}  # a class
@@ -59,7 +58,7 @@ def cifar_zip(shared_folder, tmp_path_factory) -> Path:
 def weights(tmp_path_factory) -> Path:
     """Random weights of a ResNet-20."""
     path = tmp_path_factory.mktemp("weights") / "resnet20.safetensors"
-    save_file(create_model("resnet20", 10, seed=3).state_dict(), path)
+    save_file(untrained("resnet20", 10, seed=3).state_dict(), path)
     return path
 
 

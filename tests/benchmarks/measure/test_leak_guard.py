@@ -20,7 +20,7 @@ from benchmarks.measure.leak_guard import LeakGuard, fit_guarded, joined
 from benchmarks.measure.network_logits import paired_logits
 from benchmarks.measure.paired_logits import PairedLogits, Source
 from benchmarks.measure.protocol import Protocol, Setting
-from benchmarks.networks.models import create_model
+from benchmarks.networks.weights_and_transforms import untrained
 from cat_plugin import CATConfig, fit_cluster_affine
 from tests.benchmarks.logits import make_arrays, write_npz
 
@@ -65,13 +65,13 @@ def test_message_says_which_images_and_what_to_do():
 def test_test_image_among_the_images_of_a_part_stops_the_run(dataset, part, role):
     place = split_calibration(40, 8, 16, seed=1)[part][5]
     with pytest.raises(BenchmarkError, match=f"leak: 1 of {role} are test images, such as number 5, which is test"):
-        paired_logits(SETTING, PROTOCOL, planted(dataset, place), create_model("resnet8", 10))
+        paired_logits(SETTING, PROTOCOL, planted(dataset, place), untrained("resnet8", 10))
 
 
 def test_training_images_that_are_not_used_may_be_anything(dataset):
     used = torch.cat(split_calibration(40, 8, 16, seed=1)).tolist()
     place = next(index for index in range(40) if index not in used)
-    paired_logits(SETTING, PROTOCOL, planted(dataset, place), create_model("resnet8", 10))
+    paired_logits(SETTING, PROTOCOL, planted(dataset, place), untrained("resnet8", 10))
 
 
 def test_network_is_not_trained_on_test_images(dataset, monkeypatch, capsys, tmp_path):
@@ -128,7 +128,7 @@ def test_test_images_and_labels_change_no_fit(dataset, monkeypatch):
     from benchmarks.measure.accuracy import measure as measure_row
 
     for data in (dataset, other):
-        measure_row(SETTING, PROTOCOL, data, "resnet8", create_model("resnet8", 10, seed=1), progress=False)
+        measure_row(SETTING, PROTOCOL, data, "resnet8", untrained("resnet8", 10, seed=1), progress=False)
     first, second = fitted[: len(fitted) // 2], fitted[len(fitted) // 2 :]
     assert len(first) == 2
     for one, two in zip(first, second, strict=True):

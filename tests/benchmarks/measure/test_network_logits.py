@@ -8,7 +8,7 @@ from benchmarks.datasets.calibration_split import split_calibration
 from benchmarks.measure import network_logits
 from benchmarks.measure.network_logits import network_sources
 from benchmarks.measure.protocol import Protocol, Setting
-from benchmarks.networks.models import create_model
+from benchmarks.networks.weights_and_transforms import untrained
 
 PROTOCOL = Protocol(iters=2, n_calib=16, n_cat=24, batch_size=8)
 GRID = [Setting("rtn", 4, 4, 0), Setting("rtn", 2, 4, 1)]
@@ -16,7 +16,7 @@ GRID = [Setting("rtn", 4, 4, 0), Setting("rtn", 2, 4, 1)]
 
 @pytest.fixture(scope="module")
 def model():
-    return create_model("resnet8", 10, seed=1)
+    return untrained("resnet8", 10, seed=1)
 
 
 def collect(dataset, model, cache, grid=GRID, **options):
@@ -66,7 +66,7 @@ def test_networks_run_once(dataset, model, tmp_path, runs):
 def test_any_change_runs_them_again(dataset, model, tmp_path, runs, change):
     collect(dataset, model, tmp_path, GRID[:1])
     if change == "weights":
-        model = create_model("resnet8", 10, seed=2)
+        model = untrained("resnet8", 10, seed=2)
     if change == "test images":
         dataset = replace(dataset, test_images=dataset.test_images + 1)
     options = {"protocol": {"n_calib": 12}, "draws": {"n_cat": 20}}.get(change, {})

@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.measure.comparisons import compare, summarize
 from benchmarks.measure.protocol import Setting
-from benchmarks.reports.comparison_report import title, to_csv, to_markdown, to_table, write_report, write_texts
+from benchmarks.reports.comparison_report import title, to_markdown, to_table, write_report
+from benchmarks.reports.tables import to_csv, write_texts
 from benchmarks.wording import signed
 from tests.benchmarks.rows import make_measurement
 
