@@ -13,10 +13,11 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10 as TorchvisionCIFAR10
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
+from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 from benchmarks import BenchmarkError
-from benchmarks.datasets.dataset import Dataset, normalise
+from benchmarks.datasets.dataset import Dataset
 from benchmarks.datasets.description import Description
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -64,9 +65,9 @@ def _cifar10(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Datas
     """The data set from pixels `(N, 3, 32, 32)` uint8 and labels of both parts."""
     return Dataset(
         name=CIFAR10.name,
-        train_images=normalise(train[0].float() / 255, CIFAR10_MEAN, CIFAR10_STD),
+        train_images=normalize(train[0].float() / 255, CIFAR10_MEAN, CIFAR10_STD),
         train_labels=train[1],
-        test_images=normalise(test[0].float() / 255, CIFAR10_MEAN, CIFAR10_STD),
+        test_images=normalize(test[0].float() / 255, CIFAR10_MEAN, CIFAR10_STD),
         test_labels=test[1],
         classes=CIFAR10_CLASSES,
     )

@@ -1,9 +1,7 @@
 """A data set: labelled images in two parts, for training and for testing."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from baselines.files import digest_tensors
@@ -43,8 +41,3 @@ class Dataset:
         if isinstance(self.test_images, ImageFiles):
             return digest_text(labels, self.test_images.listing(), *self.test_images.digests())
         return digest_text(labels, digest_tensors({"test_images": self.test_images}))
-
-
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    shape = (1, -1, 1, 1)
-    return (images - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits as sklearn_digits
 from sklearn.model_selection import train_test_split
+from torchvision.transforms.functional import normalize
 
-from benchmarks.datasets.dataset import Dataset, normalise
+from benchmarks.datasets.dataset import Dataset
 from benchmarks.datasets.description import Description
 
 # Mean and standard deviation of the pixels of the training images, pixel / 16.
@@ -23,7 +24,7 @@ def load_digits() -> Dataset:
         stratify=digits.target,
         random_state=DIGITS_SPLIT_SEED,
     )
-    images = normalise(torch.from_numpy(digits.images).float().unsqueeze(1) / 16, DIGITS_MEAN, DIGITS_STD)
+    images = normalize(torch.from_numpy(digits.images).float().unsqueeze(1) / 16, DIGITS_MEAN, DIGITS_STD)
     labels = torch.from_numpy(digits.target).long()
     return Dataset(
         name=DIGITS.name,

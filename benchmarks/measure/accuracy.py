@@ -46,9 +46,13 @@ class Measurement(Record[Row]):
 
     row_type: ClassVar[type] = Row
 
-    def figures(self) -> dict[str, Any]:
+    @staticmethod
+    def figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
         """`n_eval`, all scores and `cat_delta`."""
-        return _figures(self.predictions)
+        labels, networks = predictions["labels"], ("fp", "lq", *MODES)
+        scores = {name: top1(predictions[name], labels) if name in predictions else None for name in networks}
+        delta = None if scores["cat"] is None else round(scores["cat"] - scores["lq"], 4)
+        return {"n_eval": len(labels), **{f"{name}_top1": score for name, score in scores.items()}, "cat_delta": delta}
 
 
 def measure(
@@ -87,17 +91,9 @@ def measure(
         iters=protocol.iters,
         n_calib=protocol.n_calib,
         n_cat=protocol.n_cat,
-        **_figures(predictions),
+        **Measurement.figures(predictions),
     )
     return Measurement(row, predictions, time.perf_counter() - started, profiles)
-
-
-def _figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
-    """The fields of a row that follow from predictions."""
-    labels = predictions["labels"]
-    scores = {name: top1(predictions[name], labels) if name in predictions else None for name in ("fp", "lq", *MODES)}
-    delta = None if scores["cat"] is None else round(scores["cat"] - scores["lq"], 4)
-    return {"n_eval": len(labels), **{f"{name}_top1": score for name, score in scores.items()}, "cat_delta": delta}
 
 
 def top1(predicted: Tensor, labels: Tensor) -> float:

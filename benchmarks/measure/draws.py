@@ -76,9 +76,20 @@ class Draw(Record[Gain]):
 
     row_type: ClassVar[type] = Gain
 
-    def figures(self) -> dict[str, Any]:
+    @staticmethod
+    def figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
         """All but the description of the cell."""
-        return _figures(self.predictions)
+        labels = predictions["labels"]
+        right = {name: predictions[name] == labels for name in ("lq", CORRECTED)}
+        difference = right[CORRECTED].double() - right["lq"].double()
+        return {
+            "n_eval": len(labels),
+            "fp_top1": top1(predictions["fp"], labels),
+            "lq_top1": top1(predictions["lq"], labels),
+            "top1": top1(predictions[CORRECTED], labels),
+            "gain": round(100 * difference.mean().item(), 4),
+            **paired_figures(difference),
+        }
 
 
 def cells(sources: Sequence[Source], images: Sequence[int], max_draws: int) -> list[Cell]:
@@ -101,19 +112,4 @@ def measure(cell: Cell, pairs: PairedLogits) -> Draw:
     started = time.perf_counter()
     predictions = pairs.score({CORRECTED: pairs.fit(cell.config, cell.rows, cell.origin)})
     described = {"source": cell.source.name, "images": cell.images, "draw": cell.draw, "mode": cell.mode}
-    return Draw(Gain(**described, **_figures(predictions)), predictions, time.perf_counter() - started)
-
-
-def _figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
-    """The fields of a row that follow from predictions."""
-    labels = predictions["labels"]
-    right = {name: predictions[name] == labels for name in ("lq", CORRECTED)}
-    difference = right[CORRECTED].double() - right["lq"].double()
-    return {
-        "n_eval": len(labels),
-        "fp_top1": top1(predictions["fp"], labels),
-        "lq_top1": top1(predictions["lq"], labels),
-        "top1": top1(predictions[CORRECTED], labels),
-        "gain": round(100 * difference.mean().item(), 4),
-        **paired_figures(difference),
-    }
+    return Draw(Gain(**described, **Draw.figures(predictions)), predictions, time.perf_counter() - started)

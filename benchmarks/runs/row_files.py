@@ -40,8 +40,9 @@ class Record(Generic[AnyRow]):
         """`(n_eval,)` bool: which test images the named network gets right."""
         return self.predictions[name] == self.predictions[LABELS]
 
-    def figures(self) -> dict[str, Any]:
-        """The fields of the row that follow from the predictions."""
+    @staticmethod
+    def figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
+        """The fields of a row that follow from its predictions."""
         raise NotImplementedError
 
     def verify(self, name: str) -> None:
@@ -50,7 +51,8 @@ class Record(Generic[AnyRow]):
         Raises:
             BenchmarkError: the message says which figures differ.
         """
-        expected = {key: value for key, value in self.figures().items() if getattr(self.row, key) != value}
+        figures = self.figures(self.predictions)
+        expected = {key: value for key, value in figures.items() if getattr(self.row, key) != value}
         if expected:
             found = "; ".join(f"{key} {getattr(self.row, key)} instead of {value}" for key, value in expected.items())
             raise BenchmarkError(f"the row {name} does not hold the figures of its predictions: {found}")

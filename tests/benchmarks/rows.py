@@ -27,7 +27,7 @@ def make_measurement(setting: Setting | None = None, won: int = 20, lost: int = 
     }
     if not with_paper:
         del predictions["cat_paper"]
-    computed = Measurement(None, predictions).figures()
+    computed = Measurement.figures(predictions)
     row = Row(**{**BASE, **vars(setting or Setting("rtn", 2, 2, 0)), **computed, **figures})
     return Measurement(row, predictions)
 
