@@ -11,23 +11,18 @@ from torch import Tensor, nn
 from benchmarks.datasets.dataset import Dataset
 from benchmarks.measure.corrections import DEFAULT_MODE, MODES, corrections
 from benchmarks.measure.network_logits import paired_logits
-from benchmarks.measure.protocol import Protocol, Setting
+from benchmarks.measure.protocol import LowBitNetwork, Protocol, Setting
 from benchmarks.runs.row_files import Record
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(LowBitNetwork):
     """A line of `results.csv`; top-1 accuracies and `cat_delta` (CAT minus low-bit) in percent.
 
     `iters` is what was asked for, also where a method learns nothing. Scores of corrections that were not asked for
     are None, and `cat_paper_top1` is where there are fewer images than the paper's 64 clusters.
     """
 
-    dataset: str
-    model: str
-    method: str
-    w_bits: int
-    a_bits: int
     seed: int
     iters: int
     n_calib: int

@@ -12,7 +12,7 @@ from benchmarks.measure.comparisons import paired_figures
 from benchmarks.measure.corrections import corrections
 from benchmarks.measure.paired_logits import FRESH, PairedLogits, Source
 from benchmarks.runs.files import digest_text
-from benchmarks.runs.row_files import Record
+from benchmarks.runs.row_files import Record, change
 from cat_plugin import CATConfig
 
 FIT_SEED = 0
@@ -80,8 +80,7 @@ class Draw(Record[Gain]):
     def figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
         """All but the description of the cell."""
         labels = predictions["labels"]
-        right = {name: predictions[name] == labels for name in ("lq", CORRECTED)}
-        difference = right[CORRECTED].double() - right["lq"].double()
+        difference = change(predictions, CORRECTED)
         return {
             "n_eval": len(labels),
             "fp_top1": top1(predictions["fp"], labels),

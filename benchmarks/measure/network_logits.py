@@ -54,15 +54,13 @@ def paired_logits(
         options = {"features": protocol.features, "batch_size": SCORING_BATCH}
         return collect_outputs(quantized, fp_model, batches(images, title if progress else None), **options)
 
-    tuned = outputs(images, "images for quantization")
-    fit = outputs(dataset.train_images[cat], "images for corrections")
-    test = outputs(dataset.test_images, "test images")
-    return PairedLogits(
-        **{"fit_q": fit.q, "fit_f": fit.f, "fit_h": fit.h},
-        **{"tuned_q": tuned.q, "tuned_f": tuned.f, "tuned_h": tuned.h},
-        **{"test_q": test.q, "test_f": test.f, "test_h": test.h},
-        labels=dataset.test_labels,
-    )
+    parts = {
+        "tuned": outputs(images, "images for quantization"),
+        "fit": outputs(dataset.train_images[cat], "images for corrections"),
+        "test": outputs(dataset.test_images, "test images"),
+    }
+    logits = {f"{part}_{name}": getattr(found, name) for part, found in parts.items() for name in "qfh"}
+    return PairedLogits(**logits, labels=dataset.test_labels)
 
 
 def network_sources(

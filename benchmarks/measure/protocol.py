@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from benchmarks.wording import bits_name
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -36,6 +38,27 @@ class Protocol:
     batch_size: int = 32
     device: str = "cpu"
     features: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowBitNetwork:
+    """Which network, and how it is quantized: the first columns of tables."""
+
+    dataset: str
+    model: str
+    method: str
+    w_bits: int
+    a_bits: int
+
+    @property
+    def setting(self) -> tuple[str, int, int]:
+        """What lines of one network over seeds share."""
+        return self.method, self.w_bits, self.a_bits
+
+    @property
+    def title(self) -> str:
+        """Method and bits."""
+        return f"{self.method} {bits_name(self.w_bits, self.a_bits)}"
 
 
 def quantization_options(setting: Setting, protocol: Protocol) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 
 from benchmarks.measure.accuracy import Measurement, Row
-from benchmarks.measure.comparisons import Summary, compare, modes_in, summarize
+from benchmarks.measure.comparisons import Summary, by_setting, compare, modes_in, summarize
 from benchmarks.measure.corrections import MODES
 from benchmarks.reports import published
 from benchmarks.reports.tables import markdown_table, to_csv, write_texts
@@ -62,8 +61,7 @@ def to_table(measured: Sequence[Measurement]) -> str:
     modes = modes_in(measured)
     shown = f"gain of {MODES[modes[-1]]}", "95 % interval", "p"
     lines = [("method", "bits", "FP", "low-bit", *(f"+ {MODES[mode]}" for mode in modes), *shown)]
-    for _, group in groupby(summarize(measured), key=lambda line: (line.method, line.w_bits, line.a_bits)):
-        found = {line.mode: line for line in group}
+    for found in by_setting(measured):
         any_line, last = next(iter(found.values())), found.get(modes[-1])
         scores = [
             spread(any_line.fp_top1, any_line.fp_std),

@@ -1,6 +1,7 @@
 """What is measured for a cell of a grid: a row of figures, and the predicted classes that they are computed from."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -20,6 +21,13 @@ LABELS = "labels"
 AnyRow = TypeVar("AnyRow")
 
 
+def change(predictions: Mapping[str, Tensor], name: str) -> Tensor:
+    """`(n_eval,)` float64: 1 for test images that the named network gets right and the low-bit one does not, -1 for the
+    reverse, else 0."""
+    after, before = (predictions[network] == predictions[LABELS] for network in (name, "lq"))
+    return after.double() - before.double()
+
+
 @dataclass(frozen=True, eq=False)
 class Record(Generic[AnyRow]):
     """A row, a dataclass, and what its figures come from.
@@ -35,10 +43,6 @@ class Record(Generic[AnyRow]):
     profiles: tuple[ClusterProfile, ...] = ()
 
     row_type: ClassVar[type]
-
-    def correct(self, name: str) -> Tensor:
-        """`(n_eval,)` bool: which test images the named network gets right."""
-        return self.predictions[name] == self.predictions[LABELS]
 
     @staticmethod
     def figures(predictions: dict[str, Tensor]) -> dict[str, Any]:

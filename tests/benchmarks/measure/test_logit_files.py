@@ -51,7 +51,7 @@ def changed(**values):
         (changed(**{name: np.zeros((0, 5), np.float32) for name in ("q_calib", "f_calib")}), "do not fit together"),
         (
             changed(h_calib=np.zeros((30, 2)), h_test=np.zeros((300, 3))),
-            r"do not fit together: .*h_test \(300, 3\) float64;",
+            r"do not fit together: .*h_test \(300, 3\) float64",
         ),
         (changed(h_calib=np.zeros((29, 2)), h_test=np.zeros((300, 2))), "do not fit together"),
         (changed(h_calib=np.zeros((30, 2), int), h_test=np.zeros((300, 2))), "do not fit together"),
