@@ -1,26 +1,11 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
-from baselines import quantize
 from benchmarks import BenchmarkError
-from benchmarks.datasets.data import split_calibration
-from benchmarks.measure import sources
-from benchmarks.measure.evaluate import Protocol, Setting
-from benchmarks.measure.sources import file_sources, network_sources, read_npz
-from benchmarks.networks.models import create_model
+from benchmarks.measure.logit_files import file_sources, read_npz
 from cat_plugin import CATError
 from tests.benchmarks.logits import make_arrays, write_npz
-
-PROTOCOL = Protocol(iters=2, n_calib=16, n_cat=24, batch_size=8)
-GRID = [Setting("rtn", 4, 4, 0), Setting("rtn", 2, 4, 1)]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return create_model("resnet8", 10, seed=1)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -60,6 +45,16 @@ def changed(**values):
         (changed(q_calib=np.zeros((29, 5), np.float32)), r"do not fit together: q_calib \(29, 5\) float32"),
         (changed(q_test=np.zeros((300, 4), np.float32)), "do not fit together"),
         (changed(y_test=np.zeros(300)), "do not fit together"),
+        (changed(y_test=np.array(3)), "do not fit together"),
+        (changed(q_calib=np.zeros(30, np.float32)), "do not fit together"),
+        (changed(q_test=np.zeros((299, 5), np.float32)), "do not fit together"),
+        (changed(**{name: np.zeros((0, 5), np.float32) for name in ("q_calib", "f_calib")}), "do not fit together"),
+        (
+            changed(h_calib=np.zeros((30, 2)), h_test=np.zeros((300, 3))),
+            r"do not fit together: .*h_test \(300, 3\) float64",
+        ),
+        (changed(h_calib=np.zeros((29, 2)), h_test=np.zeros((300, 2))), "do not fit together"),
+        (changed(h_calib=np.zeros((30, 2), int), h_test=np.zeros((300, 2))), "do not fit together"),
         (changed(y_test=np.full(300, 5)), "y_test runs from 5 to 5, there are 5 classes"),
         (changed(q_calib=np.zeros((30, 5), int)), "do not fit together"),
         (changed(y_test=np.array([{}] * 300, dtype=object)), "cannot be read as an npz file of plain arrays"),
@@ -98,67 +93,3 @@ def test_array_file_under_another_name_is_refused(tmp_path):
         np.save(opened, np.zeros(3))
     with pytest.raises(BenchmarkError, match="cannot be read as an npz file"):
         file_sources([tmp_path], skip=0)
-
-
-def collect(dataset, model, cache, grid=GRID, **options):
-    return network_sources(grid, replace(PROTOCOL, **options), dataset, "resnet8", model, cache)
-
-
-def test_logits_are_those_of_the_training_images_that_quantization_did_not_see(dataset, model, tmp_path):
-    found = collect(dataset, model, tmp_path)
-    assert [source.name for source in found] == ["noise-resnet8-rtn-w4a4-seed0", "noise-resnet8-rtn-w2a4-seed1"]
-    for source, setting in zip(found, GRID, strict=True):
-        calib, rest = split_calibration(40, 16, 24, setting.seed)
-        quantized = quantize(model, dataset.train_images[calib], method="rtn", w_bits=setting.w_bits, a_bits=4)
-        pairs = source.load()
-        assert source.fresh == 24 and not set(calib.tolist()) & set(rest.tolist())
-        with torch.no_grad():
-            for values, network, images in [
-                (pairs.fit_q, quantized, dataset.train_images[rest]),
-                (pairs.fit_f, model, dataset.train_images[rest]),
-                (pairs.test_q, quantized, dataset.test_images),
-                (pairs.test_f, model, dataset.test_images),
-            ]:
-                torch.testing.assert_close(values, network(images))
-        assert torch.equal(pairs.labels, dataset.test_labels)
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """The settings whose networks were really run."""
-    settings, real = [], sources.paired_logits
-
-    def spy(setting, *args, **options):
-        settings.append(setting)
-        return real(setting, *args, **options)
-
-    monkeypatch.setattr(sources, "paired_logits", spy)
-    return settings
-
-
-def test_networks_run_once(dataset, model, tmp_path, runs):
-    first = collect(dataset, model, tmp_path)
-    again = collect(dataset, model, tmp_path)
-    assert runs == GRID
-    assert [source.digest for source in again] == [source.digest for source in first]
-
-
-@pytest.mark.parametrize("change", ["protocol", "draws", "weights", "test images"])
-def test_any_change_runs_them_again(dataset, model, tmp_path, runs, change):
-    collect(dataset, model, tmp_path, GRID[:1])
-    if change == "weights":
-        model = create_model("resnet8", 10, seed=2)
-    if change == "test images":
-        dataset = replace(dataset, test_images=dataset.test_images + 1)
-    options = {"protocol": {"n_calib": 12}, "draws": {"n_cat": 20}}.get(change, {})
-    collect(dataset, model, tmp_path, GRID[:1], **options)
-    assert runs == 2 * GRID[:1]
-
-
-def test_damaged_logits_are_replaced(dataset, model, tmp_path, runs, caplog):
-    (first,) = collect(dataset, model, tmp_path, GRID[:1])
-    (path,) = (tmp_path / "logits").iterdir()
-    path.write_bytes(path.read_bytes()[:50])
-    (again,) = collect(dataset, model, tmp_path, GRID[:1])
-    assert "the stored logits are unusable" in caplog.text
-    assert runs == 2 * GRID[:1] and again.digest == first.digest

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import BenchmarkError
-from benchmarks.commands.options import parse_ablate, parse_compare, parse_robustness, parse_speed
+from benchmarks.commands.parsers import parse_ablate, parse_compare, parse_robustness, parse_speed
 
 IMAGENET = ["--dataset", "imagenet", "--data", "DIR"]
 ALL_BITS = [(2, 2), (2, 4), (4, 2), (4, 4)]

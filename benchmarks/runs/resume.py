@@ -1,30 +1,25 @@
-"""A run is a folder that remembers its settings; finished rows are kept, so that a stopped run resumes."""
+"""Finished rows are kept, so that a stopped run resumes, and several processes may share the work."""
 
-import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from benchmarks import BenchmarkError
-from benchmarks.runs.files import digest_text, write_text
 from benchmarks.runs.processes import Process, claimed
-from benchmarks.runs.records import Record
+from benchmarks.runs.row_files import Record
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILE = "settings.json"
-PARTIAL = ".part"  # ending of the names under which files are written
 PAUSE = 1.0  # seconds between looks at what other processes are measuring
 
 
 class Cell(Protocol):
-    """One cell of a grid; its ``name`` is unique in the grid and fit for a file name."""
+    """One cell of a grid; its `name` is unique in the grid and fit for a file name."""
 
     @property
     def name(self) -> str: ...
@@ -35,9 +30,9 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 class Rows(Generic[AnyRecord]):
-    """Records of one type, each in a file of ``folder`` that is named after its cell.
+    """Records of one type, each in a file of `folder` that is named after its cell.
 
-    What ``shared`` holds, another folder of rows, need not be measured again; what is measured goes there, too.
+    What `shared` holds, another folder of rows, need not be measured again; what is measured goes there, too.
     """
 
     def __init__(self, folder: Path, kind: type[AnyRecord], shared: Path | None = None) -> None:
@@ -70,7 +65,7 @@ class Rows(Generic[AnyRecord]):
     def complete(
         self, grid: Sequence[AnyCell], measure: Callable[[AnyCell], AnyRecord], *, progress: bool = False
     ) -> list[AnyRecord]:
-        """Measure what is not finished, storing it at once; all records in the order of ``grid``."""
+        """Measure what is not finished, storing it at once; all records in the order of `grid`."""
         found = self.finished([cell.name for cell in grid])
         pending = [cell for cell in grid if cell.name not in found]
         with tqdm(pending, unit="row", disable=not progress or not pending) as bar:
@@ -88,7 +83,7 @@ class Rows(Generic[AnyRecord]):
         *,
         progress: bool = False,
     ) -> list[AnyRecord] | None:
-        """As :meth:`complete`, by several processes, which each take cells that no other one is at.
+        """As `complete`, by several processes, which each take cells that no other one is at.
 
         The first process ends with all records, and waits for them; what another one that has died has left, it
         measures itself. The others end, with None, when all cells are finished or claimed.
@@ -144,62 +139,3 @@ class Rows(Generic[AnyRecord]):
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
-
-
-def open_run(
-    results: Path, subject: str, settings: dict[str, Any], *, name: str | None = None, fresh: bool = False
-) -> Path:
-    """Start a run or come back to it: the folder ``<results>/<name>``.
-
-    Args:
-        results: the folder of all runs.
-        subject: what is measured, in a word; a name that is derived from the settings starts with it.
-        settings: all that figures depend on, as JSON types.
-        name: name of the run; by default it is derived from the settings.
-        fresh: forget what the folder holds.
-
-    Raises:
-        BenchmarkError: ``name`` is no plain folder name, or that folder belongs to other settings or is no run.
-    """
-    text = json.dumps(settings, indent=2, sort_keys=True)
-    name = name or f"{subject}-{digest_text(text)[:8]}"
-    if Path(name).name != name or name in (".", ".."):
-        raise BenchmarkError(f"the name of a run must be a plain folder name, got {name!r}")
-    folder = results / name
-    _claim(folder, json.loads(text), fresh)
-    write_text(folder / SETTINGS_FILE, text + "\n")
-    return folder
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a run.
-
-    Raises:
-        BenchmarkError: the folder is no run.
-    """
-    try:
-        found = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        raise BenchmarkError(f"{folder} is not the folder of a run: it has no readable {SETTINGS_FILE}")
-    return found
-
-
-def _claim(folder: Path, settings: dict[str, Any], fresh: bool) -> None:
-    """Refuse a folder of something else; empty it if ``fresh``."""
-    # A run that was killed while it wrote its first file has left the temporary name of that.
-    if not folder.exists() or all(entry.name.endswith(PARTIAL) for entry in folder.iterdir()):
-        return
-    try:
-        stored = read_settings(folder)
-    except BenchmarkError:
-        raise BenchmarkError(f"{folder} exists and is not a benchmark run; choose another --run") from None
-    if fresh:
-        shutil.rmtree(folder)
-    elif stored != settings:
-        keys = sorted(key for key in stored.keys() | settings.keys() if stored.get(key) != settings.get(key))
-        changes = "; ".join(f"{key}: {stored.get(key)} then, {settings.get(key)} now" for key in keys)
-        raise BenchmarkError(
-            f"{folder} was made with other settings ({changes}); choose another --run, or --fresh to redo it"
-        )

@@ -1,27 +1,24 @@
-"""A run of ``compare`` as CSV, JSON and a Markdown table with means and standard deviations over seeds."""
+"""A run of `compare` as CSV, JSON and a Markdown table with means and standard deviations over seeds."""
 
-import csv
-import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
-from itertools import groupby
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from benchmarks.measure.comparisons import Summary, compare, modes_in, summarize
-from benchmarks.measure.evaluate import MODES, Measurement, Row
+from benchmarks.measure.accuracy import Measurement, Row
+from benchmarks.measure.comparisons import Summary, by_setting, compare, modes_in, summarize
+from benchmarks.measure.corrections import MODES
 from benchmarks.reports import published
-from benchmarks.runs.files import write_text
+from benchmarks.reports.tables import markdown_table, to_csv, write_texts
 from benchmarks.wording import bits_name, signed
 
 
 def write_report(folder: Path, measured: Sequence[Measurement], weights: str | None = None) -> dict[str, bool]:
     """Write all tables, each whole or not at all; which files there are, and whether each was there just the same.
 
-    ``results.csv`` has a line a network, ``comparisons.csv`` one a network and correction, ``summary.csv`` one a
-    method, bit setting and correction, over seeds; ``results.json`` holds all three, ``results.md`` the table to read,
-    whose title says which full-precision ``weights`` there were.
+    `results.csv` has a line a network, `comparisons.csv` one a network and correction, `summary.csv` one a
+    method, bit setting and correction, over seeds; `results.json` holds all three, `results.md` the table to read,
+    whose title says which full-precision `weights` there were.
     """
     parts = {
         "results": [measurement.row for measurement in measured],
@@ -35,47 +32,16 @@ def write_report(folder: Path, measured: Sequence[Measurement], weights: str | N
     return write_texts(folder, texts)
 
 
-def write_texts(folder: Path, texts: dict[str, str]) -> dict[str, bool]:
-    """Write files by name; which there are, and whether each was there just the same, and so was not touched."""
-    same = {}
-    for name, text in texts.items():
-        path = folder / name
-        same[name] = path.is_file() and path.read_bytes() == text.encode()
-        if not same[name]:
-            write_text(path, text)
-    return same
-
-
-def write_environment(folder: Path, environment: dict[str, Any]) -> None:
-    """Write ``environment.json``; where there is one, it stays that of the first call but for ``seconds``."""
-    path = folder / "environment.json"
-    try:
-        first = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        first = {}
-    kept = {**environment, **first, "seconds": environment["seconds"]}
-    write_text(path, json.dumps(kept, indent=2) + "\n")
-
-
-def to_csv(rows: Sequence[Any]) -> str:
-    """One line for each of the dataclass instances, all of one type; empty where a value is None."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(rows[0])], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return text.getvalue()
-
-
 def to_markdown(measured: Sequence[Measurement], weights: str | None = None) -> str:
     """Title and table; then the published figures for the same networks, where there are some."""
     found = published.beside(measured)
-    table = ["Beside published figures:", align(found.lines)] if found and found.lines else []
+    table = ["Beside published figures:", markdown_table(found.lines)] if found and found.lines else []
     parts = [title([measurement.row for measurement in measured], weights), to_table(measured), *table]
     return "\n\n".join([*parts, found.notes] if found else parts)
 
 
 def title(rows: Sequence[Row], weights: str | None = None) -> str:
-    """One sentence that says what the table shows; ``weights`` are those of the full-precision network."""
+    """One sentence that says what the table shows; `weights` are those of the full-precision network."""
     first, seeds = rows[0], sorted({row.seed for row in rows})
     return (
         f"Top-1 in percent on {first.n_eval:,} test images: {first.model} on {first.dataset}, "
@@ -90,13 +56,12 @@ def to_table(measured: Sequence[Measurement]) -> str:
     """Markdown table, padded so that it also reads well on a console; one line a method and bit setting.
 
     Gain, interval and p are those of the library's default, or of the last correction where that is not there, see
-    :class:`benchmarks.measure.comparisons.Summary`.
+    `benchmarks.measure.comparisons.Summary`.
     """
     modes = modes_in(measured)
     shown = f"gain of {MODES[modes[-1]]}", "95 % interval", "p"
     lines = [("method", "bits", "FP", "low-bit", *(f"+ {MODES[mode]}" for mode in modes), *shown)]
-    for _, group in groupby(summarize(measured), key=lambda line: (line.method, line.w_bits, line.a_bits)):
-        found = {line.mode: line for line in group}
+    for found in by_setting(measured):
         any_line, last = next(iter(found.values())), found.get(modes[-1])
         scores = [
             spread(any_line.fp_top1, any_line.fp_std),
@@ -105,7 +70,7 @@ def to_table(measured: Sequence[Measurement]) -> str:
         ]
         gain = ("-", "-", "-") if last is None else _gain(last)
         lines.append((any_line.method, bits_name(any_line.w_bits, any_line.a_bits), *scores, *gain))
-    return align(lines)
+    return markdown_table(lines)
 
 
 def _gain(line: Summary) -> tuple[str, str, str]:
@@ -119,20 +84,5 @@ def readable_p(p_value: float) -> str:
 
 
 def spread(mean: float, std: float | None, sign: str = "") -> str:
-    """``mean ± std``, the latter where it is known."""
+    """`mean ± std`, the latter where it is known."""
     return f"{mean:{sign}.2f}" if std is None else f"{mean:{sign}.2f} ± {std:.2f}"
-
-
-def align(lines: Sequence[tuple[str, ...]]) -> str:
-    """A Markdown table, padded; the first line is the header; two columns of text, then figures, to the right."""
-    widths = [max(len(text) for text in column) for column in zip(*lines, strict=True)]
-    rule = [("-" * width) if index < 2 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
-
-    def joined(cells: Sequence[str]) -> str:
-        padded = [
-            text.ljust(width) if index < 2 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    return "\n".join([joined(lines[0]), joined(rule), *(joined(line) for line in lines[1:])])

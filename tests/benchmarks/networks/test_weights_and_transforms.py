@@ -10,8 +10,9 @@ from torchvision.models import get_model, list_models, resnet18
 from torchvision.transforms import InterpolationMode
 
 from benchmarks import BenchmarkError
-from benchmarks.commands.arguments import DATASETS
-from benchmarks.networks.pretrained import TIMM, TIMM_TOP1, TORCHVISION, is_timm, load_pretrained, untrained
+from benchmarks.datasets.imagenet import IMAGENET
+from benchmarks.networks.catalogue import NETWORKS, TIMM, TORCHVISION, is_timm
+from benchmarks.networks.weights_and_transforms import TIMM_TOP1, load_pretrained, untrained
 
 RESNET18 = "resnet18-f37072fd.pth"  # as torchvision calls the file of IMAGENET1K_V1
 
@@ -164,7 +165,7 @@ def test_network_that_timm_does_not_know_is_refused():
 
 def test_every_network_exists_and_has_the_layer_of_features():
     timm = pytest.importorskip("timm")
-    assert DATASETS["imagenet"].models == (*TORCHVISION, *TIMM)
+    assert list(NETWORKS[IMAGENET.name]) == [*TORCHVISION, *TIMM]
     assert set(TORCHVISION) <= set(list_models())
     for name, layer in (TORCHVISION | TIMM).items():
         # Without memory for weights, but RegNets compute their widths in tensors.

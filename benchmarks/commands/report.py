@@ -1,25 +1,19 @@
-"""Command line: ``python -m benchmarks report`` makes the tables of runs again, without running models."""
+"""Command line: `python -m benchmarks report` makes the tables of runs again, without running models."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 from benchmarks import BenchmarkError
 from benchmarks.commands import ablate, compare, robustness
-from benchmarks.commands.command import exit_code
-from benchmarks.commands.options import parse_report
-from benchmarks.measure.evaluate import Measurement
+from benchmarks.commands.exit_codes import command_line
+from benchmarks.commands.parsers import parse_report
+from benchmarks.measure.accuracy import Measurement
 from benchmarks.reports.comparison_plots import plot_comparison
-from benchmarks.reports.report import title, to_markdown, write_report
-from benchmarks.runs.runs import read_settings
+from benchmarks.reports.comparison_report import title, to_markdown, write_report
+from benchmarks.runs.folders import read_settings
 
 KINDS: dict[str, ModuleType] = {module.NAME: module for module in (compare, ablate, robustness)}
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; the exit code is 2 for input that the user can put right, 130 for an interruption."""
-    return exit_code(lambda: _report(parse_report(list(argv))), resumes=False)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -41,6 +35,9 @@ def _report(args: argparse.Namespace) -> None:
         _print_files(folder, files)
     for weights, measured in compared:
         print(f"\n{to_markdown(measured, weights)}")
+
+
+main = command_line("report", parse_report, _report, resumes=False)
 
 
 def _join(tables: list[tuple[str | None, list[Measurement]]], measured: list[Measurement], weights: str | None) -> None:

@@ -1,6 +1,6 @@
-"""Networks for ImageNet with torchvision's and timm's own weights and transforms, or with weights from a file."""
+"""Networks with torchvision's and timm's own weights and transforms of images, or with weights from a file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,27 +10,11 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights
 
 from benchmarks import BenchmarkError
-from benchmarks.networks.models import load_weights
+from benchmarks.networks.catalogue import TIMM, is_timm
+from benchmarks.networks.models import MODELS, load_weights
+from benchmarks.wording import reason
 
 DEFAULT = "DEFAULT"
-# By network: its last layer that a correction may take features from.
-TORCHVISION = {
-    "resnet18": "layer4",
-    "resnet50": "layer4",
-    "mobilenet_v2": "features",
-    "mnasnet1_0": "layers",
-    "regnet_x_400mf": "trunk_output",
-    "regnet_x_3_2gf": "trunk_output",
-    "vit_b_16": "encoder",
-}
-TIMM = {
-    "deit_tiny_patch16_224": "norm",
-    "deit_small_patch16_224": "norm",
-    "deit_base_patch16_224": "norm",
-    "vit_small_patch16_224": "norm",
-    "regnetx_006": "s4",  # of 600 MF, which torchvision lacks and the papers have
-}
-TIMM_FAMILIES = ("deit_", "deit3_", "vit_tiny_", "vit_small_", "vit_base_", "regnetx_")
 # Top-1 in percent, from results/results-imagenet.csv of huggingface/pytorch-image-models, commit 0173a139.
 TIMM_TOP1 = {
     "deit_tiny_patch16_224.fb_in1k": 72.172,
@@ -44,33 +28,24 @@ TIMM_TOP1 = {
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A network in eval mode, the transform that makes its inputs ``(3, H, W)`` of RGB images, and where it is from.
+    """A network in eval mode, the transform that makes its inputs `(3, H, W)` of RGB images, and where it is from.
 
-    ``published`` is the top-1 in percent on the 50,000 validation images that ``source`` states, or None.
+    The small networks take images as they are in memory, so their `transform` is None. `published` is the top-1 in
+    percent on the 50,000 validation images that `source` states, or None.
     """
 
     model: nn.Module
-    transform: Callable[[Any], Tensor]
+    transform: Callable[[Any], Tensor] | None
     source: str
     published: float | None = None
 
 
-def is_timm(name: str) -> bool:
-    """Whether a name is one of timm's rather than of torchvision's."""
-    return name.startswith(TIMM_FAMILIES) and name not in TORCHVISION
-
-
-def features_of(name: str) -> str:
-    """The last layer of one of timm's networks that a correction may take features from."""
-    return TIMM.get(name, "s4" if name.startswith("regnetx_") else "norm")
-
-
 def load_pretrained(name: str, weights: str, classes: int, seed: int = 0) -> Pretrained:
-    """The named network with ``classes`` outputs.
+    """The named network with `classes` outputs.
 
     Args:
-        name: of :data:`TORCHVISION`, or of timm.
-        weights: ``DEFAULT`` or another name that torchvision or timm gives to weights, which are downloaded where
+        name: of `ALL_NETWORKS`, or of timm.
+        weights: `DEFAULT` or another name that torchvision or timm gives to weights, which are downloaded where
             their cache does not hold them; else a file with a state_dict. With a file, images are prepared as for
             torchvision's first weights (V1) or timm's default ones.
         classes: of the data; named weights have theirs.
@@ -82,7 +57,8 @@ def load_pretrained(name: str, weights: str, classes: int, seed: int = 0) -> Pre
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        found = (_from_timm if is_timm(name) else _from_torchvision)(name, weights, classes)
+        load = _small if name in MODELS else _from_timm if is_timm(name) else _from_torchvision
+        found = load(name, weights, classes)
     found.model.eval()
     return found
 
@@ -95,16 +71,25 @@ def untrained(name: str, classes: int, seed: int = 0) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if is_timm(name):
-            return _known_to_timm(name).create_model(name, pretrained=False, num_classes=classes).eval()
-        return get_model(name, weights=None, num_classes=classes).eval()
+        return _random(name, classes).eval()
+
+
+def _random(name: str, classes: int) -> nn.Module:
+    if name in MODELS:
+        return MODELS[name](classes)
+    if is_timm(name):
+        return _known_to_timm(name).create_model(name, pretrained=False, num_classes=classes)
+    return get_model(name, weights=None, num_classes=classes)
+
+
+def _small(name: str, weights: str, classes: int) -> Pretrained:
+    return Pretrained(model=_with_file(name, weights, classes), transform=None, source=weights)
 
 
 def _from_torchvision(name: str, weights: str, classes: int) -> Pretrained:
     known = get_model_weights(name)
     if weights not in known.__members__:
-        model = get_model(name, weights=None, num_classes=classes)
-        _load_file(model, name, weights, [DEFAULT, *known.__members__])
+        model = _with_file(name, weights, classes, [DEFAULT, *known.__members__])
         return Pretrained(model=model, transform=next(iter(known)).transforms(), source=weights)
     chosen = known[weights]
     _refuse_other_classes(f"{name} {chosen.name}", len(chosen.meta["categories"]), classes)
@@ -117,7 +102,7 @@ def _from_torchvision(name: str, weights: str, classes: int) -> Pretrained:
 
 
 def _with_state(name: str, weights: WeightsEnum) -> nn.Module:
-    """As ``get_model(name, weights=weights)``, but nothing except tensors is unpickled."""
+    """As `get_model(name, weights=weights)`, but nothing except tensors is unpickled."""
     options = {"image_size": weights.meta["min_size"][0]} if name.startswith("vit_") else {}
     model = get_model(name, weights=None, num_classes=len(weights.meta["categories"]), **options)
     try:
@@ -132,8 +117,7 @@ def _from_timm(name: str, weights: str, classes: int) -> Pretrained:
     timm = _known_to_timm(name)
     tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{name}.*")]
     if weights != DEFAULT and weights not in tags:
-        model = timm.create_model(name, pretrained=False, num_classes=classes)
-        _load_file(model, name, weights, [DEFAULT, *tags])
+        model = _with_file(name, weights, classes, [DEFAULT, *tags])
         return Pretrained(model=model, transform=_timm_transform(timm, model), source=weights)
     full = f"{name}.{timm.get_pretrained_cfg(name).tag if weights == DEFAULT else weights}"
     _refuse_other_classes(full, timm.get_pretrained_cfg(full).num_classes, classes)
@@ -167,11 +151,13 @@ def _known_to_timm(name: str) -> Any:
     return timm
 
 
-def _load_file(model: nn.Module, name: str, weights: str, names: list[str]) -> None:
-    path = Path(weights)
-    if not path.is_file():
-        raise BenchmarkError(f"no such weights file: {path}; weights of {name} that have names: {', '.join(names)}")
+def _with_file(name: str, weights: str, classes: int, known: Sequence[str] = ()) -> nn.Module:
+    """The network with the weights of a file; `known` are the weights that have names."""
+    path, model = Path(weights), _random(name, classes)
+    if known and not path.is_file():
+        raise BenchmarkError(f"no such weights file: {path}; weights of {name} that have names: {', '.join(known)}")
     load_weights(model, path)
+    return model
 
 
 def _refuse_other_classes(weights: str, outputs: int, classes: int) -> None:
@@ -183,8 +169,7 @@ def _refuse_other_classes(weights: str, outputs: int, classes: int) -> None:
 
 
 def _failed_download(weights: str, error: Exception) -> BenchmarkError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return BenchmarkError(
-        f"the weights {weights} could not be downloaded or read ({reason}); download them elsewhere and give the file "
-        "by --weights FILE, with --fp-top1 for the accuracy that is to be expected"
+        f"the weights {weights} could not be downloaded or read ({reason(error)}); download them elsewhere and give "
+        "the file by --weights FILE, with --fp-top1 for the accuracy that is to be expected"
     )

@@ -12,12 +12,12 @@ class LeakGuard:
     """Knows test images, or the outputs for them, by digest, and refuses them elsewhere."""
 
     def __init__(self, test: Images) -> None:
-        """``test``: ``M`` test images, in memory or as files, or outputs ``(M, ...)`` of them."""
+        """`test`: `M` test images, in memory or as files, or outputs `(M, ...)` of them."""
         self._test = test
         self._places = {digest: place for place, digest in enumerate(digests(test))}
 
     def check(self, given: Images, role: str) -> None:
-        """Refuse ``given``, ``N`` of the same kind, called ``role`` in the message, if a test image is among it.
+        """Refuse `given`, `N` of the same kind, called `role` in the message, if a test image is among it.
 
         Raises:
             BenchmarkError: one is.
@@ -35,13 +35,13 @@ class LeakGuard:
 def fit_guarded(
     q: Tensor, f: Tensor, config: CATConfig, guard: LeakGuard, features: Tensor | None = None
 ) -> ClusterAffine:
-    """``fit_cluster_affine``, the only call of it in the benchmarks: nothing is fitted that ``guard`` has not passed.
+    """`fit_cluster_affine`, the only call of it in the benchmarks: nothing is fitted that `guard` has not passed.
 
     Args:
-        q: ``(N, C)`` logits of the low-bit network, and ``f`` of the full-precision one.
+        q: `(N, C)` logits of the low-bit network, and `f` of the full-precision one.
         config: what to fit.
-        guard: of :func:`joined` logits of the test images.
-        features: ``(N, D)`` features of the low-bit network.
+        guard: of `joined` logits of the test images.
+        features: `(N, D)` features of the low-bit network.
 
     Raises:
         BenchmarkError: one of the images is a test image.
@@ -51,5 +51,5 @@ def fit_guarded(
 
 
 def joined(q: Tensor, f: Tensor) -> Tensor:
-    """``(N, 2 C)``: what tells images apart where only the logits ``(N, C)`` of both networks are known."""
+    """`(N, 2 C)`: what tells images apart where only the logits `(N, C)` of both networks are known."""
     return torch.cat([q, f], dim=1)

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from baselines import quantize
-from benchmarks.datasets.data import load_digits, split_calibration
-from benchmarks.measure import evaluate, guard
-from benchmarks.measure.evaluate import Protocol, Setting, measure, top1
+from benchmarks.datasets.calibration_split import split_calibration
+from benchmarks.datasets.digits import load_digits
+from benchmarks.measure import leak_guard, network_logits
+from benchmarks.measure.accuracy import measure, top1
+from benchmarks.measure.protocol import Protocol, Setting
 from benchmarks.networks.training import Training, trained_model
 from cat_plugin import CATConfig, fit_cluster_affine
 from tests.reference import lstsq_per_cluster
@@ -99,7 +101,7 @@ def test_paper_mode_needs_as_many_images_as_clusters(digits, model):
 
 def test_each_correction_is_fitted_on_the_images_meant_for_it(digits, model, monkeypatch):
     """Neither quantization nor a fit may see a test image, nor a fit an image that quantization was tuned on."""
-    seen, real_quantize, real_fit = {}, evaluate.quantized_model, guard.fit_cluster_affine
+    seen, real_quantize, real_fit = {}, network_logits.quantized_model, leak_guard.fit_cluster_affine
 
     def spy_quantize(fp_model, images, *args, **options):
         seen["calib"] = images
@@ -109,8 +111,8 @@ def test_each_correction_is_fitted_on_the_images_meant_for_it(digits, model, mon
         seen.setdefault("fits", {})[config] = f
         return real_fit(q, f, config, features)
 
-    monkeypatch.setattr(evaluate, "quantized_model", spy_quantize)
-    monkeypatch.setattr(guard, "fit_cluster_affine", spy_fit)
+    monkeypatch.setattr(network_logits, "quantized_model", spy_quantize)
+    monkeypatch.setattr(leak_guard, "fit_cluster_affine", spy_fit)
     measure(SETTING, PROTOCOL, digits, "resnet8", model, progress=False)
     calib, cat = split_calibration(1297, 64, 512, seed=3)
     assert torch.equal(seen["calib"], digits.train_images[calib])

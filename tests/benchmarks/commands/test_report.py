@@ -2,13 +2,15 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
-from benchmarks.commands import ablate, compare, recompute, robustness
-from benchmarks.commands.recompute import main
-from benchmarks.measure.evaluate import Setting
-from benchmarks.reports.report import to_markdown
+from benchmarks.commands import ablate, compare, report, robustness
+from benchmarks.commands.report import main
+from benchmarks.datasets.registry import DATASETS
+from benchmarks.measure.protocol import Setting
+from benchmarks.reports.comparison_report import to_markdown
 from tests.benchmarks.logits import write_npz
 from tests.benchmarks.rows import make_measurement
 
@@ -48,13 +50,15 @@ def no_models(monkeypatch):
         raise AssertionError("something was measured again")
 
     for name in (
-        "benchmarks.measure.guard.fit_cluster_affine",
-        "benchmarks.measure.evaluate.collect_outputs",
-        "benchmarks.datasets.data.np.load",
+        "benchmarks.measure.leak_guard.fit_cluster_affine",
+        "benchmarks.measure.network_logits.collect_outputs",
+        "benchmarks.measure.logit_files.np.load",
+        "benchmarks.commands.loading.load_pretrained",
+        "benchmarks.commands.loading.trained_model",
     ):
         monkeypatch.setattr(name, refuse)
-    for name in ("load_digits", "load_cifar10", "create_model"):
-        monkeypatch.setattr(f"benchmarks.commands.command.{name}", refuse)
+    for name, description in DATASETS.items():
+        monkeypatch.setitem(DATASETS, name, replace(description, load=refuse))
 
 
 @pytest.mark.parametrize("command", ["compare", "ablate", "robustness"])
@@ -143,8 +147,8 @@ def test_other_folders_are_refused(tmp_path, capsys, content, message):
 
 def test_runs_of_other_weights_have_tables_of_their_own():
     tables, one, other = [], *(make_measurement(Setting(method, 2, 2, 0)) for method in ("rtn", "qdrop"))
-    recompute._join(tables, [one], "V1")
-    recompute._join(tables, [other], "V2")
+    report._join(tables, [one], "V1")
+    report._join(tables, [other], "V2")
     assert tables == [("V1", [one]), ("V2", [other])]
-    recompute._join(tables, [other], "V1")
+    report._join(tables, [other], "V1")
     assert tables[0] == ("V1", [one, other])

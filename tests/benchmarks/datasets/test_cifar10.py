@@ -1,5 +1,7 @@
 import shutil
+import stat
 import tempfile
+import zipfile
 from urllib.error import URLError
 
 import numpy as np
@@ -8,58 +10,8 @@ import torch
 from PIL import Image
 
 from benchmarks import BenchmarkError
-from benchmarks.datasets import data
-from benchmarks.datasets.data import (
-    CIFAR10_CLASSES,
-    CIFAR10_MEAN,
-    CIFAR10_STD,
-    load_cifar10,
-    load_digits,
-    split_calibration,
-)
-
-
-def test_digits_are_split_in_proportion():
-    digits = load_digits()
-    assert digits.train_images.shape == (1297, 1, 8, 8)
-    assert digits.test_images.shape == (500, 1, 8, 8)
-    assert digits.test_labels.bincount().tolist() == pytest.approx([50] * 10, abs=2)
-    assert len(digits.classes) == 10
-    assert digits.train_images.mean().item() == pytest.approx(0, abs=0.01)
-    assert digits.train_images.std().item() == pytest.approx(1, abs=0.01)
-
-
-def test_digits_test_images_are_not_among_the_training_images():
-    digits = load_digits()
-    distances = torch.cdist(digits.test_images.flatten(1), digits.train_images.flatten(1))
-    assert distances.min() > 0
-    assert load_digits().digest() == digits.digest()
-
-
-def test_split_is_disjoint_and_seeded():
-    before = torch.get_rng_state()
-    calib, cat = split_calibration(100, 30, 60, seed=0)
-    assert (len(calib), len(cat)) == (30, 60)
-    assert len({*calib.tolist(), *cat.tolist()}) == 90
-    assert max(*calib.tolist(), *cat.tolist()) < 100
-    again, other = split_calibration(100, 30, 60, seed=0)[0], split_calibration(100, 30, 60, seed=1)[0]
-    assert torch.equal(calib, again)
-    assert not torch.equal(calib, other)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_split_may_use_every_image():
-    calib, cat = split_calibration(10, 4, 6, seed=5)
-    assert sorted([*calib.tolist(), *cat.tolist()]) == list(range(10))
-
-
-@pytest.mark.parametrize(
-    ("n_calib", "n_cat", "message"),
-    [(5, 6, "n_calib=5 plus n_cat=6 needs 11 training images, there are 10"), (0, 6, "at least 1"), (5, 0, "n_cat=0")],
-)
-def test_impossible_splits_are_refused(n_calib, n_cat, message):
-    with pytest.raises(BenchmarkError, match=message):
-        split_calibration(10, n_calib, n_cat, seed=0)
+from benchmarks.datasets import cifar10
+from benchmarks.datasets.cifar10 import CIFAR10_CLASSES, CIFAR10_MEAN, CIFAR10_STD, _extract, load_cifar10
 
 
 def test_cifar10_folder_is_read_and_normalised(shared_folder, tmp_path):
@@ -152,7 +104,7 @@ class FakeCIFAR10:
 
 
 def test_download_is_normalised_alike(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CIFAR10", FakeCIFAR10)
+    monkeypatch.setattr(cifar10, "TorchvisionCIFAR10", FakeCIFAR10)
     dataset = load_cifar10(None, tmp_path)
     assert dataset.classes == CIFAR10_CLASSES
     white = (1 - torch.tensor(CIFAR10_MEAN)) / torch.tensor(CIFAR10_STD)
@@ -164,6 +116,79 @@ def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise URLError("no network")
 
-    monkeypatch.setattr(data, "CIFAR10", fail)
+    monkeypatch.setattr(cifar10, "TorchvisionCIFAR10", fail)
     with pytest.raises(BenchmarkError, match=r"could not be downloaded .*no network.* by --data"):
         load_cifar10(None, tmp_path)
+
+
+def make_zip(path, *entries):
+    with zipfile.ZipFile(path, "w") as opened:
+        opened.writestr("train/first.txt", "first")
+        for entry in entries:
+            opened.writestr(entry, "content")
+    return path
+
+
+def test_zip_is_extracted(tmp_path):
+    _extract(make_zip(tmp_path / "good.zip", "test/second.txt", "test/a..b.txt"), tmp_path / "out")
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.txt")}
+    assert found == {"train/first.txt", "test/second.txt", "test/a..b.txt"}
+
+
+@pytest.mark.parametrize(
+    "name", ["../out.txt", "train/../../out.txt", "ROOT/out.txt", "..\\out.txt", "C:\\out.txt", "C:out.txt"]
+)
+def test_zip_entry_that_points_outside_lands_inside(tmp_path, name):
+    archive = make_zip(tmp_path / "bad.zip", name.replace("ROOT", str(tmp_path)))
+    _extract(archive, tmp_path / "inner" / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.zip", "inner"}
+    assert [path.name for path in (tmp_path / "inner").iterdir()] == ["out"]
+    files = [path for path in (tmp_path / "inner" / "out").rglob("*") if path.is_file()]
+    assert len(files) == 2 and any(path.name.endswith("out.txt") for path in files)
+
+
+def test_symbolic_link_in_a_zip_is_a_plain_file(tmp_path):
+    link = zipfile.ZipInfo("train/link")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    _extract(make_zip(tmp_path / "bad.zip", link), tmp_path / "out")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+
+def test_what_is_no_zip_is_refused(tmp_path):
+    (tmp_path / "no.zip").write_bytes(b"no archive")
+    with pytest.raises(BenchmarkError, match=r"no\.zip cannot be read as a zip archive"):
+        _extract(tmp_path / "no.zip", tmp_path / "out")
+
+
+def damage_stream(path):
+    """The entry keeps its place and length, but cannot be inflated."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr("first.txt", b"first" * 1000)
+        (entry,) = opened.infolist()
+    content = bytearray(path.read_bytes())
+    start = entry.header_offset + 30 + len(entry.filename)
+    content[start : start + entry.compress_size] = b"\xff" * entry.compress_size
+    path.write_bytes(content)
+
+
+def cut_off_data(path):
+    """The directory at the end promises more than there is."""
+    content = make_zip(path).read_bytes()
+    sizes = content.index(b"PK\x01\x02") + 20
+    path.write_bytes(content[:sizes] + (10**6).to_bytes(4, "little") * 2 + content[sizes + 8 :])
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_stream, "Error -3 while decompressing"),
+        (cut_off_data, "it is cut off"),
+        (lambda path: make_zip(path, "train/first.txt/second.txt"), "Not a directory"),
+        (lambda path: make_zip(path, "test/second.txt", "test"), "Is a directory"),
+    ],
+    ids=["stream", "cut off", "file, then folder", "folder, then file"],
+)
+def test_damaged_zip_is_refused(tmp_path, damage, reason):
+    damage(tmp_path / "bad.zip")
+    with pytest.raises(BenchmarkError, match=rf"bad\.zip cannot be read as a zip archive: .*{reason}"):
+        _extract(tmp_path / "bad.zip", tmp_path / "out")

@@ -6,8 +6,9 @@ from dataclasses import asdict
 import pytest
 
 from benchmarks.measure.comparisons import compare, summarize
-from benchmarks.measure.evaluate import Setting
-from benchmarks.reports.report import title, to_csv, to_markdown, to_table, write_environment, write_report, write_texts
+from benchmarks.measure.protocol import Setting
+from benchmarks.reports.comparison_report import title, to_markdown, to_table, write_report
+from benchmarks.reports.tables import to_csv, write_texts
 from benchmarks.wording import signed
 from tests.benchmarks.rows import make_measurement
 
@@ -88,16 +89,6 @@ def test_files_that_are_there_are_left_alone(tmp_path):
     assert write_texts(tmp_path, {"a": "one", "b": "three", "c": "new"}) == {"a": True, "b": False, "c": False}
     assert (tmp_path / "a").stat() == before
     assert (tmp_path / "b").read_text() == "three"
-
-
-def test_environment_stays_that_of_the_first_call_but_for_the_seconds(tmp_path):
-    path = tmp_path / "environment.json"
-    write_environment(tmp_path, {"command": "first", "finished": "then", "seconds": 3.0})
-    write_environment(tmp_path, {"command": "second", "finished": "now", "seconds": 5.0})
-    assert json.loads(path.read_text()) == {"command": "first", "finished": "then", "seconds": 5.0}
-    path.write_text('{"comm')
-    write_environment(tmp_path, {"command": "third", "finished": "now", "seconds": 5.0})
-    assert json.loads(path.read_text())["command"] == "third"
 
 
 def test_title_says_which_weights_there_were():

@@ -1,6 +1,7 @@
 """What is measured for a cell of a grid: a row of figures, and the predicted classes that they are computed from."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -20,12 +21,19 @@ LABELS = "labels"
 AnyRow = TypeVar("AnyRow")
 
 
+def change(predictions: Mapping[str, Tensor], name: str) -> Tensor:
+    """`(n_eval,)` float64: 1 for test images that the named network gets right and the low-bit one does not, -1 for the
+    reverse, else 0."""
+    after, before = (predictions[network] == predictions[LABELS] for network in (name, "lq"))
+    return after.double() - before.double()
+
+
 @dataclass(frozen=True, eq=False)
 class Record(Generic[AnyRow]):
     """A row, a dataclass, and what its figures come from.
 
-    ``predictions`` holds int16 tensors ``(n_eval,)``: ``labels``, and the classes that each network predicts (``fp``,
-    ``lq``, and one a correction). ``seconds`` is the time it took, 0 where that is unknown. ``profiles`` are what a
+    `predictions` holds int16 tensors `(n_eval,)`: `labels`, and the classes that each network predicts (`fp`,
+    `lq`, and one a correction). `seconds` is the time it took, 0 where that is unknown. `profiles` are what a
     correction did to the logits of the test images, where that is kept for a figure.
     """
 
@@ -36,27 +44,25 @@ class Record(Generic[AnyRow]):
 
     row_type: ClassVar[type]
 
-    def correct(self, name: str) -> Tensor:
-        """``(n_eval,)`` bool: which test images the named network gets right."""
-        return self.predictions[name] == self.predictions[LABELS]
-
-    def figures(self) -> dict[str, Any]:
-        """The fields of the row that follow from the predictions."""
+    @staticmethod
+    def figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
+        """The fields of a row that follow from its predictions."""
         raise NotImplementedError
 
     def verify(self, name: str) -> None:
-        """Refuse a row, called ``name`` in the message, whose figures are not those of its predictions.
+        """Refuse a row, called `name` in the message, whose figures are not those of its predictions.
 
         Raises:
             BenchmarkError: the message says which figures differ.
         """
-        expected = {key: value for key, value in self.figures().items() if getattr(self.row, key) != value}
+        figures = self.figures(self.predictions)
+        expected = {key: value for key, value in figures.items() if getattr(self.row, key) != value}
         if expected:
             found = "; ".join(f"{key} {getattr(self.row, key)} instead of {value}" for key, value in expected.items())
             raise BenchmarkError(f"the row {name} does not hold the figures of its predictions: {found}")
 
     def store(self, path: Path) -> None:
-        """Write the row as JSON to ``path``, last: where it is, the predictions are beside it, too."""
+        """Write the row as JSON to `path`, last: where it is, the predictions are beside it, too."""
         with atomic_path(path.with_suffix(".safetensors")) as temporary:
             save_file(self.predictions, temporary)
         beside = {SECONDS: self.seconds} | ({PROFILES: to_plain(self.profiles)} if self.profiles else {})
@@ -64,7 +70,7 @@ class Record(Generic[AnyRow]):
 
     @classmethod
     def load(cls, path: Path) -> "Record[AnyRow]":
-        """Inverse of :meth:`store`."""
+        """Inverse of `store`."""
         values = json.loads(path.read_text("utf-8"))
         seconds = values.pop(SECONDS, 0.0)
         profiles = from_plain(tuple[ClusterProfile, ...], values.pop(PROFILES, []), PROFILES)

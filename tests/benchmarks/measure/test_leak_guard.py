@@ -11,12 +11,16 @@ import torch
 import benchmarks
 from benchmarks import BenchmarkError
 from benchmarks.commands import ablate, compare, robustness
-from benchmarks.datasets.data import split_calibration
-from benchmarks.measure.draws import Cell, Source, measure
-from benchmarks.measure.evaluate import Protocol, Setting, corrections, paired_logits
-from benchmarks.measure.guard import LeakGuard, fit_guarded, joined
-from benchmarks.measure.pairs import PairedLogits
-from benchmarks.networks.models import create_model
+from benchmarks.datasets.calibration_split import split_calibration
+from benchmarks.datasets.digits import DIGITS
+from benchmarks.datasets.registry import DATASETS
+from benchmarks.measure.corrections import corrections
+from benchmarks.measure.draws import Cell, measure
+from benchmarks.measure.leak_guard import LeakGuard, fit_guarded, joined
+from benchmarks.measure.network_logits import paired_logits
+from benchmarks.measure.paired_logits import PairedLogits, Source
+from benchmarks.measure.protocol import Protocol, Setting
+from benchmarks.networks.weights_and_transforms import untrained
 from cat_plugin import CATConfig, fit_cluster_affine
 from tests.benchmarks.logits import make_arrays, write_npz
 
@@ -40,7 +44,7 @@ def pairs():
 
 
 def planted(dataset, place):
-    """The data set with test image 7 as training image ``place``."""
+    """The data set with test image 7 as training image `place`."""
     images = dataset.train_images.clone()
     images[place] = dataset.test_images[7]
     return replace(dataset, train_images=images)
@@ -61,17 +65,18 @@ def test_message_says_which_images_and_what_to_do():
 def test_test_image_among_the_images_of_a_part_stops_the_run(dataset, part, role):
     place = split_calibration(40, 8, 16, seed=1)[part][5]
     with pytest.raises(BenchmarkError, match=f"leak: 1 of {role} are test images, such as number 5, which is test"):
-        paired_logits(SETTING, PROTOCOL, planted(dataset, place), create_model("resnet8", 10))
+        paired_logits(SETTING, PROTOCOL, planted(dataset, place), untrained("resnet8", 10))
 
 
 def test_training_images_that_are_not_used_may_be_anything(dataset):
     used = torch.cat(split_calibration(40, 8, 16, seed=1)).tolist()
     place = next(index for index in range(40) if index not in used)
-    paired_logits(SETTING, PROTOCOL, planted(dataset, place), create_model("resnet8", 10))
+    paired_logits(SETTING, PROTOCOL, planted(dataset, place), untrained("resnet8", 10))
 
 
 def test_network_is_not_trained_on_test_images(dataset, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("benchmarks.commands.command.load_digits", lambda: planted(dataset, 3))
+    leaking = replace(DIGITS, load=lambda request: planted(dataset, 3))
+    monkeypatch.setitem(DATASETS, DIGITS.name, leaking)
     assert compare.main(["--cache", str(tmp_path), "--results", str(tmp_path), "--no-progress"]) == 2
     assert "leak: 1 of 40 images to train on are test images, such as number 3" in capsys.readouterr().err
 
@@ -120,10 +125,10 @@ def test_test_images_and_labels_change_no_fit(dataset, monkeypatch):
     fitted, real = [], PairedLogits.fit
     monkeypatch.setattr(PairedLogits, "fit", lambda *args: (fitted.append(real(*args)), fitted[-1])[1])
     other = replace(dataset, test_images=dataset.test_images.flip(0) + 1, test_labels=(dataset.test_labels + 3) % 10)
-    from benchmarks.measure.evaluate import measure as measure_row
+    from benchmarks.measure.accuracy import measure as measure_row
 
     for data in (dataset, other):
-        measure_row(SETTING, PROTOCOL, data, "resnet8", create_model("resnet8", 10, seed=1), progress=False)
+        measure_row(SETTING, PROTOCOL, data, "resnet8", untrained("resnet8", 10, seed=1), progress=False)
     first, second = fitted[: len(fitted) // 2], fitted[len(fitted) // 2 :]
     assert len(first) == 2
     for one, two in zip(first, second, strict=True):
@@ -131,12 +136,12 @@ def test_test_images_and_labels_change_no_fit(dataset, monkeypatch):
 
 
 def test_nothing_is_fitted_past_the_guard():
-    """``guard.py`` alone may name what fits corrections; ``perf`` times fits of random logits."""
+    """`leak_guard.py` alone may name what fits corrections; `perf` times fits of random logits."""
     fitting = {"fit_cluster_affine", "apply_cat", "fit_and_score", "select"}
     root = Path(benchmarks.__file__).parent
     for path in {*root.rglob("*.py")} - {*(root / "perf").rglob("*.py")}:
         tree = ast.parse(path.read_text("utf-8"))
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        assert path.name == "guard.py" or not names & fitting, path.name
-    assert "fit_cluster_affine" in (root / "measure" / "guard.py").read_text("utf-8")
+        assert path.name == "leak_guard.py" or not names & fitting, path.name
+    assert "fit_cluster_affine" in (root / "measure" / "leak_guard.py").read_text("utf-8")
