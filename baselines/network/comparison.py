@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -70,14 +70,43 @@ def warn_of_random_outputs(model: nn.Module, example: Tensor) -> None:
         model(example)
         if torch.equal(before, _random_state(example)):
             return
-    results = [_seeded(model, example, seed) for seed in (0, 1)]
-    if not _alike(*results, 1e-4):
+    if not _alike(*(_seeded(model, example, seed) for seed in (0, 1)), 1e-4):
         logger.warning(
-            "the outputs of %s are random in eval mode, first those of %s; if this is dropout, give it "
-            "training=self.training (dropout_p=0 in attention): the quantized network draws as this one does",
+            "the outputs of %s are random in eval mode, by %s; if this is dropout, give it training=self.training "
+            "(dropout_p=0 in attention): the quantized network draws as this one does",
             type(model).__name__,
-            _parting(model, model, example, seeds=(0, 1), dropout=True),
+            ", ".join(_drawing(model, example)) or "something that is no torch function",
         )
+
+
+def _drawing(model: nn.Module, example: Tensor) -> list[str]:
+    """Functions that draw random numbers, with the innermost module that is running."""
+    running = [""]
+
+    def enter(name: str):
+        return lambda module, args: running.append(name)
+
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.enter_context(module.register_forward_pre_hook(enter(name)))
+            stack.enter_context(module.register_forward_hook(lambda *args: running.pop() and None))
+        watch = stack.enter_context(_Draws(running, example))
+        _seeded(model, example)
+    return [f"{function} in {owner or type(model).__name__}" for owner, function in dict.fromkeys(watch.found)]
+
+
+class _Draws(TorchFunctionMode):
+    def __init__(self, running: list[str], example: Tensor) -> None:
+        super().__init__()
+        self._running, self._example = running, example
+        self.found: list[tuple[str, str]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        before = _random_state(self._example)
+        result = function(*args, **kwargs or {})
+        if not torch.equal(before, _random_state(self._example)):
+            self.found.append((self._running[-1], getattr(function, "__name__", repr(function))))
+        return result
 
 
 class without_dropout(TorchFunctionMode):
@@ -135,18 +164,15 @@ def _close(first: Tensor, second: Tensor, tolerance: float) -> bool:
     return bool((first - second).abs().max() <= tolerance * first.abs().max().clamp(min=1e-6))
 
 
-def _parting(
-    first: nn.Module, second: nn.Module, images: Tensor, *, seeds: Collection[int] = (0, 0), dropout: bool = False
-) -> str:
+def _parting(first: nn.Module, second: nn.Module, images: Tensor) -> str:
     """The first module, innermost first, whose output is not the same in both, with its class.
 
     Layers whose weights differ took in what follows them, a batch norm, and are left out.
     """
-    context = contextlib.nullcontext if dropout else without_dropout
     kept: list[list[tuple[str, tuple[Tensor, ...]]]] = []
-    for model, seed in zip((first, second), seeds, strict=True):
-        with context(), _outputs_kept(model) as outputs:
-            _seeded(model, images, seed)
+    for model in (first, second):
+        with without_dropout(), _outputs_kept(model) as outputs:
+            _seeded(model, images)
         kept.append(outputs)
     changed = _changed_layers(first, second)
     theirs: dict[str, list[tuple[Tensor, ...]]] = {}

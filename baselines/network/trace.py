@@ -8,6 +8,7 @@ no symbolic tracing is needed, and any control flow will do.
 import contextlib
 import dataclasses
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -84,6 +85,8 @@ class Trace:
 
     Attributes:
         reads: what torch functions took, as it was then, with the name of the innermost module that was running.
+        unseen: what multiplies without being one of the operations, as in scripted code (`unseen_products`): name of
+            the innermost module that was running, and of the function.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -91,6 +94,7 @@ class Trace:
     operations: list[Operation] = field(default_factory=list)
     reads: list[tuple[str, Value]] = field(default_factory=list)
     output: object = None
+    unseen: list[tuple[str, str]] = field(default_factory=list)
 
     def of(self, name: str) -> list[Call]:
         """The calls of the module called `name`."""
@@ -162,9 +166,19 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         for name, module in model.named_modules():
             hooks.enter_context(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
-        with _Watch(record, running):
+        with uncompiled(), _Watch(record, running):
             record.output = model(x)
     return record
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within, compiled functions run as they are written, where they can be watched."""
+    if not {"torch._dynamo", "torch.nn.attention.flex_attention"} & sys.modules.keys():
+        yield  # nothing can be compiled, and loading the compiler takes seconds
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextlib.contextmanager
