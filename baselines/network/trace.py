@@ -128,10 +128,18 @@ def tensors_in(*values: object) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def by_signature(forward: Callable[..., object], kwargs: dict[str, object]) -> dict[str, object]:
+    """`kwargs` in the order in which `forward` names them, not in that of the call."""
+    if len(kwargs) < 2:
+        return kwargs
+    order = list(inspect.signature(forward).parameters)
+    return dict(sorted(kwargs.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
 def with_first_tensor(
     function: Callable[[Tensor], Tensor], args: tuple, kwargs: dict[str, object]
 ) -> tuple[tuple, dict[str, object]]:
-    """The arguments of a call with `function` of the first tensor among them in its place."""
+    """The arguments of a call, named ones by signature, with `function` of the first tensor among them in its place."""
     if args and isinstance(args[0], Tensor):
         return (function(args[0]), *args[1:]), kwargs
     leaves, structure = tree_flatten((args, kwargs))
@@ -150,7 +158,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
 
     def enter(name: str):
         def hook(module, args, kwargs):
-            values = tuple(map(Value.of, tensors_in(args, kwargs)))
+            values = tuple(map(Value.of, tensors_in(args, by_signature(module.forward, kwargs))))
             running.append(_Running(name, len(record.started), values, _is_simple(module, args, kwargs)))
             record.started.append(name)
 
