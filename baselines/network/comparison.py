@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,15 @@ def same_outputs(model: nn.Module, other: nn.Module, example: Tensor) -> bool:
     return _alike(*results, tolerance)
 
 
-def check_same_network(reference: nn.Module, network: nn.Module, images: Tensor) -> None:
+def check_same_network(
+    reference: nn.Module, network: nn.Module, images: Tensor, absorbing: Collection[str] = ()
+) -> None:
     """See that `network`, made from `reference`, is still the same network.
+
+    Args:
+        reference, network: in float32 or float64; both stay as they are.
+        images: inputs (N, ...) on which they are compared.
+        absorbing: names of the layers that what follows them was folded into.
 
     Raises:
         ValueError: its outputs differ by more than rounding; says which module is the first whose output does.
@@ -52,12 +59,12 @@ def check_same_network(reference: nn.Module, network: nn.Module, images: Tensor)
             "%s gives other outputs each time for the same images, so that its quantized copy cannot be compared with "
             "it: %s",
             type(reference).__name__,
-            "its first module that does is " + _parting(reference, reference, images),
+            "its first module that does is " + _parting(reference, reference, images, ()),
         )
         return
     raise ValueError(
         f"the copy of {type(reference).__name__} that would be quantized gives other outputs than the network itself; "
-        f"the first module where they part is {_parting(reference, network, images)}: look there for values that are "
+        f"the first module where they part is {_parting(reference, network, images, absorbing)}: look there for values that are "
         "kept from one pass to the next, or that are written into while others still read them"
     )
 
@@ -164,34 +171,21 @@ def _close(first: Tensor, second: Tensor, tolerance: float) -> bool:
     return bool((first - second).abs().max() <= tolerance * first.abs().max().clamp(min=1e-6))
 
 
-def _parting(first: nn.Module, second: nn.Module, images: Tensor) -> str:
-    """The first module, innermost first, whose output is not the same in both, with its class.
-
-    Layers whose weights differ took in what follows them, a batch norm, and are left out.
-    """
+def _parting(first: nn.Module, second: nn.Module, images: Tensor, left_out: Collection[str]) -> str:
+    """The first module, innermost first, whose output is not the same in both, with its class."""
     kept: list[list[tuple[str, tuple[Tensor, ...]]]] = []
     for model in (first, second):
         with without_dropout(), _outputs_kept(model) as outputs:
             _seeded(model, images)
         kept.append(outputs)
-    changed = _changed_layers(first, second)
     theirs: dict[str, list[tuple[Tensor, ...]]] = {}
     for name, output in kept[1]:
         theirs.setdefault(name, []).append(output)
     for name, output in kept[0]:
-        if name not in changed and theirs.get(name) and not _alike(output, theirs[name].pop(0), 1e-3):
+        if name not in left_out and theirs.get(name) and not _alike(output, theirs[name].pop(0), 1e-3):
             kind = type(first.get_submodule(name)).__name__
             return f"{name} ({kind})" if name else f"{kind} itself"
     return f"{type(first).__name__} itself"
-
-
-def _changed_layers(first: nn.Module, second: nn.Module) -> set[str]:
-    theirs = dict(second.named_parameters(remove_duplicate=False))
-    return {
-        name.rpartition(".")[0]
-        for name, own in first.named_parameters(remove_duplicate=False)
-        if name in theirs and not (own.shape == theirs[name].shape and torch.equal(own, theirs[name]))
-    }
 
 
 @contextlib.contextmanager
