@@ -19,6 +19,7 @@ from baselines.inputs import check_network, gather_inputs, whole_number
 from baselines.network.batch_norm_folding import folded_copy
 from baselines.network.blocks import find_blocks, named_blocks
 from baselines.network.containers import held_network
+from baselines.network.floating_point import unseen_products
 from baselines.network.plain_copy import plain_copy
 from baselines.network.quantizable import quantizable_layers
 from baselines.network.reference_copy import HALF, holds_half, restore_types
@@ -133,7 +134,8 @@ def quantize(
         inputs = gather_inputs(calib_loader)
     if recipe.stages and len(inputs) < batch_size:
         raise ValueError(f"{len(inputs)} calibration inputs are fewer than one batch of {batch_size}")
-    with _own_context(device):
+    with _own_context(device), _random_state_kept():
+        torch.manual_seed(seed)  # networks that draw in eval mode, too
         settings = RunSettings(iters=iters, batch_size=batch_size, capture_batch_size=max(batch_size, 64))
         cached = Cached(_placed(inputs, plan.device, dtype), plan)
         job = prepare(fp_model, cached, recipe, spec, settings, seed, blocks)
@@ -176,6 +178,7 @@ def prepare(
     folded = folded_copy(fp_model, example, inputs.batch(0, _CHECK_IMAGES))
     _set_layout(folded, torch.channels_last)  # convolutions run faster so
     record = trace(folded, example)
+    record.unseen = unseen_products(folded, example)
     blocks = find_blocks(folded, record) if blocks is None else named_blocks(folded, record, blocks)
     started = time.perf_counter()
     network = quantized_copy(folded, record, blocks, spec)
@@ -266,7 +269,8 @@ def _own_context(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Shuffling and augmenting loaders draw from the global generators; these are put back."""
+    """Shuffling and augmenting loaders, and networks with dropout that is left on, draw from the global generators;
+    these are put back."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

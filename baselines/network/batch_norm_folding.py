@@ -40,29 +40,31 @@ def folded_copy(model: nn.Module, example: Tensor, images: Tensor | None = None)
     reference = reference_copy(model)
     first_pass(reference, model, example)
     warn_of_random_outputs(reference, example)
-    folded = _folded(made_plain(reference, example), example)
-    check_same_network(reference, folded, example if images is None else images)
+    folded, layers = _folded(made_plain(reference, example), example)
+    check_same_network(reference, folded, example if images is None else images, layers)
     return folded
 
 
-def _folded(twin: nn.Module, example: Tensor) -> nn.Module:
-    """`twin` with batch norm folded where outputs stay the same."""
+def _folded(twin: nn.Module, example: Tensor) -> tuple[nn.Module, list[str]]:
+    """`twin` with batch norm folded where outputs stay the same, and names of the layers that took one in."""
     record = trace(twin, example)
     scaling = {name: trial.scales for name, trial in trials(twin, example).items()}
     pairs = [(call.name, _foldable_source(call, record)) for call in record.calls]
     pairs = [(norm, layer) for norm, layer in pairs if layer is not None and scaling.get(layer, True)]
     folded = _with_folded(twin, pairs)
     if same_outputs(twin, folded, example):
-        return folded
+        return folded, [layer for _, layer in pairs]
+    absorbing = []
     for norm, layer in pairs:  # some layer's output is also read by a function: find it
         folded = _with_folded(twin, [(norm, layer)])
         if same_outputs(twin, folded, example):
             twin = folded
+            absorbing.append(layer)
         else:
             kind = type(twin.get_submodule(norm))
             reason = f"the output of {layer} is used elsewhere, too" if kind in BATCH_NORMS else "its class does more"
             logger.warning("batch norm %s (%s) stays: %s", norm, kind.__name__, reason)
-    return twin
+    return twin, absorbing
 
 
 def _foldable_source(norm: Call, record: Trace) -> str | None:

@@ -39,8 +39,15 @@ def same_outputs(model: nn.Module, other: nn.Module, example: Tensor) -> bool:
     return _alike(*results, tolerance)
 
 
-def check_same_network(reference: nn.Module, network: nn.Module, images: Tensor) -> None:
+def check_same_network(
+    reference: nn.Module, network: nn.Module, images: Tensor, absorbing: Collection[str] = ()
+) -> None:
     """See that `network`, made from `reference`, is still the same network.
+
+    Args:
+        reference, network: in float32 or float64; both stay as they are.
+        images: inputs (N, ...) on which they are compared.
+        absorbing: names of the layers that what follows them was folded into.
 
     Raises:
         ValueError: its outputs differ by more than rounding; says which module is the first whose output does.
@@ -52,12 +59,12 @@ def check_same_network(reference: nn.Module, network: nn.Module, images: Tensor)
             "%s gives other outputs each time for the same images, so that its quantized copy cannot be compared with "
             "it: %s",
             type(reference).__name__,
-            "its first module that does is " + _parting(reference, reference, images),
+            "its first module that does is " + _parting(reference, reference, images, ()),
         )
         return
     raise ValueError(
         f"the copy of {type(reference).__name__} that would be quantized gives other outputs than the network itself; "
-        f"the first module where they part is {_parting(reference, network, images)}: look there for values that are "
+        f"the first module where they part is {_parting(reference, network, images, absorbing)}: look there for values that are "
         "kept from one pass to the next, or that are written into while others still read them"
     )
 
@@ -70,14 +77,43 @@ def warn_of_random_outputs(model: nn.Module, example: Tensor) -> None:
         model(example)
         if torch.equal(before, _random_state(example)):
             return
-    results = [_seeded(model, example, seed) for seed in (0, 1)]
-    if not _alike(*results, 1e-4):
+    if not _alike(*(_seeded(model, example, seed) for seed in (0, 1)), 1e-4):
         logger.warning(
-            "the outputs of %s are random in eval mode, first those of %s; if this is dropout, give it "
-            "training=self.training (dropout_p=0 in attention): the quantized network draws as this one does",
+            "the outputs of %s are random in eval mode, by %s; if this is dropout, give it training=self.training "
+            "(dropout_p=0 in attention): the quantized network draws as this one does",
             type(model).__name__,
-            _parting(model, model, example, seeds=(0, 1), dropout=True),
+            ", ".join(_drawing(model, example)) or "something that is no torch function",
         )
+
+
+def _drawing(model: nn.Module, example: Tensor) -> list[str]:
+    """Functions that draw random numbers, with the innermost module that is running."""
+    running = [""]
+
+    def enter(name: str):
+        return lambda module, args: running.append(name)
+
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.enter_context(module.register_forward_pre_hook(enter(name)))
+            stack.enter_context(module.register_forward_hook(lambda *args: running.pop() and None))
+        watch = stack.enter_context(_Draws(running, example))
+        _seeded(model, example)
+    return [f"{function} in {owner or type(model).__name__}" for owner, function in dict.fromkeys(watch.found)]
+
+
+class _Draws(TorchFunctionMode):
+    def __init__(self, running: list[str], example: Tensor) -> None:
+        super().__init__()
+        self._running, self._example = running, example
+        self.found: list[tuple[str, str]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        before = _random_state(self._example)
+        result = function(*args, **kwargs or {})
+        if not torch.equal(before, _random_state(self._example)):
+            self.found.append((self._running[-1], getattr(function, "__name__", repr(function))))
+        return result
 
 
 class without_dropout(TorchFunctionMode):
@@ -135,37 +171,21 @@ def _close(first: Tensor, second: Tensor, tolerance: float) -> bool:
     return bool((first - second).abs().max() <= tolerance * first.abs().max().clamp(min=1e-6))
 
 
-def _parting(
-    first: nn.Module, second: nn.Module, images: Tensor, *, seeds: Collection[int] = (0, 0), dropout: bool = False
-) -> str:
-    """The first module, innermost first, whose output is not the same in both, with its class.
-
-    Layers whose weights differ took in what follows them, a batch norm, and are left out.
-    """
-    context = contextlib.nullcontext if dropout else without_dropout
+def _parting(first: nn.Module, second: nn.Module, images: Tensor, left_out: Collection[str]) -> str:
+    """The first module, innermost first, whose output is not the same in both, with its class."""
     kept: list[list[tuple[str, tuple[Tensor, ...]]]] = []
-    for model, seed in zip((first, second), seeds, strict=True):
-        with context(), _outputs_kept(model) as outputs:
-            _seeded(model, images, seed)
+    for model in (first, second):
+        with without_dropout(), _outputs_kept(model) as outputs:
+            _seeded(model, images)
         kept.append(outputs)
-    changed = _changed_layers(first, second)
     theirs: dict[str, list[tuple[Tensor, ...]]] = {}
     for name, output in kept[1]:
         theirs.setdefault(name, []).append(output)
     for name, output in kept[0]:
-        if name not in changed and theirs.get(name) and not _alike(output, theirs[name].pop(0), 1e-3):
+        if name not in left_out and theirs.get(name) and not _alike(output, theirs[name].pop(0), 1e-3):
             kind = type(first.get_submodule(name)).__name__
             return f"{name} ({kind})" if name else f"{kind} itself"
     return f"{type(first).__name__} itself"
-
-
-def _changed_layers(first: nn.Module, second: nn.Module) -> set[str]:
-    theirs = dict(second.named_parameters(remove_duplicate=False))
-    return {
-        name.rpartition(".")[0]
-        for name, own in first.named_parameters(remove_duplicate=False)
-        if name in theirs and not (own.shape == theirs[name].shape and torch.equal(own, theirs[name]))
-    }
 
 
 @contextlib.contextmanager

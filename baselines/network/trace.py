@@ -8,6 +8,7 @@ no symbolic tracing is needed, and any control flow will do.
 import contextlib
 import dataclasses
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -85,6 +86,8 @@ class Trace:
     Attributes:
         images: what the network was given.
         reads: what torch functions took, as it was then, with the name of the innermost module that was running.
+        unseen: what multiplies without being one of the operations, as in scripted code (`unseen_products`): name of
+            the innermost module that was running, and of the function.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -93,6 +96,7 @@ class Trace:
     reads: list[tuple[str, Value]] = field(default_factory=list)
     images: Tensor | None = None
     output: object = None
+    unseen: list[tuple[str, str]] = field(default_factory=list)
 
     def of(self, name: str) -> list[Call]:
         """The calls of the module called `name`."""
@@ -126,10 +130,18 @@ def tensors_in(*values: object) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def by_signature(forward: Callable[..., object], kwargs: dict[str, object]) -> dict[str, object]:
+    """`kwargs` in the order in which `forward` names them, not in that of the call."""
+    if len(kwargs) < 2:
+        return kwargs
+    order = list(inspect.signature(forward).parameters)
+    return dict(sorted(kwargs.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
 def with_first_tensor(
     function: Callable[[Tensor], Tensor], args: tuple, kwargs: dict[str, object]
 ) -> tuple[tuple, dict[str, object]]:
-    """The arguments of a call with `function` of the first tensor among them in its place."""
+    """The arguments of a call, named ones by signature, with `function` of the first tensor among them in its place."""
     if args and isinstance(args[0], Tensor):
         return (function(args[0]), *args[1:]), kwargs
     leaves, structure = tree_flatten((args, kwargs))
@@ -148,7 +160,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
 
     def enter(name: str):
         def hook(module, args, kwargs):
-            values = tuple(map(Value.of, tensors_in(args, kwargs)))
+            values = tuple(map(Value.of, tensors_in(args, by_signature(module.forward, kwargs))))
             running.append(_Running(name, len(record.started), values, _is_simple(module, args, kwargs)))
             record.started.append(name)
 
@@ -164,9 +176,19 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         for name, module in model.named_modules():
             hooks.enter_context(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
-        with _Watch(record, running):
+        with uncompiled(), _Watch(record, running):
             record.output = model(x)
     return record
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within, compiled functions run as they are written, where they can be watched."""
+    if not {"torch._dynamo", "torch.nn.attention.flex_attention"} & sys.modules.keys():
+        yield  # nothing can be compiled, and loading the compiler takes seconds
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextlib.contextmanager

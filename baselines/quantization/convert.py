@@ -12,7 +12,7 @@ from baselines.network.edges import Edges, find_edges
 from baselines.network.floating_point import floating_point
 from baselines.network.plain_copy import replace_module
 from baselines.network.quantizable import QUANTIZABLE, is_quantizable
-from baselines.network.trace import Trace, Value, tensors_in
+from baselines.network.trace import Trace, Value, by_signature, tensors_in
 from baselines.quantization.layers import quantize_on_entry, quantized_layers, quantized_twin
 from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from baselines.quantization.specs import OFF, QuantSpec
@@ -131,7 +131,7 @@ def set_activation_ranges(
 
     def watch(place: int, position: int):
         def hook(module, args, kwargs):
-            flat = tensors_in(args, kwargs)[position].flatten()
+            flat = tensors_in(args, by_signature(module.forward, kwargs))[position].flatten()
             if flat.numel() > share:
                 chosen = torch.randint(flat.numel(), (share,), generator=generator, device=flat.device)
                 flat = torch.cat([flat[chosen], *(end.view(1) for end in flat.aminmax())])

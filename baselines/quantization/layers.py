@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from baselines.network.trace import with_first_tensor
+from baselines.network.trace import by_signature, with_first_tensor
 from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
 
@@ -105,6 +105,7 @@ class QuantSubclass(QuantLayer):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         if self.input_quantizer is not None:
+            kwargs = by_signature(self.kind.forward, kwargs)
             args, kwargs = with_first_tensor(self.input_quantizer, args, kwargs)
         with self._weight_replaced():
             return self.kind.forward(self, *args, **kwargs)
