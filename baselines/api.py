@@ -20,6 +20,7 @@ from baselines.network.batch_norm_folding import folded_copy
 from baselines.network.blocks import find_blocks, named_blocks
 from baselines.network.containers import held_network
 from baselines.network.floating_point import unseen_products
+from baselines.network.graphs import GraphNetwork
 from baselines.network.plain_copy import plain_copy
 from baselines.network.quantizable import quantizable_layers
 from baselines.network.reference_copy import HALF, holds_half, restore_types
@@ -93,7 +94,8 @@ def quantize(
         progress: show a progress bar.
 
     Returns:
-        A new network of the same class (that of the network inside, where `fp_model` holds one), device and type, in
+        A new network of the same class (that of the network inside, where `fp_model` holds one; a plain module that
+        runs the graph, where it is a `torch.fx.GraphModule`), device and type, in
         eval mode, without gradients and without the hooks of `fp_model`. Its `state_dict` holds the hardened weights,
         scales, zero points and bits; it loads into networks of the same bits only. A network in half precision is made
         in float32 and rounded at the end, scales too: its weights lie beside their grid by as much. What is quantized,
@@ -180,6 +182,12 @@ def prepare(
     record = trace(folded, example)
     record.unseen = unseen_products(folded, example)
     blocks = find_blocks(folded, record) if blocks is None else named_blocks(folded, record, blocks)
+    if recipe.unit == "block" and not blocks and any(isinstance(module, GraphNetwork) for module in folded.modules()):
+        logger.warning(
+            "no blocks are found in the graph of %s, so that its layers are reconstructed one by one; give the network "
+            "that it was traced from",
+            type(fp_model).__name__,
+        )
     started = time.perf_counter()
     network = quantized_copy(folded, record, blocks, spec)
     with called_as_recorded(folded, record, quantizable_layers(folded)):

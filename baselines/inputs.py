@@ -11,8 +11,10 @@ from torch.utils.data import Dataset, IterableDataset
 
 from baselines.quantization.layers import quantized_layers
 
-_IMAGE_KEYS = ("pixel_values", "images", "image", "inputs", "input", "x")
+_IMAGE_KEYS = ("pixel_values", "images", "image", "inputs", "input", "x", "data")
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+_MOST_INPUTS = 2**17
+"""That a loader without a length may give: they are all kept in memory, and an endless one should end in an error."""
 
 
 def check_network(model: nn.Module) -> None:
@@ -77,12 +79,13 @@ def gather_inputs(loader: Tensor | Iterable[object]) -> Tensor:
 
     Args:
         loader: a stacked tensor, or an iterable (`DataLoader`, list) of batches; a batch is a tensor, a tuple or
-            list that starts with one, or a dict with an entry such as `"pixel_values"` or `"image"`. Labels are
-            not used. The last, smaller batch counts.
+            list that starts with one, or a dict with an entry such as `"pixel_values"` or `"image"`, or several of
+            these in a list, as NVIDIA DALI gives them. Labels are not used. The last, smaller batch counts.
 
     Raises:
         TypeError: neither a tensor nor an iterable of batches.
-        ValueError: no batch, a batch of another form or with inputs of another shape, or inputs that are not finite.
+        ValueError: no batch, or no end of them, a batch of another form or with inputs of another shape, or inputs that
+            are not finite.
     """
     inputs = loader.detach() if isinstance(loader, Tensor) else _joined(_batches_of(loader))
     if inputs.dim() == 0:
@@ -106,7 +109,22 @@ def _batches_of(loader: object) -> Iterator[Tensor]:
         raise TypeError(
             f"calib_loader={loader!r} should be a tensor (N, ...) or an iterable of batches, such as a DataLoader"
         ) from None
-    return (_input_of(batch).detach().cpu() for batch in batches)
+    return _inputs_of(batches, ends=hasattr(loader, "__len__"))
+
+
+def _inputs_of(batches: Iterator[object], ends: bool) -> Iterator[Tensor]:
+    count = 0
+    for batch in batches:
+        several = isinstance(batch, (tuple, list)) and batch and all(isinstance(part, Mapping) for part in batch)
+        for part in batch if several else (batch,):
+            inputs = _input_of(part).detach().cpu()
+            count += len(inputs) if inputs.dim() else 0
+            yield inputs
+        if count > _MOST_INPUTS and not ends:
+            raise ValueError(
+                f"calib_loader has no length and has given more than {_MOST_INPUTS:,} inputs; if it is endless, cut "
+                "it: list(itertools.islice(calib_loader, number_of_batches))"
+            )
 
 
 def _joined(batches: Iterable[Tensor]) -> Tensor:

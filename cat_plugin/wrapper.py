@@ -14,7 +14,7 @@ from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.errors import CATError
 from cat_plugin.report.report import CATReport
 from cat_plugin.running.loaders import model_device
-from cat_plugin.running.models import unwrap
+from cat_plugin.running.models import inside, unwrap
 from cat_plugin.running.outputs import Output, check_where
 from cat_plugin.saving.pretrained import load, save
 
@@ -115,7 +115,8 @@ class CATWrapper(nn.Module):
             CATError: `folder` is a file, or there are more or fewer names than classes.
         """
         names = self.class_names if class_names is None else class_names
-        save(folder, self.quantized_model, self.correction, self.report, self.config, self.output, self.layer, names)
+        layer = None if self.layer is None else self.layer.removeprefix(inside(self.quantized_model)[1])
+        save(folder, self.quantized_model, self.correction, self.report, self.config, self.output, layer, names)
 
     @classmethod
     def from_pretrained(
@@ -132,7 +133,7 @@ class CATWrapper(nn.Module):
 
         Args:
             strict: refuse a model that is not the one that the correction was saved with, weights included, on whatever
-                device; False only logs a warning.
+                device, and under `nn.DataParallel` or `torch.compile` or not; False only logs a warning.
             output: as of `apply_cat`; functions are not saved and have to be given again.
 
         Raises:
@@ -142,7 +143,8 @@ class CATWrapper(nn.Module):
         model = unwrap(quantized_model, "quantized_model")
         check_where(output)
         loaded = load(folder, model, strict, output, CATReport)
-        reading = {"output": loaded.output, "layer": loaded.layer}
+        layer = None if loaded.layer is None else inside(model)[1] + loaded.layer
+        reading = {"output": loaded.output, "layer": layer}
         cat_model = cls(model, loaded.correction, loaded.report, loaded.config, **reading)
         cat_model.class_names = loaded.class_names
         return cat_model

@@ -14,6 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from baselines.network.containers import open_containers
+from baselines.network.graphs import with_modules
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def reference_copy(model: nn.Module) -> nn.Module:
     """
     twin = _deep_copy(model).requires_grad_(False)
     open_containers(twin)
+    twin = with_modules(twin)
     for module in twin.modules():
         module.training = False  # torch's own hooks compute another weight in training
         _make_weights_plain(module)

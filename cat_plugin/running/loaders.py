@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from cat_plugin.errors import CATError
 
 LABEL_KEYS = ("label", "labels", "target", "targets", "y")
-INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
+INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x", "data")
+MOST_IMAGES = 2**21
+"""That a loader without a length may yield: more than ImageNet has, so that an endless one ends in an error."""
 # What a model can compute in; weights of 8 bits are only stored.
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -40,27 +43,34 @@ def iterate_inputs(loader: Loader, batch_size: int = 64, *, whole: bool = False)
     """Yields `(inputs, targets)` for every batch, the last partial one included.
 
     `loader` is an iterable of batches (a DataLoader, a list), each of them a tensor, `(input,)`,
-    `(input, target)`, of which further elements are ignored, or a dict; or one stacked tensor of
-    images, cut into batches of `batch_size`. `targets` is None unless a batch has integer labels,
-    one an image, (N,), or one a position of an image, (N, ...).
+    `(input, target)`, of which further elements are ignored, or a dict; a list of dicts, as NVIDIA DALI
+    yields, is as many batches. Or it is one stacked tensor of images, cut into batches of `batch_size`.
+    `targets` is None unless a batch has integer labels, one an image, (N,), or one a position of an image,
+    (N, ...).
 
     With `whole`, for a `forward_fn`, batches can be anything and are yielded as they are. Targets are then what a dict
     has under one of `LABEL_KEYS`, or the only part of a tuple or list, but the first, that can be labels (N,).
 
     Raises:
-        CATError: the loader holds no image, or a batch has no single input that can be told.
+        CATError: the loader holds no image or has no end, or a batch has no single input that can be told.
     """
     images = 0
     for batch in _batches(loader, batch_size):
+        if images > MOST_IMAGES and num_batches(loader) is None:
+            raise CATError(
+                f"the loader has no length and has yielded more than {MOST_IMAGES:,} images; if it is endless, cut it: "
+                "list(itertools.islice(loader, number_of_batches))"
+            )
         if whole:
             images += 1
             yield batch, _labels_of(batch)
             continue
-        inputs, targets = _split(batch)
-        if inputs.ndim == 0:
-            raise CATError("a batch is a tensor without dimensions; expected the images along the first one")
-        images += len(inputs)
-        yield inputs, _class_labels(targets, len(inputs))
+        for part in batch if _is_list_of_dicts(batch) else (batch,):
+            inputs, targets = _split(part)
+            if inputs.ndim == 0:
+                raise CATError("a batch is a tensor without dimensions; expected the images along the first one")
+            images += len(inputs)
+            yield inputs, _class_labels(targets, len(inputs))
     if images == 0:
         raise NoImagesError
 
@@ -147,6 +157,10 @@ def _on_device(batch: Any, device: torch.device | None) -> Any:
     return batch.to(device) if callable(getattr(batch, "to", None)) else batch
 
 
+def _is_list_of_dicts(batch: Any) -> bool:
+    return isinstance(batch, list | tuple) and len(batch) > 0 and all(isinstance(part, Mapping) for part in batch)
+
+
 def _batches(loader: Loader, batch_size: int) -> Iterable[Any]:
     if isinstance(loader, Tensor):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -154,6 +168,10 @@ def _batches(loader: Loader, batch_size: int) -> Iterable[Any]:
         if loader.ndim == 0:
             raise CATError("the loader is a tensor without dimensions; expected images stacked along the first one")
         return loader.split(batch_size) if len(loader) else ()
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise CATError(
+            f"the loader is a {type(loader).__name__}, a dataset, which gives single images; wrap it in a DataLoader"
+        )
     if isinstance(loader, tuple | Mapping):
         raise CATError(
             f"the loader is a {type(loader).__name__}, which looks like one batch; pass a list of batches, [batch]"

@@ -10,6 +10,8 @@ from cat_plugin.errors import CATError
 from cat_plugin.running.tensors import named_tensors, storage_leaves
 
 WRAPPED = ("model", "module")
+CONTAINERS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+"""Torch's modules that hold a network and call it, by the name of the class, since that of compiled ones is private."""
 
 
 def unwrap(model: Any, name: str) -> nn.Module:
@@ -40,6 +42,15 @@ def unwrap(model: Any, name: str) -> nn.Module:
         f"{name} is a {type(model).__name__}; expected a torch.nn.Module, or a wrapper that holds one as "
         f"{' or '.join(WRAPPED)}"
     )
+
+
+def inside(model: nn.Module) -> tuple[nn.Module, str]:
+    """The network that `nn.DataParallel`, `DistributedDataParallel` or what `torch.compile` gives holds, and what
+    stands before its names in those of `model`; `model` itself and nothing where it is none of these."""
+    prefix = ""
+    while type(model).__module__.startswith("torch.") and (name := CONTAINERS.get(type(model).__name__)):
+        model, prefix = getattr(model, name), f"{prefix}{name}."
+    return model, prefix
 
 
 def check_models(quantized_model: nn.Module, fp_model: nn.Module) -> None:

@@ -6,7 +6,11 @@ import hashlib
 from torch import Tensor, nn
 
 from cat_plugin.running.digests import tensor_digest
+from cat_plugin.running.models import CONTAINERS, inside
 from cat_plugin.running.tensors import state_tensors, storage_leaves
+
+_COMPILED = f"{CONTAINERS['OptimizedModule']}."
+"""In names below a part that is compiled by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +29,13 @@ class Fingerprint:
     def of(cls, model: nn.Module) -> "Fingerprint":
         """Reads all parameters, buffers, and whatever else the `state_dict` holds, such as packed int8 weights.
 
-        Of tensor subclasses the plain tensors inside count, and of tensors that cannot be read, shape and type.
+        The same under `nn.DataParallel`, `DistributedDataParallel` and `torch.compile`. Of tensor subclasses the plain
+        tensors inside count, and of tensors that cannot be read, shape and type.
         """
         layout, values = hashlib.sha256(), hashlib.sha256()
         tensors = numbers = 0
-        for name, tensor in sorted(state_tensors(model), key=lambda entry: entry[0]):
+        named = ((name.replace(_COMPILED, ""), tensor) for name, tensor in state_tensors(inside(model)[0]))
+        for name, tensor in sorted(named, key=lambda entry: entry[0]):
             leaves = list(storage_leaves(tensor))
             shapes = [f"{leaf.dtype} {tuple(leaf.shape)}" for leaf in leaves]
             layout.update(f"{name}: {', '.join(shapes)}\n".encode())

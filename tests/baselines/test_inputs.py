@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -13,8 +15,14 @@ X = images(5)
 
 @pytest.mark.parametrize(
     "loader",
-    [X, [X[:2], X[2:]], [(X[:4], torch.zeros(4)), (X[4:], torch.zeros(1))], [{"image": X, "label": torch.zeros(5)}]],
-    ids=["stacked", "tensors", "tuples", "dict"],
+    [
+        X,
+        [X[:2], X[2:]],
+        [(X[:4], torch.zeros(4)), (X[4:], torch.zeros(1))],
+        [{"image": X, "label": torch.zeros(5)}],
+        [[{"data": X[:2], "label": torch.zeros(2, 1)}], [{"data": x[None], "label": torch.zeros(1, 1)} for x in X[2:]]],
+    ],
+    ids=["stacked", "tensors", "tuples", "dict", "lists of dicts"],
 )
 def test_all_forms_of_loaders_give_all_inputs(loader):
     assert torch.equal(gather_inputs(loader), X)
@@ -36,6 +44,14 @@ def test_all_forms_of_loaders_give_all_inputs(loader):
 def test_unusable_loaders_are_errors(loader, message):
     with pytest.raises(ValueError, match=message):
         gather_inputs(loader)
+
+
+def test_endless_loaders_are_an_error(monkeypatch):
+    monkeypatch.setattr("baselines.inputs._MOST_INPUTS", 20)
+    with pytest.raises(ValueError, match="has no length and has given more than 20 inputs; if it is endless, cut it"):
+        gather_inputs(itertools.cycle([X]))
+    assert len(gather_inputs(itertools.islice(itertools.cycle([X]), 4))) == 20
+    assert len(gather_inputs([X] * 6)) == 30  # which has a length
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 import json
 
 import pytest
+from cat_plugin.fitting.criteria import CRITERIA
 
 from cat_plugin import CATConfig, CATError
-from cat_plugin.fitting.criteria import CRITERIA
 
 
 @pytest.mark.parametrize(

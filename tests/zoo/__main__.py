@@ -25,14 +25,15 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown families {unknown}; there are {', '.join(FAMILIES)}")
     names = args.families or list(FAMILIES)
+    args.results.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Row] = {}
+    text = ""
     for row in examined(names, args.processes):
         rows[row.family] = row
         print(f"{len(rows)}/{len(names)} {row.family}: {row.failure or 'done'}, {row.seconds:.0f} s", file=sys.stderr)
-    lines = list(table([rows[name] for name in names]))
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
-    print("\n".join(lines))
+        text = "\n".join(table([rows[name] for name in sorted(rows)])) + "\n"
+        (args.results / "table.md").write_text(text, "utf-8")
+    print(text, end="")
 
 
 def examined(names: list[str], processes: int) -> Iterator[Row]:

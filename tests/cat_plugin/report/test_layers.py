@@ -3,7 +3,8 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from baselines import quantize
 from cat_plugin import CATError, apply_cat
@@ -74,12 +75,26 @@ def pruned(model, share):
             lambda module: nn.init.zeros_(module.weight) if hasattr(module, "weight") else None
         ),
         pruned(nn.Sequential(nn.Linear(400, 4), nn.Conv2d(40, 8, 3)), 0.8),  # masks beside the weights
+        nn.Sequential(weight_norm(nn.Linear(40, 4)), weight_norm(nn.Conv2d(8, 8, 3))),
+        nn.Sequential(spectral_norm(nn.Linear(40, 4)), nn.Conv2d(8, 8, 3)),
         nn.Sequential(*(prune.remove(layer, "weight") for layer in pruned(nn.Sequential(nn.Linear(400, 4)), 0.8))),
     ],
-    ids=["attention", "zeros", "masked", "pruned"],
+    ids=["attention", "zeros", "masked", "weight-norm", "spectral-norm", "pruned"],
 )
 def test_full_precision_that_is_easily_mistaken(model):
     assert count_layers(model).quantized == 0
+
+
+class FakeQuantize(nn.Module):
+    def forward(self, weight):
+        return (weight * 4).round() / 4
+
+
+def test_parametrized_layers_count_by_what_computes_their_weight():
+    model = nn.Sequential(weight_norm(nn.Linear(40, 4)), nn.Linear(40, 4), nn.Linear(40, 4))
+    parametrize.register_parametrization(model[1], "weight", FakeQuantize())
+    assert count_layers(model) == LayerCount(1, 3)
+    assert count_layers(rounded(model)) == LayerCount(3, 3)
 
 
 def test_a_graph_counts_by_its_operators():

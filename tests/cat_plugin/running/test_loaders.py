@@ -1,3 +1,4 @@
+import itertools
 from collections import UserDict
 
 import pytest
@@ -33,6 +34,8 @@ LOADERS = {
     "dicts with an unknown key": ([{"picture": X, "target": Y}], True),
     "mappings that are no dict": ([UserDict(image=X, other=X, y=Y)], True),
     "triples with an index": ([(X[:4], Y[:4], Y[:4] + 100), [X[4:], Y[4:], Y[4:] + 100, "a.png"]], True),
+    "lists of dicts, as of DALI": ([[{"data": X[:4], "label": Y[:4, None]}], [{"data": X[4:], "label": Y[4:]}]], True),
+    "several dicts at once": ([[{"data": X[:4], "label": Y[:4]}, {"data": X[4:], "label": Y[4:]}]], True),
     "labels as column": ([(X, Y.unsqueeze(1))], True),
     "labels as list": ([(X, Y.tolist())], True),
     "labels that are no classes": ([(X, torch.rand(10))], False),
@@ -68,6 +71,8 @@ def test_batch_size_cuts_the_stacked_tensor_only():
         ([X[:0], X[:0]], "the loader yielded no images"),
         ((X, Y), r"the loader is a tuple, which looks like one batch; pass a list of batches"),
         ({"image": X}, "the loader is a dict, which looks like one batch"),
+        (TensorDataset(X, Y), "the loader is a TensorDataset, a dataset, which gives single images; wrap it in a Data"),
+        (DictDataset(), "the loader is a DictDataset, a dataset"),
         (3, "the loader is a int; expected a DataLoader"),
         (torch.tensor(1.0), "the loader is a tensor without dimensions"),
         ([torch.tensor(1.0)], "a batch is a tensor without dimensions"),
@@ -82,6 +87,16 @@ def test_batch_size_cuts_the_stacked_tensor_only():
 def test_unusable_loader(loader, message):
     with pytest.raises(CATError, match=message):
         list(iterate_inputs(loader))
+
+
+def test_endless_loaders_are_an_error(monkeypatch):
+    monkeypatch.setattr("cat_plugin.running.loaders.MOST_IMAGES", 20)
+    with pytest.raises(CATError, match="has no length and has yielded more than 20 images; if it is endless, cut it"):
+        list(iterate_inputs(itertools.cycle([X])))
+    with pytest.raises(CATError, match="has no length"):
+        list(iterate_inputs(itertools.cycle([X] * 3), whole=True))
+    assert len(list(iterate_inputs([X] * 6))) == 6  # which has a length
+    assert len(list(iterate_inputs(itertools.islice(itertools.cycle([X]), 2)))) == 2
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, True])

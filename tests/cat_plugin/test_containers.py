@@ -1,0 +1,117 @@
+"""Models inside of torch's containers, in TorchScript, and a fit inside of inference mode."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from cat_plugin import CATError, CATWrapper, apply_cat, fit_cluster_affine
+from cat_plugin.saving.fingerprint import Fingerprint
+from cat_plugin.saving.pretrained import CONFIG_NAME
+from tests.cat_plugin.helpers import images, model_pair, paired_logits
+
+
+def pair():
+    return tuple(model.eval() for model in model_pair())
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_inside(model):
+    model.first = compiled(model.first)
+    return model
+
+
+CONTAINERS = {
+    "none": lambda model: model,
+    "data-parallel": nn.DataParallel,
+    "compiled": compiled,
+    "compiled-data-parallel": lambda model: compiled(nn.DataParallel(model)),
+    "compiled-inside": compiled_inside,
+}
+
+
+@pytest.mark.parametrize("layer", [None, "first"])
+@pytest.mark.parametrize("then", ["none", "data-parallel", "compiled"])
+@pytest.mark.parametrize("now", CONTAINERS)
+def test_the_same_model_is_known_in_every_container(then, now, layer, tmp_path):
+    if layer and (now, then) == ("compiled-inside", "none"):
+        pytest.skip("hooks inside of what is compiled may not run")
+    quantized, fp = pair()
+    cat_model = apply_cat(quantized, fp, images(400), layer=layer)
+    expected = cat_model(images(50, seed=1))
+    cat_model.remove()
+    saved_from = CONTAINERS[then](quantized)
+    prefix = {"data-parallel": "module.", "compiled": "_orig_mod."}.get(then, "")
+    wrapper = CATWrapper(saved_from, cat_model.correction, layer=layer and prefix + layer)
+    wrapper.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG_NAME).read_text("utf-8"))["layer"] == layer
+    loaded = CATWrapper.from_pretrained(tmp_path, CONTAINERS[now](pair()[0]))
+    torch.testing.assert_close(loaded(images(50, seed=1)), expected, rtol=0, atol=0)
+    assert not torch.equal(expected, pair()[0](images(50, seed=1)))
+
+
+def test_another_model_in_a_container_is_still_refused(tmp_path):
+    quantized, fp = pair()
+    apply_cat(quantized, fp, images(400)).save_pretrained(tmp_path)
+    with pytest.raises(CATError, match="another quantized model"):
+        CATWrapper.from_pretrained(tmp_path, nn.DataParallel(pair()[1]))
+    assert Fingerprint.of(nn.Sequential(quantized)) != Fingerprint.of(quantized)  # which is no container of torch's
+
+
+def frozen(model):
+    return torch.jit.freeze(torch.jit.script(model))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [frozen, torch.jit.script], ids=["frozen", "scripted"])
+def test_full_precision_models_may_be_scripts(make):
+    quantized, fp = pair()
+    labelled = [(images(100), fp(images(100)).argmax(1))]
+    expected = apply_cat(copy.deepcopy(quantized), fp, images(400), eval_loader=labelled)
+    cat_model = apply_cat(quantized, make(fp), images(400), eval_loader=labelled)
+    assert torch.equal(cat_model(images()), expected(images()))
+    assert cat_model.report.accuracy == expected.report.accuracy
+    assert cat_model.report.warnings == expected.report.warnings
+    with pytest.raises(CATError, match="layer 'first' of fp_model is TorchScript"):
+        apply_cat(copy.deepcopy(pair()[0]), torch.jit.script(fp), images(400), layer="first")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [frozen, torch.jit.script], ids=["frozen", "scripted"])
+def test_quantized_scripts_are_a_clear_error_whose_advice_holds(make, tmp_path):
+    quantized, fp = pair()
+    torch.jit.save(make(quantized), tmp_path / "quantized.pt")
+    loaded = torch.jit.load(tmp_path / "quantized.pt")
+    with pytest.raises(CATError, match=r"takes no hooks; give it inside .* torch.nn.Sequential\(model\)"):
+        apply_cat(loaded, fp, images(400))
+    cat_model = apply_cat(nn.Sequential(loaded), fp, images(400))
+    assert torch.equal(cat_model(images()), apply_cat(quantized, fp, images(400))(images()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_go_through_what_was_fitted_in_inference_mode():
+    quantized, fp = pair()
+    expected = apply_cat(copy.deepcopy(quantized), fp, images(400))
+    with torch.inference_mode():
+        cat_model = apply_cat(quantized, fp, images(400))
+        assert torch.equal(cat_model(images()), expected(images()))
+    x = images().requires_grad_()
+    quantized(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    cat_model.bake()(x).sum().backward()
+
+
+@pytest.mark.parametrize("move", [nn.Module.half, nn.Module.double, lambda module: module.to(torch.float64)])
+def test_buffers_made_or_moved_in_inference_mode_take_part_in_gradients(move):
+    q, f = paired_logits(300, 5)
+    with torch.inference_mode():
+        correction = move(fit_cluster_affine(q.clone(), f.clone()))
+    assert not any(buffer.is_inference() for buffer in correction.buffers())
+    q.requires_grad_()
+    correction(q).sum().backward()
+    assert q.grad is not None
