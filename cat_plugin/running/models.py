@@ -48,9 +48,18 @@ def inside(model: nn.Module) -> tuple[nn.Module, str]:
     """The network that `nn.DataParallel`, `DistributedDataParallel` or what `torch.compile` gives holds, and what
     stands before its names in those of `model`; `model` itself and nothing where it is none of these."""
     prefix = ""
-    while type(model).__module__.startswith("torch.") and (name := CONTAINERS.get(type(model).__name__)):
+    while (name := _held_as(model)) is not None:
         model, prefix = getattr(model, name), f"{prefix}{name}."
     return model, prefix
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `model` is what `torch.compile` gives."""
+    return _held_as(model) == CONTAINERS["OptimizedModule"]
+
+
+def _held_as(model: nn.Module) -> str | None:
+    return CONTAINERS.get(type(model).__name__) if type(model).__module__.startswith("torch.") else None
 
 
 def check_models(quantized_model: nn.Module, fp_model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cat_plugin.errors import CATError
+from cat_plugin.running.models import is_compiled
 from cat_plugin.running.outputs import Output, extract
 
 
@@ -75,10 +76,17 @@ def find_layer(model: nn.Module, name: str, argument: str) -> nn.Module:
     """The layer `name` of `model`, as it was given for `argument`.
 
     Raises:
-        CATError: there is none.
+        CATError: there is none, or it is inside of what `torch.compile` made, where hooks need not run.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if not isinstance(name, str) or not name or name not in modules:
         known = ", ".join(child for child, _ in model.named_children())
         raise CATError(f"{argument}={name!r} is no layer of {type(model).__name__}; its children are {known}")
+    parts = name.split(".")
+    around = ("", *(".".join(parts[:end]) for end in range(1, len(parts))))
+    if any(is_compiled(modules[path]) for path in around):
+        raise CATError(
+            f"{argument}={name!r} is inside of a compiled {type(model).__name__}, where hooks need not run; give "
+            "the model that was compiled, and compile what bake() gives"
+        )
     return modules[name]
