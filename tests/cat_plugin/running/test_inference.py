@@ -176,7 +176,7 @@ CHANGES = {
 def test_changed_buffers_are_named_and_restored(kind):
     model = nn.Sequential(Observer(kind), SmallNet())
     before, low = state_digests(model), model[0].low
-    message = f"changed {CHANGES[kind]} of lq; buffers have been restored. Freeze observers"
+    message = f"changed {CHANGES[kind]} of lq; they have been restored. Freeze observers"
     with pytest.raises(CATError, match=message), inference({"lq": model, "fp": SmallNet()}):
         model(images())
     assert state_digests(model) == before
