@@ -8,7 +8,8 @@ from torch import nn
 from cat_plugin import CATConfig, CATError, CATWrapper, ClusterAffine, apply_cat, fit_cluster_affine
 from cat_plugin.correction.hook import find_hooks
 from cat_plugin.fitting.fit import cross_fitted
-from cat_plugin.fitting.layer import LayerScores, fit_layer
+from cat_plugin.fitting.layer import fit_layer
+from cat_plugin.fitting.scores import ErrorScores
 from cat_plugin.fitting.store import LogitStore
 from cat_plugin.running.positions import to_rows
 from tests.cat_plugin.helpers import images, state_of
@@ -165,9 +166,9 @@ def test_left_alone_where_nothing_is_gained(kind):
 
 
 def test_a_fall_within_its_error_is_chance():
-    assert LayerScores(1.0, 0.8, 0.1).accepted
-    assert not LayerScores(1.0, 0.95, 0.1).accepted
-    assert not LayerScores(1.0, 1.2, 0.1).accepted
+    assert ErrorScores(1.0, 0.8, 0.1).accepted
+    assert not ErrorScores(1.0, 0.95, 0.1).accepted
+    assert not ErrorScores(1.0, 1.2, 0.1).accepted
 
 
 def test_report_of_a_layer_that_is_left_alone():
@@ -203,16 +204,6 @@ ERRORS = {
     "missing in FP": (lambda: (net_pair()[0], nn.Flatten()), {"layer": "body"}, "layer='body' is no layer of Flatten"),
     "twice": (twice_pair, {"layer": "act"}, "layer 'act' of quantized_model ran 2 times in a forward pass"),
     "never": (twice_pair, {"layer": "unused"}, "layer 'unused' of quantized_model did not run in a forward pass"),
-    "with features": (
-        net_pair,
-        {"layer": "body", "config": CATConfig(features="body")},
-        "layer='body' with features='body'",
-    ),
-    "with a criterion": (
-        net_pair,
-        {"layer": "body", "config": CATConfig(criterion="agreement")},
-        "layer='body' with criterion='agreement': channels of a layer are no classes",
-    ),
     "no class axis": (net_pair, {"layer": "head", "config": CATConfig(class_axis=3)}, None),
     "wrong class axis": (
         net_pair,
@@ -233,13 +224,6 @@ def test_errors_leave_no_trace(case):
         with pytest.raises(CATError, match=message):
             apply_cat(quantized, fp, pixels(), **arguments)
     assert state_of(quantized, fp) == before
-
-
-def test_correction_of_features_is_not_one_of_a_layer():
-    quantized, _ = net_pair()
-    correction = ClusterAffine(**dict(ClusterAffine.identity(8).named_buffers()), feature_mix=torch.ones(4, 8))
-    with pytest.raises(CATError, match="takes features, which cannot feed that of layer 'body'"):
-        CATWrapper(quantized, correction, config=CATConfig(features="body"), layer="body")
 
 
 def test_output_speaks_of_the_layer_and_not_of_the_model():
