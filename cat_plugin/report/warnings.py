@@ -33,8 +33,7 @@ def find_warnings(
     sampled, n_classes = f.shape
     found = []
     if n_images - repeated < FEW_IMAGES:
-        images = f"{n_images - repeated} {'different ' if repeated else ''}images"
-        found.append(f"{images} are few: corrections gain from about a thousand")
+        found.append(f"{n_images - repeated} different images are few: corrections gain from about a thousand")
     if repeated > REPEATED_SHARE * n_images:
         found.append(f"{repeated} of {n_images} images repeat others and do not count; give different ones")
     seen = len(f.argmax(dim=1).unique())

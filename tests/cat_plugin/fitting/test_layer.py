@@ -80,7 +80,7 @@ def test_planted_distortion_is_undone(box):
     assert report.held_out.mse_after < 1e-6 < report.held_out.mse_before
     assert report.accuracy.cat_top1 == 100.0 > report.accuracy.quantized_top1
     assert "CAT fitted to layer 'body' on 200 images (3,200 positions), 1 cluster" in str(report)
-    assert "held out: squared error to the FP layer" in str(report)
+    assert "held out: squared error to FP" in str(report)
     assert repr(cat_model).startswith(
         "CATWrapper(Net, attached: layer 'body', 200 images, 1 cluster, squared error to FP"
     )
@@ -134,8 +134,8 @@ def test_clusters_in_paper_mode():
     f[:, 0] = 5 * f[:, 0].sign()
     q = torch.where(f[:, :1] > 0, 0.5 * f + 1, 0.8 * f - 1)
     owners = torch.arange(100).repeat_interleave(20)
-    one, two = (fit_layer(LogitStore.of(q, f, None, owners), CATConfig.paper(k, alpha=1.0)) for k in (1, 2))
-    assert two.held_out.mse_after < 1e-6 < one.held_out.mse_after < one.held_out.mse_before
+    one, two = (fit_layer(LogitStore.of(q, f, owners), CATConfig.paper(k, alpha=1.0)) for k in (1, 2))
+    assert two.scores.mse_after < 1e-6 < one.scores.mse_after < one.scores.mse_before
     torch.testing.assert_close(two.correction(q), f, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(two.correction(q), fit_cluster_affine(q, f, CATConfig.paper(2, alpha=1.0))(q))
 
@@ -146,7 +146,7 @@ def test_scores_are_those_of_separate_fits():
     q = 0.7 * f + 0.2 + 0.1 * torch.randn(400, 3, generator=generator)
     owners = torch.arange(40).repeat_interleave(10)
     config = CATConfig.paper(1, alpha=1.0)
-    scores = fit_layer(LogitStore.of(q, f, None, owners), CATConfig()).held_out
+    scores = fit_layer(LogitStore.of(q, f, owners), CATConfig()).scores
     out = cross_fitted(q, f, config, owners)
     assert scores.mse_before == pytest.approx((q - f).square().mean().item(), rel=1e-5)
     assert scores.mse_after == pytest.approx((out - f).square().mean().item(), rel=1e-5)
@@ -160,9 +160,9 @@ def test_left_alone_where_nothing_is_gained(kind):
     noise = torch.randn(300, 16, generator=torch.Generator().manual_seed(1))
     q = {"no error": f, "noise": f + 1e-3 * noise, "one image": 0.5 * f}[kind]
     owners = torch.zeros(300, dtype=torch.int64) if kind == "one image" else None
-    fit = fit_layer(LogitStore.of(q, f, None, owners), CATConfig())
+    fit = fit_layer(LogitStore.of(q, f, owners), CATConfig())
     assert torch.equal(fit.correction(q), q)
-    assert fit.held_out is None if kind == "one image" else not fit.held_out.accepted
+    assert fit.scores is None if kind == "one image" else not fit.scores.accepted
 
 
 def test_a_fall_within_its_error_is_chance():
