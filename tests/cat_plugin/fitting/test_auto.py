@@ -94,11 +94,16 @@ def test_order_of_the_images_does_not_matter():
 
 
 def test_alpha_moves_part_of_the_way():
+    """The correction, and what held-out images are judged by."""
     q, f = paired_logits(300, 12)
-    full, half, none = (fit_cluster_affine(q, f, CATConfig(num_clusters=16, alpha=alpha)) for alpha in (1.0, 0.5, 0.0))
+    made = [select(q, f, CATConfig(num_clusters=16, alpha=alpha)) for alpha in (1.0, 0.5, 0.0)]
+    full, half, none = (selected.correction for selected in made)
     assert not torch.equal(full(q), q)
     torch.testing.assert_close(half(q), q + 0.5 * (full(q) - q))
     torch.testing.assert_close(none(q), q)
+    full, half, none = (selected.corrected - selected.q for selected in made)
+    torch.testing.assert_close(half, 0.5 * full)
+    assert full.abs().max() > 1 and not none.any()
 
 
 @pytest.mark.parametrize("num_clusters", [None, 1, 4, 7])
