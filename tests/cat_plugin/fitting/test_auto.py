@@ -94,11 +94,16 @@ def test_order_of_the_images_does_not_matter():
 
 
 def test_alpha_moves_part_of_the_way():
+    """The correction, and what held-out images are judged by."""
     q, f = paired_logits(300, 12)
-    full, part, none = (fit_cluster_affine(q, f, CATConfig(num_clusters=16, alpha=alpha)) for alpha in (1.0, 0.9, 0.0))
+    made = [select(q, f, CATConfig(num_clusters=16, alpha=alpha)) for alpha in (1.0, 0.9, 0.0)]
+    full, part, none = (selected.correction for selected in made)
     assert not torch.equal(full(q), q)
     torch.testing.assert_close(part(q), q + 0.9 * (full(q) - q))
     torch.testing.assert_close(none(q), q)
+    full, part, none = (selected.corrected - selected.q for selected in made)
+    torch.testing.assert_close(part, 0.9 * full)
+    assert full.abs().max() > 1 and not none.any()
 
 
 @pytest.mark.parametrize("num_clusters", [1, 4, 7])
