@@ -68,11 +68,12 @@ def test_both_refuse_the_same_loaders(name):
 
 
 def test_random_states_are_kept():
+    network = SmallResNet().eval()
     torch.manual_seed(3)
     np.random.seed(3)
     random.seed(3)
     before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()
-    quantize(SmallResNet().eval(), X, method="qdrop", w_bits=4, a_bits=4, iters=1, batch_size=4)
+    quantize(network, X, method="qdrop", w_bits=4, a_bits=4, iters=1, batch_size=4)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (repr(np.random.get_state()), random.getstate()) == before[1:]
 
