@@ -47,7 +47,6 @@ def load_sources(args: argparse.Namespace, most: int | None = None) -> list[Sour
             n_cat=rest if most is None else min(rest, most),
             batch_size=args.batch_size,
             device=args.device,
-            features=args.features,
         )
         grid = settings_grid(args.methods, args.bits, args.seeds)
         kept = {"cache": args.cache, "cache_device": args.cache_device, "progress": not args.no_progress}

@@ -29,7 +29,7 @@ from benchmarks.datasets.cifar10 import CIFAR10
 from benchmarks.datasets.registry import DATASETS, DEFAULT_DATASET
 from benchmarks.measure.corrections import MODES
 from benchmarks.measure.factors import FACTORS
-from benchmarks.networks.catalogue import ALL_NETWORKS, features_of
+from benchmarks.networks.catalogue import ALL_NETWORKS
 
 IMAGES = 256, 512, 1024, 4096
 MAX_DRAWS = 5
@@ -58,8 +58,6 @@ def parse_ablate(argv: list[str]) -> argparse.Namespace:
     args = _ablate_parser().parse_args(argv)
     args.factors = dict(args.factors)
     complete_sources(args)
-    if args.dataset is not None and args.features is None:
-        args.features = features_of(args.model)
     return args
 
 
@@ -121,7 +119,6 @@ def _ablate_parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--n-cat", type=positive, default=1024, help="images for the corrections (default: 1024)")
     how.add_argument("--max-draws", type=positive, default=3, metavar="N", help="of as many images (default: 3)")
-    how.add_argument("--features", metavar="LAYER", help="of the networks, for the factor features; default: the last")
     add_run_options(parser)
     return parser
 
@@ -131,7 +128,6 @@ def _robustness_parser() -> argparse.ArgumentParser:
         "robustness", "Fit corrections on many disjoint draws of few images and report how much each gains or loses."
     )
     add_source_options(parser)
-    parser.set_defaults(features=None)
     how = parser.add_argument_group("draws")
     sizes = " ".join(map(str, IMAGES))
     how.add_argument(

@@ -32,22 +32,19 @@ class LeakGuard:
             )
 
 
-def fit_guarded(
-    q: Tensor, f: Tensor, config: CATConfig, guard: LeakGuard, features: Tensor | None = None
-) -> ClusterAffine:
+def fit_guarded(q: Tensor, f: Tensor, config: CATConfig, guard: LeakGuard) -> ClusterAffine:
     """`fit_cluster_affine`, the only call of it in the benchmarks: nothing is fitted that `guard` has not passed.
 
     Args:
         q: `(N, C)` logits of the low-bit network, and `f` of the full-precision one.
         config: what to fit.
         guard: of `joined` logits of the test images.
-        features: `(N, D)` features of the low-bit network.
 
     Raises:
         BenchmarkError: one of the images is a test image.
     """
     guard.check(joined(q, f), "images that a correction is to be fitted on")
-    return fit_cluster_affine(q, f, config, features)
+    return fit_cluster_affine(q, f, config)
 
 
 def joined(q: Tensor, f: Tensor) -> Tensor:
