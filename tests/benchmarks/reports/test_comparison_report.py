@@ -3,23 +3,16 @@ import io
 import json
 from dataclasses import asdict
 
-import pytest
-
 from benchmarks.measure.comparisons import compare, summarize
 from benchmarks.measure.protocol import Setting
 from benchmarks.reports.comparison_report import title, to_markdown, to_table, write_report
-from benchmarks.reports.tables import to_csv, write_texts
-from benchmarks.wording import signed
-from tests.benchmarks.rows import make_measurement
+from benchmarks.reports.tables import to_csv
+from tests.benchmarks.rows import cells, make_measurement
 
 COLUMNS = (
     "dataset,model,method,w_bits,a_bits,seed,iters,n_calib,n_cat,n_eval,"
     "fp_top1,lq_top1,plain_affine_top1,cat_paper_top1,cat_top1,cat_delta"
 )
-
-
-def cells(table):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
 def test_csv_has_exactly_the_columns_and_leaves_unknown_values_empty():
@@ -65,11 +58,6 @@ def test_small_p_values_are_not_zero():
     assert cells(to_table([make_measurement(won=40, lost=0)]))[2][-1] == "<0.001"
 
 
-@pytest.mark.parametrize(("points", "text"), [(-0.001, "+0.00"), (-0.006, "-0.01"), (1.0, "+1.00")])
-def test_gains_have_a_sign_and_zero_has_one_only(points, text):
-    assert signed(points) == text
-
-
 def test_all_files_hold_the_same(tmp_path):
     measured = [make_measurement(), make_measurement(Setting("qdrop", 4, 4, 1), cat_paper=False)]
     parts = {"results": [each.row for each in measured], "comparisons": compare(measured)}
@@ -81,14 +69,6 @@ def test_all_files_hold_the_same(tmp_path):
     found = json.loads((tmp_path / "results.json").read_text())
     assert found == {name: [asdict(line) for line in lines] for name, lines in parts.items()}
     assert (tmp_path / "results.md").read_text() == to_markdown(measured) + "\n"
-
-
-def test_files_that_are_there_are_left_alone(tmp_path):
-    write_texts(tmp_path, {"a": "one", "b": "two"})
-    before = (tmp_path / "a").stat()
-    assert write_texts(tmp_path, {"a": "one", "b": "three", "c": "new"}) == {"a": True, "b": False, "c": False}
-    assert (tmp_path / "a").stat() == before
-    assert (tmp_path / "b").read_text() == "three"
 
 
 def test_title_says_which_weights_there_were():
