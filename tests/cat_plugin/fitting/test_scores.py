@@ -4,35 +4,35 @@ import torch
 from cat_plugin.fitting.scores import HeldOutScores
 from cat_plugin.metrics import ClassChanges
 
-F = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 2.0]])
-Q = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+F = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 2.0]])
+Q = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
 
 
 def test_table_computed_by_hand():
-    """Two of four agree; of the corrected ones three, of which one is new: class 0 wins one. Class 1 wins and loses."""
-    out = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    """Two of five agree, of the corrected ones four: class 0 wins two images, class 1 wins one and loses one."""
+    out = torch.tensor([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
     scores = HeldOutScores.of(F, Q, out)
-    assert (scores.agreement_before, scores.agreement_after, scores.agreement_gain) == (50.0, 75.0, 25.0)
-    assert scores.classes == ClassChanges(2, labels=(0, 1), won=(1, 1), lost=(0, 1))
-    # With p = 1 / (1 + e^-2): KL to the same is 0, to the reverse is 2 (2 p - 1); to one of half the size it is less.
+    assert (scores.agreement_before, scores.agreement_after, scores.agreement_gain) == (40.0, 80.0, 40.0)
+    assert scores.classes == ClassChanges(2, labels=(0, 1), won=(2, 1), lost=(0, 1))
+    # With p = 1 / (1 + e^-2), KL to the same is 0 and to the reverse is 2 (2 p - 1).
     p, half = 1 / (1 + torch.tensor(-2.0).exp().item()), 1 / (1 + torch.tensor(-1.0).exp().item())
     reverse = 2 * (2 * p - 1)
-    assert scores.kl_after == pytest.approx(reverse / 4, rel=1e-6)
+    assert scores.kl_after == pytest.approx(reverse / 5, rel=1e-6)
     logs = torch.tensor([p / half, (1 - p) / (1 - half), p / (1 - half), (1 - p) / half]).log().tolist()
     near, far = p * logs[0] + (1 - p) * logs[1], p * logs[2] + (1 - p) * logs[3]
-    assert scores.kl_before == pytest.approx((2 * near + 2 * far) / 4, rel=1e-5)
-    assert scores.gain_low < 25 < scores.gain_high
+    assert scores.kl_before == pytest.approx((2 * near + 3 * far) / 5, rel=1e-5)
+    assert scores.gain_low < 40 < scores.gain_high
     assert scores.summary() == [
-        "agreement with FP 50.00 -> 75.00 %",
+        "agreement with FP 40.00 -> 80.00 %",
         f"KL {scores.kl_before:.4f} -> {scores.kl_after:.4f} nats",
     ]
-    assert str(scores).startswith("agreement with FP 50.00 -> 75.00 % (+25.00, 95 % CI ")
+    assert str(scores).startswith("agreement with FP 40.00 -> 80.00 % (+40.00, 95 % CI ")
     assert str(scores).endswith(f"KL(FP || output) {scores.kl_before:.4f} -> {scores.kl_after:.4f} nats")
 
 
 def test_interval_of_positions_is_that_of_images():
-    copies = torch.arange(4).repeat_interleave(50)
-    plain = HeldOutScores.of(F, Q, F, torch.arange(4))
+    copies = torch.arange(5).repeat_interleave(50)
+    plain = HeldOutScores.of(F, Q, F, torch.arange(5))
     many = HeldOutScores.of(F[copies], Q[copies], F[copies], copies)
     assert (many.agreement_gain, many.kl_before) == pytest.approx((plain.agreement_gain, plain.kl_before))
     assert (many.gain_low, many.gain_high) == pytest.approx((plain.gain_low, plain.gain_high))

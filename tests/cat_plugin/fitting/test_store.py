@@ -11,7 +11,7 @@ from cat_plugin.running.digests import output_keys
 Q, F = (torch.randn(100, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 
 
-@pytest.fixture(params=[10**6, 700, 0], ids=["memory", "files", "files from the start"])
+@pytest.fixture(params=[10**6, 500, 0], ids=["memory", "files", "files from the start"])
 def filled(request):
     with LogitStore(request.param) as store:
         for start in range(0, 100, 30):
