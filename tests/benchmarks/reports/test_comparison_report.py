@@ -28,11 +28,28 @@ def test_table_has_mean_and_standard_deviation_over_seeds():
     seeds = [make_measurement(Setting("qdrop", 2, 4, seed), won=won[seed]) for seed in range(3)]
     header, _, qdrop, rtn = cells(to_table([*seeds, make_measurement(won=1, lost=2, cat_paper=False)]))
     scores = ["FP", "low-bit", "+ plain affine", "+ CAT (paper)", "+ CAT"]
-    assert header == ["method", "bits", *scores, "gain of CAT", "95 % interval", "p"]
+    kinds = ["95 % interval over seeds", "p over seeds", "95 % interval of these networks", "p of these networks"]
+    assert header == ["method", "bits", *scores, "gain of CAT", *kinds]
     assert qdrop[:5] == ["qdrop", "W2A4", "99.00 ± 0.00", "90.00 ± 0.00", "91.00 ± 0.00"]
     assert qdrop[6:8] == ["93.00 ± 2.65", "+3.00 ± 2.65"]
     assert rtn[:8] == ["rtn", "W2A2", "99.00", "90.00", "91.00", "-", "89.80", "-0.20"]
     assert rtn[-1] == "1.000"
+
+
+def test_table_of_several_seeds_has_both_intervals():
+    measured = [make_measurement(Setting("qdrop", 2, 4, seed), won=10 + 10 * seed) for seed in range(3)]
+    line, row = summarize(measured)[-1], cells(to_table(measured))[2]
+    for interval, p_value, kind in ((row[-4], row[-3], "seeds"), (row[-2], row[-1], "networks")):
+        low, high = (getattr(line, f"{kind}_{name}") for name in ("ci_low", "ci_high"))
+        assert interval == f"{low:+.2f} to {high:+.2f}"
+        assert p_value == (f"{getattr(line, f'{kind}_p_value'):.3f}" if kind == "seeds" else "<0.001")
+
+
+def test_table_of_one_seed_has_one_interval():
+    header, _, row = cells(to_table([make_measurement()]))
+    line = summarize([make_measurement()])[-1]
+    assert header[-3:] == ["gain of CAT", "95 % interval", "p"]
+    assert row[-2] == f"{line.networks_ci_low:+.2f} to {line.networks_ci_high:+.2f}"
 
 
 def test_table_is_padded():
