@@ -21,7 +21,7 @@ from baselines.network.blocks import find_blocks, named_blocks
 from baselines.network.floating_point import unseen_products
 from baselines.network.plain_copy import plain_copy
 from baselines.network.quantizable import quantizable_layers
-from baselines.network.reference_copy import HALF, holds_half, restore_types
+from baselines.network.reference_copy import HALF, held_network, holds_half, restore_types
 from baselines.network.trace import EXAMPLES, called_as_recorded, trace
 from baselines.network.units import find_units, per_image, warn_of_repeated
 from baselines.quantization.convert import quantized_copy, set_activation_ranges
@@ -66,11 +66,12 @@ def quantize(
 
     Args:
         fp_model: the full-precision network, any classification network made of convolutions, linear layers and
-            attention.
+            attention; or `nn.DataParallel`, `DistributedDataParallel` or what `torch.compile` gives, which hold one.
         calib_loader: calibration inputs: a stacked tensor (N, ...) or an iterable of batches (labels unused).
         method: `"rtn"` (round to nearest), `"adaround"`, `"brecq"`, `"qdrop"` or `"pd_quant"`.
-        w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The first
-            layer's weights and the last layer's weights and input have 8.
+        w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The weights of
+            every layer that reads the images, and weights and input of every layer whose output reaches the network's
+            without another layer between, have 8.
         iters: optimiser steps a unit and stage; by default the method's published number (5,000 to 20,000). Fewer
             steps raise the learning rate of the roundings in proportion, so that they still settle.
         batch_size: images a step.
@@ -91,10 +92,11 @@ def quantize(
         progress: show a progress bar.
 
     Returns:
-        A new network of the same class, device and type, in eval mode, without gradients and without the hooks of
-        `fp_model`. Its `state_dict` holds the hardened weights, scales and zero points. A network in half precision
-        is made in float32 and rounded at the end, scales too: its weights lie beside their grid by as much. What is
-        quantized, and what stays in floating point, says `baselines.summarize`.
+        A new network of the same class (that of the network inside, where `fp_model` holds one), device and type, in
+        eval mode, without gradients and without the hooks of `fp_model`. Its `state_dict` holds the hardened weights,
+        scales, zero points and bits; it loads into networks of the same bits only. A network in half precision is made
+        in float32 and rounded at the end, scales too: its weights lie beside their grid by as much. What is quantized,
+        and what stays in floating point, says `baselines.summarize`.
 
     Raises:
         ValueError: an unknown method or bit width, no calibration inputs, fewer of them than one batch, inputs that
@@ -102,7 +104,7 @@ def quantize(
             data and hides a layer, gradients that are switched off inside of the network, values that are not finite,
             an unknown place or type of the cache, or a checkpoint of another run.
         OverflowError: values that a cache of float16 cannot hold.
-        TypeError: no network, no loader, or `blocks` that are not names.
+        TypeError: no network, one in TorchScript, no loader, or `blocks` that are not names.
         FloatingPointError: a loss that is not finite during reconstruction (which unit, which step).
 
     >>> import torch
@@ -122,6 +124,8 @@ def quantize(
     spec = QuantSpec(w_bits=w_bits, a_bits=a_bits, range_method=range_method)
     iters = None if iters is None else whole_number("iters", iters, 0)
     batch_size, seed = whole_number("batch_size", batch_size, 1), whole_number("seed", seed)
+    if isinstance(fp_model, nn.Module):
+        fp_model = held_network(fp_model)
     check_network(fp_model)
     device, dtype = _placement(fp_model)
     plan = _cache_plan(cache_device, cache_dtype, device)
@@ -169,6 +173,7 @@ def prepare(
     """Everything up to reconstruction: the FP twin, the quantized network with its ranges, and the units."""
     generator = torch.Generator(inputs.plan.compute_device).manual_seed(seed)
     example, sample = inputs.batch(0, EXAMPLES), inputs.batch(0, _RANGE_IMAGES)
+    _say_tied(fp_model)
     folded = folded_copy(fp_model, example, inputs.batch(0, _CHECK_IMAGES))
     _set_layout(folded, torch.channels_last)  # convolutions run faster so
     record = trace(folded, example)
@@ -192,6 +197,18 @@ def prepare(
         _set_layout(unfolded, torch.channels_last)
         corrector = Corrector(unfolded, example, recipe.correction)
     return Job(folded, network, units, inputs, recipe, settings, generator, range_seconds, corrector)
+
+
+def _say_tied(model: nn.Module) -> None:
+    """Log which weights of layers are one and the same: each layer is rounded for itself."""
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(name, recurse=False):
+            holders.setdefault(parameter, []).append(parameter_name)
+    layers = {model.get_submodule(name).weight for name in quantizable_layers(model)}
+    tied = [names for parameter, names in holders.items() if len(names) > 1 and parameter in layers]
+    if tied:
+        logger.warning("tied weights are no longer tied in the quantized network, each is rounded for itself: %s", tied)
 
 
 def _cache_plan(cache_device: str, cache_dtype: torch.dtype | None, device: torch.device) -> CachePlan:

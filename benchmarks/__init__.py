@@ -1,4 +1,4 @@
-"""The command line and the measurements behind it: ``python -m benchmarks``."""
+"""The command line and the measurements behind it: `python -m benchmarks`."""
 
 
 class BenchmarkError(ValueError):

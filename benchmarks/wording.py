@@ -1,4 +1,6 @@
-"""How figures and settings are written in tables, titles and messages alike."""
+"""How figures, settings, names and errors are written in tables, titles and messages alike."""
+
+from collections.abc import Iterable
 
 
 def signed(points: float) -> str:
@@ -7,5 +9,17 @@ def signed(points: float) -> str:
 
 
 def bits_name(w_bits: int, a_bits: int) -> str:
-    """Such as ``W2A4``."""
+    """Such as `W2A4`."""
     return f"W{w_bits}A{a_bits}"
+
+
+def some(names: Iterable[object], most: int) -> str:
+    """The first `most` of the names, and how many more there are."""
+    shown = list(map(str, names))
+    more = len(shown) - most
+    return ", ".join(shown[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,27 +1,30 @@
 """The main entry point."""
 
-import contextlib
 import logging
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from cat_plugin.config import CATConfig
+from cat_plugin.config import AUTO, CATConfig
 from cat_plugin.correction.hook import refuse_attached
 from cat_plugin.correction.module import ClusterAffine
-from cat_plugin.evaluation import compare_accuracy
+from cat_plugin.errors import CATError
+from cat_plugin.evaluation import measure_accuracy
 from cat_plugin.fitting.fit import Fit, fit_and_score
 from cat_plugin.fitting.layer import fit_layer
 from cat_plugin.fitting.processes import Processes
 from cat_plugin.fitting.store import LogitStore
+from cat_plugin.kinds import SOFTMAX, VALUE
 from cat_plugin.report.clusters import profile_clusters
 from cat_plugin.report.layers import inspect_models
 from cat_plugin.report.report import CATReport
 from cat_plugin.report.size import model_bytes
 from cat_plugin.report.warnings import find_output_warnings, find_warnings
-from cat_plugin.running.collect import stream_outputs
-from cat_plugin.running.loaders import ForwardFn, Loader, model_device
+from cat_plugin.running.collect import PairedOutputs, feed_outputs
+from cat_plugin.running.loaders import ForwardFn, Loader, NoImagesError, model_device
 from cat_plugin.running.models import unwrap
 from cat_plugin.running.outputs import Output
 from cat_plugin.wrapper import CATWrapper
@@ -47,9 +50,10 @@ def apply_cat(
     Runs both models once over `calib_loader`, whose labels are ignored. Images that were not used
     to calibrate the quantized model are better, since its error is smaller on those it was tuned on.
     Nothing has to be chosen: maps of several families are weighed on held-out parts of the images, and
-    where these show no gain the model is left as it is (the report says so). Where `torch.distributed`
-    is initialised (torchrun), every process feeds its own share of the images, and all fit the same
-    correction on all of them. Weights, buffers, modes and random states of both models stay as they were.
+    where these show no gain the model is left as it is (the report says so). Where `torch.distributed` is initialised
+    (torchrun), every process feeds its own share of the images, labelled ones included; all fit the same correction on
+    all of them and report the same accuracy, and where one raises, all do. Weights, buffers, modes and random states of
+    both models stay as they were.
 
     Args:
         quantized_model: gives logits (N, C), alone or in a tuple, dict or dataclass; it is hooked in place. A wrapper
@@ -71,49 +75,54 @@ def apply_cat(
         The attached wrapper; its `report` says what was fitted and what it gains.
 
     Raises:
-        CATError: `config` is no CATConfig; and see `cat_plugin.running.collect.stream_outputs`, `fit_cluster_affine`
+        CATError: `config` is no CATConfig; and see `cat_plugin.running.collect.feed_outputs`, `fit_cluster_affine`
             and `compare_accuracy`. Nothing stays attached.
+
+    Example:
+        >>> import copy, torch
+        >>> from cat_plugin import apply_cat
+        >>> fp_model = torch.nn.Linear(8, 4)
+        >>> quantized_model = copy.deepcopy(fp_model)
+        >>> quantized_model.weight.data = fp_model.weight.data.round(decimals=1)
+        >>> cat_model = apply_cat(quantized_model, fp_model, torch.randn(400, 8))
+        >>> cat_model.report.images
+        400
+        >>> cat_model.remove() is quantized_model
+        True
     """
     config = CATConfig.resolve(config)
-    start = time.perf_counter()
     quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
     refuse_attached(quantized_model)
     layers, found = inspect_models(quantized_model, fp_model)
+    if eval_loader is not None and config.kind is not SOFTMAX:
+        raise CATError(
+            f"eval_loader= with output_kind={config.output_kind!r}: accuracy is measured on one class an image; leave "
+            "it out and evaluate as you do without CAT"
+        )
     running = {"forward_fn": forward_fn, "batch_size": batch_size, "progress": progress}
     reading = {"output": output, "class_axis": config.class_axis}
-    batches = stream_outputs(
-        quantized_model,
-        fp_model,
-        calib_loader,
-        layer=layer,
-        positions=config.positions,
-        seed=config.seed,
-        **reading,
-        **running,
-    )
     processes = Processes.all(model_device(quantized_model))
-    with LogitStore() as store:
-        reused: list[float] = []
-        with processes.together(), contextlib.closing(batches):  # closed at once if anything raises
-            for batch in batches:
-                store.append(batch.q, batch.f, batch.images)
-                if batch.calibrated is not None:
-                    reused.append(batch.calibrated.double().sum().item())
-        collected = time.perf_counter()
-        fit = (fit_and_score if layer is None else fit_layer)(store, config, processes)
-        share = processes.sum(torch.tensor(sum(reused))).item() / fit.images if reused else None
-        seconds = collected - start, time.perf_counter() - collected
-        sizes = _cluster_sizes(store, fit.correction, processes)
-    cat_model = CATWrapper(quantized_model, fit.correction, None, config, output=output, layer=layer)
-    accuracy = None
-    if eval_loader is not None:
-        try:
-            # Of a layer's output, `reading` tells nothing about the model's.
-            how = {**running, **({} if layer else reading)}
-            accuracy = compare_accuracy(fp_model, quantized_model, cat_model, eval_loader, **how)
-        except BaseException:
+    cat_model = None
+    try:
+        with processes.together(), LogitStore() as store:
+            start = time.perf_counter()
+            reused = _collect(store, processes, quantized_model, fp_model, calib_loader, config, layer, output, running)
+            collected = time.perf_counter()
+            store.match(processes)
+            fit = (fit_and_score if layer is None else fit_layer)(store, config, processes)
+            fitted = time.perf_counter()
+            sizes = _cluster_sizes(store, fit.correction, processes)
+            share = processes.sum(torch.tensor([sum(reused), float(bool(reused))], dtype=torch.float64))
+            cat_model = CATWrapper(quantized_model, fit.correction, None, config, output=output, layer=layer)
+            accuracy = None
+            if eval_loader is not None:
+                # Of a layer's output, `reading` tells nothing about the model's.
+                how = {**running, **({} if layer else reading), "processes": processes}
+                accuracy = measure_accuracy(fp_model, quantized_model, cat_model, eval_loader, **how)
+    except BaseException:
+        if cat_model is not None:
             cat_model.remove()
-            raise
+        raise
     correction = fit.correction
     # Where nothing changes there is nothing to show.
     profiled = fit.out is not None and (fit.evidence is None or fit.evidence.accepted)
@@ -125,20 +134,49 @@ def apply_cat(
         held_out=fit.scores,
         layer=layer,
         evidence=fit.evidence,
-        warnings=(*found, *_output_warnings(fit, layer, share)),
+        warnings=(*found, *_output_warnings(fit, layer, config, share[0].item() / fit.images if share[1] else None)),
         quantized_layers=layers,
         added_parameters=correction.num_parameters,
         added_bytes=correction.num_bytes,
         model_bytes=model_bytes(quantized_model),
-        collect_seconds=seconds[0],
-        fit_seconds=seconds[1],
+        collect_seconds=collected - start,
+        fit_seconds=fitted - collected,
         accuracy=accuracy,
-        clusters=profile_clusters(correction, fit.q, fit.f, fit.out) if profiled else (),
+        clusters=profile_clusters(correction, fit.q, fit.f, fit.out, config.kind) if profiled else (),
     )
     logger.info("%s", cat_model.report)
     for warning in cat_model.report.warnings:
         logger.warning("%s", warning)
     return cat_model
+
+
+def _collect(
+    store: LogitStore,
+    processes: Processes,
+    quantized_model: nn.Module,
+    fp_model: nn.Module,
+    loader: Loader,
+    config: CATConfig,
+    layer: str | None,
+    output: Output,
+    running: Mapping[str, Any],
+) -> list[float]:
+    """Fills `store`; returns for every batch how many images the quantized model was calibrated on, if it tells."""
+    reused: list[float] = []
+
+    def consume(batch: PairedOutputs) -> None:
+        store.append(batch.q, batch.f, batch.images, batch.keys)
+        if batch.calibrated is not None:
+            reused.append(batch.calibrated.double().sum().item())
+
+    drawing = {"class_axis": config.class_axis, "positions": config.positions, "seed": config.seed}
+    drawing["binary"] = config.kind is not VALUE
+    try:
+        feed_outputs(quantized_model, fp_model, loader, consume, layer=layer, output=output, **drawing, **running)
+    except NoImagesError:
+        if not processes.several:  # others may have images
+            raise
+    return reused
 
 
 def _cluster_sizes(store: LogitStore, correction: ClusterAffine, processes: Processes) -> tuple[int, ...]:
@@ -149,9 +187,10 @@ def _cluster_sizes(store: LogitStore, correction: ClusterAffine, processes: Proc
     return tuple(processes.sum(sizes).tolist())
 
 
-def _output_warnings(fit: Fit, layer: str | None, reused: float | None) -> list[str]:
-    """What makes the fit doubtful; channels of a layer are no classes, and positions may well look alike."""
+def _output_warnings(fit: Fit, layer: str | None, config: CATConfig, reused: float | None) -> list[str]:
+    """What makes the fit doubtful; channels of a layer are no classes."""
     if layer is not None:
         return []
-    repeated = fit.repeated if fit.positions is None else 0
-    return find_output_warnings(fit.q, fit.f) + find_warnings(fit.f, fit.images, repeated, reused)
+    said = None if config.output_kind == AUTO else config.kind
+    about_images = find_warnings(fit.f, fit.images, fit.repeated, reused, config.kind)
+    return find_output_warnings(fit.q, fit.f, said) + about_images

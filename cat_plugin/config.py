@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from cat_plugin.errors import CATError
+from cat_plugin.kinds import KINDS, SOFTMAX, OutputKind
 
-DEFAULT_CLUSTERS = {"auto": 1, "paper": 64}
-MODES = tuple(DEFAULT_CLUSTERS)
+MODES = ("auto", "paper")
+AUTO = "auto"
+TRIED_CLUSTERS, IMAGES_A_CLUSTER = (4, 32), 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,22 +24,38 @@ class CATConfig:
     mode              `"auto"`: maps of several families are weighed against each other and
                       against leaving the model alone on held-out images, see
                       `cat_plugin.fitting.auto`; `"paper"`: the published recipe
-    num_clusters      K, the number of clusters of the quantized model's logits. None: 1 in
-                      `"auto"`, where more have not paid, and 64 in `"paper"`
+    num_clusters      K, the number of clusters of the quantized model's logits. None: 64 in
+                      `"paper"`, and in `"auto"` 4 or 32, whichever predicts held-out images better
+                      (where there are 16 images a cluster); 1 tries no clusters
     pca_dim           principal components of the logits that are kept: for clustering where
                       there are more classes than this, and in `"auto"` for the shared map
     alpha             0 to 1, how far an output moves from the quantized to the corrected logits
+    output_kind       what outputs mean: `"softmax"`, logits of classes that exclude each other (one
+                      logit is that of the second of two classes); `"sigmoid"`, logits of labels
+                      that do not; `"value"`, numbers of a regression. `"auto"`: as the first, and
+                      the report warns where it may be another
     class_axis        axis of the classes in outputs that have positions; None: the last of
                       sequences (N, T, C), 1 of maps (N, C, H, W)
     positions         of such outputs, how many positions of an image are drawn for the fit
     seed              of PCA, k-means, the folds and the positions
     ================  ==========================================================================
+
+    Raises:
+        CATError: a value that is of another type, out of range, or does not go with the others.
+
+    Example:
+        >>> from cat_plugin import CATConfig
+        >>> CATConfig().mode, CATConfig.paper().mode
+        ('auto', 'paper')
+        >>> CATConfig.from_dict(CATConfig(alpha=0.5).to_dict()).alpha
+        0.5
     """
 
     mode: str = "auto"
     num_clusters: int | None = None
     pca_dim: int = 50
     alpha: float = 1.0
+    output_kind: str = AUTO
     class_axis: int | None = None
     positions: int = 64
     seed: int = 0
@@ -45,9 +63,12 @@ class CATConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise CATError(f"mode={self.mode!r} should be one of {', '.join(map(repr, MODES))}")
-        if self.num_clusters is None:
-            object.__setattr__(self, "num_clusters", DEFAULT_CLUSTERS[self.mode])
-        self._check_int("num_clusters", 1)
+        if self.output_kind not in (AUTO, *KINDS):
+            raise CATError(f"output_kind={self.output_kind!r} should be one of {', '.join(map(repr, (AUTO, *KINDS)))}")
+        if self.num_clusters is None and self.mode == "paper":
+            object.__setattr__(self, "num_clusters", 64)
+        if self.num_clusters is not None:
+            self._check_int("num_clusters", 1)
         self._check_int("pca_dim", 1)
         self._check_int("positions", 1)
         self._check_int("seed", 0, 2**32 - 1)
@@ -69,6 +90,11 @@ class CATConfig:
             raise CATError(f"{name}={value!r} should be an integer{limits}")
         object.__setattr__(self, name, int(value))
 
+    @property
+    def kind(self) -> OutputKind:
+        """What outputs mean."""
+        return SOFTMAX if self.output_kind == AUTO else KINDS[self.output_kind]
+
     @classmethod
     def resolve(cls, config: "CATConfig | None") -> "CATConfig":
         """`config` itself, or the default one for None; anything else is a `CATError`."""
@@ -86,20 +112,23 @@ class CATConfig:
         """The published recipe: exactly `num_clusters` clusters, however few images they hold."""
         return cls(mode="paper", num_clusters=num_clusters, pca_dim=pca_dim, alpha=alpha, seed=seed)
 
-    def clusters_for(self, n_images: int) -> int:
-        """Number of clusters to fit on `n_images` images; in `"auto"` at most half as many as there are images.
+    def clusters_for(self, n_images: int) -> tuple[int, ...]:
+        """Numbers of clusters to try on `n_images` images: one that was asked for, in `"auto"` at most half as many as
+        there are images, or several or none.
 
         Raises:
             CATError: in `"paper"` mode, there are fewer images than clusters.
         """
+        if self.num_clusters is None:
+            return tuple(count for count in TRIED_CLUSTERS if count * IMAGES_A_CLUSTER <= n_images)
         if self.mode == "auto":
-            return max(min(n_images // 2, self.num_clusters), 1)
+            return (max(min(n_images // 2, self.num_clusters), 1),)
         if n_images < self.num_clusters:
             raise CATError(
                 f"n_images={n_images} should be >= num_clusters={self.num_clusters}; "
                 "lower num_clusters or give more images"
             )
-        return self.num_clusters
+        return (self.num_clusters,)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-able dict."""

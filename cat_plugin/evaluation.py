@@ -1,21 +1,26 @@
 """Top-1 and top-5 of the full-precision, the quantized and the corrected model on labelled images."""
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cat_plugin.checks import check_finite, check_same_shape
 from cat_plugin.correction.hook import uncorrected
 from cat_plugin.errors import CATError
+from cat_plugin.fitting.processes import ALONE, Processes
+from cat_plugin.fitting.store import groups_of_alike
 from cat_plugin.metrics import ClassChanges, paired_statistics, percent, top_k_correct
 from cat_plugin.report.accuracy import AccuracyReport
 from cat_plugin.running.collect import progress_bar, to_cpu
+from cat_plugin.running.digests import output_keys
 from cat_plugin.running.inference import inference
-from cat_plugin.running.loaders import ForwardFn, Loader, check_forward, iterate_inputs, run
+from cat_plugin.running.loaders import ForwardFn, Loader, NoImagesError, check_forward, iterate_inputs, run
 from cat_plugin.running.models import unwrap
 from cat_plugin.running.outputs import Output, check_where, extract
 from cat_plugin.running.positions import Drawn, PositionDraw
@@ -52,45 +57,138 @@ def compare_accuracy(
     Raises:
         CATError: the loader yields no images, or no class labels, or labels out of range; outputs
             whose logits cannot be told, are not of one shape, or not finite.
+
+    Example:
+        >>> import torch
+        >>> from cat_plugin import CATWrapper, ClusterAffine, compare_accuracy
+        >>> fp_model, quantized_model, images = torch.nn.Linear(8, 3), torch.nn.Linear(8, 3), torch.randn(64, 8)
+        >>> cat_model = CATWrapper(quantized_model, ClusterAffine.identity(3))
+        >>> found = compare_accuracy(fp_model, quantized_model, cat_model, [(images, fp_model(images).argmax(1))])
+        >>> found.fp_top1, found.paired.delta
+        (100.0, 0.0)
+    """
+    how = {"output": output, "class_axis": class_axis, "forward_fn": forward_fn, "batch_size": batch_size}
+    return measure_accuracy(fp_model, quantized_model, cat_model, loader, progress=progress, seed=seed, **how)
+
+
+def measure_accuracy(
+    fp_model: nn.Module,
+    quantized_model: nn.Module,
+    cat_model: nn.Module,
+    loader: Loader,
+    *,
+    output: Output = None,
+    class_axis: int | None = None,
+    forward_fn: ForwardFn | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+    seed: int = 0,
+    processes: Processes = ALONE,
+) -> AccuracyReport:
+    """As `compare_accuracy`, over the images of all `processes`, each of which calls this with its own share.
+
+    An image that several processes have, as a `DistributedSampler` pads them, counts once.
+
+    Raises:
+        CATError: as `compare_accuracy`; no process has images.
     """
     models = {"fp_model": fp_model, "quantized_model": quantized_model, "cat_model": cat_model}
     models = {name: unwrap(model, name) for name, model in models.items()}
     check_where(output)
     check_forward(models, forward_fn)
     draw = PositionDraw(class_axis, EVALUATED_POSITIONS, seed)
-    top1, top5, seen, owners = [], [], [], []
-    classes = images = 0
+    seen: list[_Seen] = []
     with inference(models):
         batches = iterate_inputs(loader, batch_size, whole=forward_fn is not None)
-        for batch, labels in progress_bar(batches, loader, batch_size, progress, "CAT: comparing accuracy"):
-            outputs, drawn = _outputs(models, partial(run, batch=batch, forward_fn=forward_fn), output, draw)
-            classes = outputs["fp_model"].shape[1]
-            targets, counted = _targets(drawn.labels(labels), classes, drawn.dense)
-            rows = [logits[counted] for logits in outputs.values()]
-            top1.append(torch.stack([top_k_correct(logits, targets, 1) for logits in rows]))
-            top5.append(torch.stack([top_k_correct(logits, targets, 5) for logits in rows]))
-            seen.append(targets)
-            if drawn.dense:
-                owners.append(images + drawn.images()[counted])
-            images += drawn.shape[0]
-    correct = torch.cat(top1, dim=1)
-    _, quantized, corrected = correct
+        try:
+            for batch, labels in progress_bar(batches, loader, batch_size, progress, "CAT: comparing accuracy"):
+                found = _outputs(models, partial(run, batch=batch, forward_fn=forward_fn), output, draw)
+                seen.append(_Seen.of(*found, labels))
+        except NoImagesError:
+            if not processes.several:
+                raise
+    together = _Seen.gathered(seen, processes)
+    (_, quantized, corrected), classes = together.correct, together.classes
     return AccuracyReport(
-        images,
+        together.images,
         min(5, classes),
-        *map(percent, correct),
-        *map(percent, torch.cat(top5, dim=1)),
-        paired_statistics(quantized, corrected, seed, torch.cat(owners) if owners else None),
-        correct.shape[1] if owners else None,
-        ClassChanges.of(torch.cat(seen), quantized, corrected, classes),
+        *map(percent, together.correct),
+        *map(percent, together.among_top5),
+        paired_statistics(quantized, corrected, seed, together.owners if together.dense else None),
+        together.correct.shape[1] if together.dense else None,
+        ClassChanges.of(together.targets, quantized, corrected, classes),
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Seen:
+    """What counts of labelled images.
+
+    targets: (n,) labels of the rows that have one, and owners: (n,) the image of each, from 0. correct, among_top5: (3,
+    n) bool for FP, quantized and corrected. keys: (images, 2) float64, which tell images apart.
+    """
+
+    targets: Tensor
+    owners: Tensor
+    correct: Tensor
+    among_top5: Tensor
+    keys: Tensor
+    classes: int
+    dense: bool
+
+    @property
+    def images(self) -> int:
+        return len(self.keys)
+
+    @classmethod
+    def of(cls, outputs: dict[str, Tensor], drawn: Drawn, keys: Tensor, labels: Tensor | None) -> "_Seen":
+        """Of one batch, whose logits (n, C) are `outputs` of the three models."""
+        classes = outputs["fp_model"].shape[1]
+        targets, counted = _targets(drawn.labels(labels), classes, drawn.dense)
+        rows = [logits[counted] for logits in outputs.values()]
+        owners = drawn.images()
+        owners = (torch.arange(len(counted)) if owners is None else owners)[counted]
+        top1, top5 = (torch.stack([top_k_correct(logits, targets, k) for logits in rows]) for k in (1, 5))
+        return cls(targets, owners, top1, top5, keys, classes, drawn.dense)
+
+    @classmethod
+    def gathered(cls, parts: list["_Seen"], processes: Processes) -> "_Seen":
+        """All batches of all processes, without images that a process of lower rank has, too."""
+        starts = np.cumsum([0, *(part.images for part in parts)]).tolist()
+        kinds = {kind for found in processes.gather([(part.classes, part.dense) for part in parts]) for kind in found}
+        if not kinds:
+            raise NoImagesError
+        if len(kinds) > 1:
+            raise CATError(f"labelled images have outputs of several kinds, {sorted(kinds)} (classes, positions)")
+        ((classes, dense),) = kinds
+        none = torch.empty(0, dtype=torch.int64)
+        targets = torch.cat([none, *(part.targets for part in parts)])
+        owners = torch.cat([none, *(part.owners + start for part, start in zip(parts, starts, strict=False))])
+        hits = torch.cat([none.bool().reshape(0, 6), *(torch.cat([p.correct, p.among_top5]).T for p in parts)])
+        keys = torch.cat([torch.empty(0, 2, dtype=torch.float64), *(part.keys for part in parts)])
+        owners = owners + processes.before(len(keys))
+        ranks = processes.gather_rows(torch.full((len(keys),), processes.rank))
+        targets, owners, hits, keys = map(processes.gather_rows, (targets, owners, hits, keys))
+        kept = ~_had_by_others(keys, ranks)
+        counted = kept[owners]
+        owners, hits = (kept.cumsum(0) - 1)[owners[counted]], hits[counted].T
+        return cls(targets[counted], owners, hits[:3], hits[3:], keys[kept], classes, dense)
+
+
+def _had_by_others(keys: Tensor, ranks: Tensor) -> Tensor:
+    """(images,) bool: whether a process of lower rank has an image with the same `keys` (images, 2), too."""
+    if len(ranks.unique()) < 2:
+        return torch.zeros(len(keys), dtype=torch.bool)
+    groups = groups_of_alike(keys)
+    lowest = torch.full((len(keys),), int(ranks.max())).scatter_reduce(0, groups, ranks, "amin")
+    return ranks > lowest[groups]
 
 
 def _outputs(
     models: dict[str, nn.Module], run_model: Callable[[nn.Module], Any], output: Output, draw: PositionDraw
-) -> tuple[dict[str, Tensor], Drawn]:
-    """Logits (n, C) of every model for one batch, and which of its positions they are of."""
-    outputs, shapes, drawn = {}, {}, None
+) -> tuple[dict[str, Tensor], Drawn, Tensor]:
+    """Logits (n, C) of every model for one batch, which of its positions they are of, and keys of its images."""
+    outputs, shapes, means, drawn = {}, {}, [], None
     for name, model in models.items():
         with uncorrected(model) if name == "quantized_model" else nullcontext():
             whole = extract(run_model(model), name, output, lenient=name == "fp_model")
@@ -98,9 +196,10 @@ def _outputs(
         check_same_shape(shapes)
         drawn = draw(whole) if drawn is None else drawn
         outputs[name] = to_cpu(drawn.rows(whole))
+        means.append(drawn.means(whole))
     for name, logits in outputs.items():
         check_finite(logits, name)
-    return outputs, drawn
+    return outputs, drawn, output_keys(means[1], means[0])
 
 
 def _targets(labels: Tensor | None, classes: int, dense: bool) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from cat_plugin.errors import CATError
+from cat_plugin.kinds import SOFTMAX, OutputKind
 
 BOOTSTRAP_SAMPLES = 10_000
 
@@ -19,20 +20,21 @@ def top_k_correct(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
     return (top == targets.unsqueeze(1)).any(dim=1)
 
 
-def agreement(f: Tensor, out: Tensor) -> float:
-    """Percentage of images for which the logits `f` and `out`, both (N, C), have the same argmax."""
-    return 100.0 * (f.argmax(dim=1) == out.argmax(dim=1)).double().mean().item()
+def agreement(f: Tensor, out: Tensor, kind: OutputKind = SOFTMAX) -> float:
+    """Percentage of predictions that are those of `f`, of the outputs `f` and `out`, both (N, C)."""
+    return 100.0 * kind.agreeing(f, out).double().mean().item()
 
 
-def agreement_gain(f: Tensor, q: Tensor, out: Tensor, images: Tensor | None = None) -> tuple[float, float]:
+def agreement_gain(
+    f: Tensor, q: Tensor, out: Tensor, images: Tensor | None = None, kind: OutputKind = SOFTMAX
+) -> tuple[float, float]:
     """95 % interval of the gain in agreement with `f` from `q` to `out`, all (N, C), in percentage points.
 
     By paired bootstrap; where rows are positions of `images` (N,), by the normal distribution and the error of the
     mean over images.
     """
-    target = f.argmax(dim=1)
-    before, after = (logits.argmax(dim=1) == target for logits in (q, out))
-    gains = 100.0 * (after.double() - before.double())
+    before, after = kind.agreeing(f, q), kind.agreeing(f, out)
+    gains = 100.0 * (after.double() - before.double()).mean(dim=1)
     return bootstrap_interval(gains) if images is None else clustered_interval(gains, images)
 
 
@@ -49,15 +51,9 @@ def standard_error(values: Tensor, images: Tensor | None = None) -> float:
     return math.sqrt(sums.square().sum().item() * len(found) / max(len(found) - 1, 1)) / len(values)
 
 
-def centred(logits: Tensor) -> Tensor:
-    """Without what all classes of an image have in common, which changes no prediction."""
-    return logits - logits.mean(dim=1, keepdim=True)
-
-
-def kl_divergence(f: Tensor, out: Tensor) -> float:
-    """Mean over images of KL(softmax(f) || softmax(out)) in nats; `f` and `out` are (N, C)."""
-    log_f, log_out = f.double().log_softmax(dim=1), out.double().log_softmax(dim=1)
-    return (log_f.exp() * (log_f - log_out)).sum(dim=1).mean().item()
+def kl_divergence(f: Tensor, out: Tensor, kind: OutputKind = SOFTMAX) -> float:
+    """Mean over images of KL(FP || output) in nats, of labels summed over them; `f` and `out` are (N, C)."""
+    return kind.divergence(f.double(), out.double()).mean().item()
 
 
 @dataclasses.dataclass(frozen=True)

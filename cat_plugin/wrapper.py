@@ -35,6 +35,19 @@ class CATWrapper(nn.Module):
 
     Raises:
         CATError: the model already carries a correction, the arguments are of other types, or there is no such layer.
+
+    Example:
+        >>> import torch
+        >>> from cat_plugin import CATWrapper, ClusterAffine
+        >>> model, x = torch.nn.Linear(8, 2), torch.randn(5, 8)
+        >>> plain = model(x)
+        >>> shift = ClusterAffine(torch.zeros(2, 1), torch.zeros(1), torch.ones(1, 2), torch.tensor([[0.0, 1.0]]))
+        >>> cat_model = CATWrapper(model, shift)
+        >>> torch.equal(model(x), shift(plain))
+        True
+        >>> with cat_model.disabled():
+        ...     torch.equal(model(x), plain)
+        True
     """
 
     def __init__(

@@ -13,7 +13,7 @@ PACKAGES = (*LIBRARIES, "benchmarks")
 MAY_IMPORT = {"cat_plugin": set(), "baselines": set(), "benchmarks": {"cat_plugin", "baselines"}}
 ROOMS = {
     "cat_plugin": "api wrapper evaluation | report | saving fitting | correction | running "
-    "| config metrics checks errors",
+    "| config metrics checks kinds errors",
     "baselines": "api | summary inputs | reconstruction | quantization | network | recipes versions files",
     "benchmarks": "__main__ perf | commands | reports | measure | networks | datasets | runs | anchors wording",
 }
@@ -181,7 +181,7 @@ def test_libraries_do_not_print_and_name_no_device(path):
 
 @pytest.mark.parametrize("path", sources("benchmarks"), ids=readable)
 def test_only_command_lines_print(path):
-    if path.stem not in ("__main__", "ablate", "command", "compare", "fits", "recompute", "robustness", "speed"):
+    if path.stem not in ("__main__", "compare", "exit_codes", "fits", "loading", "report", "robustness", "speed"):
         assert "print" not in [name for name, _ in called_names(path.read_text("utf-8"))]
 
 

@@ -84,6 +84,7 @@ class Trace:
     """All calls of one forward pass; a module comes after the modules that it called.
 
     Attributes:
+        images: what the network was given.
         reads: what torch functions took, as it was then, with the name of the innermost module that was running.
         unseen: what multiplies without being one of the operations, as in scripted code (`unseen_products`): name of
             the innermost module that was running, and of the function.
@@ -93,6 +94,7 @@ class Trace:
     started: list[str] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
     reads: list[tuple[str, Value]] = field(default_factory=list)
+    images: Tensor | None = None
     output: object = None
     unseen: list[tuple[str, str]] = field(default_factory=list)
 
@@ -153,7 +155,7 @@ def with_first_tensor(
 def trace(model: nn.Module, x: Tensor) -> Trace:
     """Run `model(x)` and record every module call and every torch function. The model's hooks are as before
     afterwards."""
-    record = Trace()
+    record = Trace(images=x)
     running: list[_Running] = []
 
     def enter(name: str):

@@ -19,13 +19,14 @@ class QuantLayer(nn.Module):
         weight_quantizer: the grid of the weights, or `None` where they stay in floating point.
         input_quantizer: quantizes the layer's input, or `None` where the input stays in floating point or was
             quantized on entry to the block. Layers that read the same tensor share one quantizer.
-        input_bits: bits of the input wherever it is quantized, or `None` where it stays in floating point.
+        entry_quantizer: the quantizer of the block's input, alone in a tuple, since it is the block's and not the
+            layer's; or nothing where the input is not quantized there.
         soft_weight: what reconstruction puts in the place of `weight` for one pass.
     """
 
     weight_quantizer: WeightQuantizer | None
     input_quantizer: ActivationQuantizer | None
-    input_bits: int | None
+    entry_quantizer: tuple[ActivationQuantizer, ...]
     soft_weight: Tensor | None
 
     @classmethod
@@ -33,7 +34,8 @@ class QuantLayer(nn.Module):
         """Turn `layer` (not kept) into its quantized twin, which takes over its parameters, hooks and flags."""
         twin = cls.__new__(cls)
         twin.__dict__.update(layer.__dict__)
-        twin.weight_quantizer = twin.input_quantizer = twin.input_bits = twin.soft_weight = None
+        twin.weight_quantizer = twin.input_quantizer = twin.soft_weight = None
+        twin.entry_quantizer = ()
         return twin
 
     def body(self, x: Tensor) -> Tensor:
@@ -42,6 +44,12 @@ class QuantLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # named as in torch, for those who call layer(input=x)
         return self.body(input if self.input_quantizer is None else self.input_quantizer(input))
+
+    @property
+    def input_bits(self) -> int | None:
+        """Bits of the input wherever it is quantized, or `None` where it stays in floating point."""
+        own = () if self.input_quantizer is None else (self.input_quantizer,)
+        return min((quantizer.bits for quantizer in (*own, *self.entry_quantizer)), default=None)
 
     @property
     def current_weight(self) -> Tensor:

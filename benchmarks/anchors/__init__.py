@@ -1,11 +1,11 @@
 """Figures that others published, to be shown beside ours.
 
-``cat_alpha.csv``, ``cat_clusters.csv`` and ``cat_samples.csv`` are the authors' logs of arXiv 2509.26277, tabulated:
+`cat_alpha.csv`, `cat_clusters.csv` and `cat_samples.csv` are the authors' logs of arXiv 2509.26277, tabulated:
 top-1 in percent on the 50,000 validation images of ImageNet, networks quantized by PD-Quant, with and without CAT.
 Curves over alpha and over clusters were fitted on all 1.28 million training images.
 
-``imagenet_ptq.csv`` holds what quantized networks are published to reach on the same images; its column ``source`` is a
-key of :data:`SOURCES`.
+`imagenet_ptq.csv` holds what quantized networks are published to reach on the same images; its column `source` is a
+key of `SOURCES`.
 """
 
 import csv
@@ -36,7 +36,7 @@ SOURCES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Anchor:
-    """One published figure: ``gain`` in top-1 over the low-bit network, in percentage points, at a factor's value."""
+    """One published figure: `gain` in top-1 over the low-bit network, in percentage points, at a factor's value."""
 
     arch: str
     w_bits: int
@@ -47,29 +47,28 @@ class Anchor:
 
 
 def load_anchors(factor: str) -> list[Anchor]:
-    """What was published on a factor; nothing where it is not among :data:`CURVES`."""
+    """What was published on a factor; nothing where it is not among `CURVES`."""
     if factor not in CURVES:
         return []
     name, column, _ = CURVES[factor]
-    with (Path(__file__).parent / name).open(encoding="utf-8", newline="") as opened:
-        return [
-            Anchor(
-                arch=line["arch"],
-                w_bits=int(line["w_bits"]),
-                a_bits=int(line["a_bits"]),
-                seed=int(line["seed"]),
-                value=float(line[column]),
-                gain=float(line.get("top1") or line["cat_top1"]) - float(line["baseline_top1"]),
-            )
-            for line in csv.DictReader(opened)
-        ]
+    return [
+        Anchor(
+            arch=line["arch"],
+            w_bits=int(line["w_bits"]),
+            a_bits=int(line["a_bits"]),
+            seed=int(line["seed"]),
+            value=float(line[column]),
+            gain=float(line.get("top1") or line["cat_top1"]) - float(line["baseline_top1"]),
+        )
+        for line in _read(name)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """Top-1 in percent of a quantized network on ImageNet's validation images, as ``source`` says.
+    """Top-1 in percent of a quantized network on ImageNet's validation images, as `source` says.
 
-    ``fp_top1`` is that of its full-precision original and ``cat_gain`` what CAT adds, in points; None: not stated.
+    `fp_top1` is that of its full-precision original and `cat_gain` what CAT adds, in points; None: not stated.
     """
 
     network: str
@@ -84,32 +83,28 @@ class Published:
 
 def load_published(network: str) -> list[Published]:
     """All that is published of a network, by the papers' name for it; nothing where it is not in their tables."""
-    with (Path(__file__).parent / "imagenet_ptq.csv").open(encoding="utf-8", newline="") as opened:
-        found = [
-            Published(
-                network=network,
-                method=line["method"],
-                w_bits=int(line["w_bits"]),
-                a_bits=int(line["a_bits"]),
-                top1=float(line["top1"]),
-                source=line["source"],
-                fp_top1=float(line["fp_top1"]),
-            )
-            for line in csv.DictReader(opened)
-            if line["network"] == network
-        ]
+    found = [
+        Published(
+            network=network,
+            method=line["method"],
+            w_bits=int(line["w_bits"]),
+            a_bits=int(line["a_bits"]),
+            top1=float(line["top1"]),
+            source=line["source"],
+            fp_top1=float(line["fp_top1"]),
+        )
+        for line in _read("imagenet_ptq.csv")
+        if line["network"] == network
+    ]
     return found + _logs_of_cat(network)
 
 
 def _logs_of_cat(network: str) -> list[Published]:
-    """Means over the seeds in ``cat_alpha.csv``."""
-    with (Path(__file__).parent / CURVES["alpha"][0]).open(encoding="utf-8", newline="") as opened:
-        lines = [
-            line for line in csv.DictReader(opened) if line["arch"] == network and float(line["alpha"]) == PAPER_ALPHA
-        ]
+    """Means over the seeds in `cat_alpha.csv`."""
     seeds: dict[tuple[int, int], list[dict[str, str]]] = {}
-    for line in lines:
-        seeds.setdefault((int(line["w_bits"]), int(line["a_bits"])), []).append(line)
+    for line in _read(CURVES["alpha"][0]):
+        if line["arch"] == network and float(line["alpha"]) == PAPER_ALPHA:
+            seeds.setdefault((int(line["w_bits"]), int(line["a_bits"])), []).append(line)
     return [
         Published(
             network=network,
@@ -122,3 +117,8 @@ def _logs_of_cat(network: str) -> list[Published]:
         )
         for (w_bits, a_bits), group in seeds.items()
     ]
+
+
+def _read(name: str) -> list[dict[str, str]]:
+    with (Path(__file__).parent / name).open(encoding="utf-8", newline="") as opened:
+        return list(csv.DictReader(opened))

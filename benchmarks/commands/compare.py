@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks compare`` measures what quantization loses and what CAT brings back."""
+"""Command line: `python -m benchmarks compare` measures what quantization loses and what CAT brings back."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,25 +8,23 @@ from typing import Any
 
 from baselines.files import digest_tensors
 from benchmarks import BenchmarkError
-from benchmarks.commands.command import Loaded, environment, exit_code, load_network, settings_grid
-from benchmarks.commands.options import parse_compare
-from benchmarks.datasets.imagenet import NAME as IMAGENET
-from benchmarks.measure.evaluate import Measurement, Protocol, Setting, measure
+from benchmarks.commands.exit_codes import command_line
+from benchmarks.commands.loading import Loaded, load_network
+from benchmarks.commands.parsers import parse_compare
+from benchmarks.datasets.registry import DATASETS
+from benchmarks.measure.accuracy import Measurement, measure
+from benchmarks.measure.protocol import Protocol, Setting, settings_grid
 from benchmarks.reports.comparison_plots import plot_comparison
-from benchmarks.reports.report import to_markdown, write_environment, write_report
+from benchmarks.reports.comparison_report import to_markdown, write_report
 from benchmarks.runs.environment import code_digest, versions
+from benchmarks.runs.folders import environment, open_run, write_environment
 from benchmarks.runs.processes import Process, this_process
-from benchmarks.runs.runs import Rows, open_run
+from benchmarks.runs.resume import Rows
 
 NAME = "compare"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; the exit code is 2 for input that the user can put right, 130 for an interruption."""
-    return exit_code(lambda: _measure_grid(parse_compare(list(argv)), argv), resumes=True)
-
-
-def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
+def _measure_grid(args: argparse.Namespace) -> None:
     """Measure every method, bit setting and seed, then write and print the table; several processes share the work."""
     process = this_process()
     _refuse_fresh(args, process)
@@ -36,7 +34,7 @@ def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
     protocol = Protocol(
         iters=args.iters, n_calib=args.n_calib, n_cat=args.n_cat, batch_size=args.batch_size, device=args.device
     )
-    grid = settings_grid(args)
+    grid = settings_grid(args.methods, args.bits, args.seeds)
     settings = _settings(loaded, args.model, protocol, args.modes, grid)
     folder = open_run(args.results, f"{dataset.name}-{args.model}", settings, name=args.run, fresh=args.fresh)
     rows = rows_of(folder)
@@ -52,10 +50,12 @@ def _measure_grid(args: argparse.Namespace, argv: Sequence[str]) -> None:
         return
     weights = weights_of(settings)
     written = write_report(folder, measured, weights) | plot_comparison(folder, measured, dataset.classes)
-    seconds = sum(measurement.seconds for measurement in measured)
-    about = environment(NAME, argv, args, seconds) | {"fp_check": loaded.fp_check}
-    write_environment(folder, about | settings)
+    about = environment(args.command, args.seeds, args.device, sum(each.seconds for each in measured))
+    write_environment(folder, about | {"fp_check": loaded.fp_check} | settings)
     print(f"\n{to_markdown(measured, weights)}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
+
+
+main = command_line(NAME, parse_compare, _measure_grid, resumes=True)
 
 
 def _refuse_fresh(args: argparse.Namespace, process: Process) -> None:
@@ -71,7 +71,8 @@ def rows_of(folder: Path) -> Rows[Measurement]:
 
 def weights_of(settings: dict[str, Any]) -> str | None:
     """What tables call the full-precision weights of a run, or None where there are no others for its network."""
-    return settings.get("weights") if settings.get("dataset") == IMAGENET else None
+    description = DATASETS.get(settings.get("dataset"))
+    return settings.get("weights") if description is not None and description.published else None
 
 
 def _settings(
@@ -87,7 +88,7 @@ def _settings(
         "data_digest": dataset.digest(),
         "weights_digest": digest_tensors(loaded.model.state_dict()),
         "weights": loaded.weights,
-        "code_digest": code_digest("benchmarks.measure.evaluate", "benchmarks.commands.command"),
+        "code_digest": code_digest(Measurement.__module__, Loaded.__module__),
         "versions": versions(),
         "protocol": asdict(protocol),
         "modes": list(modes),

@@ -2,24 +2,30 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks import BenchmarkError
-from benchmarks.commands.command import load_network, settings_grid
-from benchmarks.measure.draws import Cell, Draw, Source, measure
-from benchmarks.measure.evaluate import Protocol
-from benchmarks.measure.sources import file_sources, network_sources
+from benchmarks.commands.loading import load_network
+from benchmarks.measure.draws import Cell, Draw, measure
+from benchmarks.measure.logit_files import file_sources
+from benchmarks.measure.network_logits import network_sources
+from benchmarks.measure.paired_logits import Source
+from benchmarks.measure.protocol import Protocol, settings_grid
 from benchmarks.runs.environment import code_digest, versions
 from benchmarks.runs.files import digest_text
+from benchmarks.runs.folders import environment, open_run, write_environment
 from benchmarks.runs.processes import refuse_several, this_process
-from benchmarks.runs.runs import Rows
+from benchmarks.runs.resume import Rows
+
+Report = Callable[[Path, dict[str, Any]], tuple[str, dict[str, bool]]]
+"""Makes the tables and the files of a run from its folder and settings: the text, and which files there are."""
 
 
 def load_sources(args: argparse.Namespace, most: int | None = None) -> list[Source]:
-    """Files of logits, then networks that are quantized here, with up to ``most`` fresh images to draw from each.
+    """Files of logits, then networks that are quantized here, with up to `most` fresh images to draw from each.
 
     Raises:
         BenchmarkError: files that cannot be used, no training image left to draw, two sources of one name, or several
@@ -43,16 +49,42 @@ def load_sources(args: argparse.Namespace, most: int | None = None) -> list[Sour
             device=args.device,
             features=args.features,
         )
+        grid = settings_grid(args.methods, args.bits, args.seeds)
         kept = {"cache": args.cache, "cache_device": args.cache_device, "progress": not args.no_progress}
-        sources += network_sources(settings_grid(args), protocol, dataset, args.model, loaded.model, **kept)
+        sources += network_sources(grid, protocol, dataset, args.model, loaded.model, **kept)
     twice = sorted(name for name, count in Counter(source.name for source in sources).items() if count > 1)
     if twice:
         raise BenchmarkError(f"more than one source is called {twice[0]}; rename the files")
     return sources
 
 
-def fit_draws(args: argparse.Namespace, folder: Path, grid: Sequence[Cell]) -> list[Draw]:
-    """The fits of ``grid`` in the run ``folder``, source by source, one of which is in memory at a time.
+def run_fits(
+    args: argparse.Namespace, kind: str, sources: Sequence[Source], grid: Sequence[Cell], report: Report, **more: Any
+) -> None:
+    """Measure `grid` in the folder of a run, then write and print what `report` makes of it.
+
+    `kind` is the name of the command, and `more` are settings of its own.
+    """
+    settings = {
+        "kind": kind,
+        "figures_digest": fits_digest(),
+        "versions": versions(),
+        "sources": {source.name: source.digest for source in sources},
+        "grid": [cell.name for cell in grid],
+        **more,
+    }
+    networks = [] if args.dataset is None else [f"{args.dataset}-{args.model}"]
+    subject = "-".join([kind, *(folder.resolve().name for folder in args.logits), *networks])
+    folder = open_run(args.results, subject, settings, name=args.run, fresh=args.fresh)
+    draws = _fit_draws(args, folder, grid)
+    about = environment(args.command, args.seeds, args.device, sum(draw.seconds for draw in draws))
+    write_environment(folder, about | settings)
+    text, written = report(folder, settings)
+    print(f"\n{text}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
+
+
+def _fit_draws(args: argparse.Namespace, folder: Path, grid: Sequence[Cell]) -> list[Draw]:
+    """The fits of `grid`, source by source, one of which is in memory at a time.
 
     Finished ones are taken from the folder, or from the cache, where runs of other grids have left theirs.
     """
@@ -70,24 +102,6 @@ def draw_rows(folder: Path, shared: Path | None = None) -> Rows[Draw]:
     return Rows(folder / "rows", Draw, shared)
 
 
-def fit_settings(kind: str, sources: Sequence[Source], grid: Sequence[Cell], **more: Any) -> dict[str, Any]:
-    """All that the figures of fits depend on."""
-    return {
-        "kind": kind,
-        "figures_digest": fits_digest(),
-        "versions": versions(),
-        "sources": {source.name: source.digest for source in sources},
-        "grid": [cell.name for cell in grid],
-        **more,
-    }
-
-
-def subject(args: argparse.Namespace, command: str) -> str:
-    """What names of run folders start with."""
-    networks = [] if args.dataset is None else [f"{args.dataset}-{args.model}"]
-    return "-".join([command, *(folder.resolve().name for folder in args.logits), *networks])
-
-
 def fits_digest() -> str:
     """Changes with all code that a fit depends on, besides its logits."""
-    return digest_text(code_digest("benchmarks.measure.draws"), repr(versions()))
+    return digest_text(code_digest(Draw.__module__), repr(versions()))

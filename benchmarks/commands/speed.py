@@ -1,14 +1,11 @@
-"""Command line: ``python -m benchmarks speed`` times reconstruction, unit by unit, against plain FP training steps."""
+"""Command line: `python -m benchmarks speed` times reconstruction, unit by unit, against plain FP training steps."""
 
 import argparse
 import copy
-import csv
-import io
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,12 +18,13 @@ from baselines.reconstruction.engine import unit_runs
 from baselines.reconstruction.job import Job, RunSettings
 from baselines.reconstruction.unit_run import UnitRun
 from benchmarks import BenchmarkError
-from benchmarks.commands.command import exit_code
-from benchmarks.commands.options import parse_speed
-from benchmarks.datasets.data import CIFAR10_CLASSES, CIFAR10_SIZE, load_cifar10, load_digits
-from benchmarks.datasets.imagenet import NAME as IMAGENET
-from benchmarks.networks.models import create_model, load_weights
-from benchmarks.networks.pretrained import untrained
+from benchmarks.commands.exit_codes import command_line
+from benchmarks.commands.parsers import parse_speed
+from benchmarks.datasets.description import Request
+from benchmarks.datasets.registry import DATASETS
+from benchmarks.networks.models import load_weights
+from benchmarks.networks.weights_and_transforms import untrained
+from benchmarks.reports.tables import csv_table, markdown_table
 from benchmarks.runs.files import write_text
 from benchmarks.runs.processes import refuse_several, this_process
 from benchmarks.wording import bits_name
@@ -34,7 +32,6 @@ from benchmarks.wording import bits_name
 WARM_UP = 0.2  # share of the steps that are not counted; the recipes leave the rounding penalty out as long
 TYPICAL_ITERS = 1000
 TOTAL = "TOTAL"
-IMAGENET_CLASSES, IMAGENET_SIZE = 1000, 224
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +57,8 @@ class Timing:
     capture_seconds: float
 
     def seconds_at(self, iters: int) -> float:
-        """The whole run with ``iters`` iterations a unit."""
+        """The whole run with `iters` iterations a unit."""
         return self.range_seconds + self.capture_seconds + self.lines[-1].iter_ms * iters / 1000
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command line; the exit code is 2 for input that the user can put right, 130 for an interruption."""
-    return exit_code(lambda: _time(parse_speed(list(argv))), resumes=False)
 
 
 def _time(args: argparse.Namespace) -> None:
@@ -79,8 +71,11 @@ def _time(args: argparse.Namespace) -> None:
     print(f"{_title(args)}\n\n{to_table(timing)}\n\nwritten to {path}")
 
 
+main = command_line("speed", parse_speed, _time, resumes=False)
+
+
 def measure(job: Job, steps: int) -> Timing:
-    """Time every unit of every stage; ``job`` has been prepared for ``steps`` iterations, warm-up included."""
+    """Time every unit of every stage; `job` has been prepared for `steps` iterations, warm-up included."""
     lines, capture, mark = [], 0.0, time.perf_counter()
     several = len(job.recipe.stages) > 1
     seen: dict[str, int] = {}
@@ -139,7 +134,7 @@ def _fp_steps(run: UnitRun, batch_size: int) -> Iterator[Tensor]:
 
 
 def _milliseconds(work: Callable[[], object], device: torch.device) -> float | None:
-    """How long ``work`` takes; None where it gives None."""
+    """How long `work` takes; None where it gives None."""
     started = time.perf_counter()
     done = work()
     _synchronize(device)
@@ -152,29 +147,26 @@ def _synchronize(device: torch.device) -> None:
 
 
 def to_csv(timing: Timing) -> str:
-    """``unit,iter_ms,fp_fwd_bwd_ms,ratio``, the total last."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*(field.name for field in fields(Line)), "ratio"])
-    for line in timing.lines:
-        writer.writerow([line.unit, f"{line.iter_ms:.4f}", f"{line.fp_fwd_bwd_ms:.4f}", f"{line.ratio:.4f}"])
-    return text.getvalue()
+    """`unit,iter_ms,fp_fwd_bwd_ms,ratio`, the total last."""
+    names = ("iter_ms", "fp_fwd_bwd_ms", "ratio")
+    lines = [[line.unit, *(f"{getattr(line, name):.4f}" for name in names)] for line in timing.lines]
+    return csv_table([["unit", *names], *lines])
 
 
 def to_table(timing: Timing) -> str:
     """The lines as a Markdown table, and what a run of usual length takes as a sentence."""
-    width = max(len(line.unit) for line in timing.lines)
-    rows = [f"| {'unit':{width}} | ms / iteration | ms FP forward + backward | ratio |"]
-    rows.append(f"| {'-' * width} | {'-' * 13}: | {'-' * 23}: | ----: |")
-    for line in timing.lines:
-        rows.append(f"| {line.unit:{width}} | {line.iter_ms:14.2f} | {line.fp_fwd_bwd_ms:24.2f} | {line.ratio:5.2f} |")
+    header = "unit", "ms / iteration", "ms FP forward + backward", "ratio"
+    lines = [
+        (line.unit, *(f"{each:.2f}" for each in (line.iter_ms, line.fp_fwd_bwd_ms, line.ratio)))
+        for line in timing.lines
+    ]
     whole = timing.seconds_at(TYPICAL_ITERS)
-    rows.append(
-        f"\nA run of {TYPICAL_ITERS:,} iterations a unit: {whole:.0f} s, of which "
+    return (
+        f"{markdown_table([header, *lines], text_columns=1)}\n\n"
+        f"A run of {TYPICAL_ITERS:,} iterations a unit: {whole:.0f} s, of which "
         f"{timing.range_seconds:.2f} s ({timing.range_seconds / whole:.1%}) search for ranges and "
         f"{timing.capture_seconds:.2f} s ({timing.capture_seconds / whole:.1%}) capture inputs and outputs."
     )
-    return "\n".join(rows)
 
 
 def _title(args: argparse.Namespace) -> str:
@@ -187,10 +179,7 @@ def _title(args: argparse.Namespace) -> str:
 
 def _job(args: argparse.Namespace) -> Job:
     device = torch.device(args.device)
-    if args.dataset == IMAGENET:
-        model = untrained(args.model, IMAGENET_CLASSES)
-    else:
-        model = create_model(args.model, len(CIFAR10_CLASSES))  # there are as many digits
+    model = untrained(args.model, DATASETS[args.dataset].count_classes(None))
     if args.weights is not None:
         load_weights(model, args.weights)
     plan = CachePlan(device if args.cache_device == "model" else torch.device("cpu"), None, device)
@@ -202,16 +191,8 @@ def _job(args: argparse.Namespace) -> Job:
 
 def _images(args: argparse.Namespace) -> Tensor:
     """Real ones where they are at hand, else random ones: it makes no difference to the time."""
-    if args.dataset == "digits":
-        return load_digits().train_images
-    if args.data is not None and args.dataset == IMAGENET:
-        raise BenchmarkError("speed takes random images in place of ImageNet's; leave --data out")
-    if args.data is not None:
-        return load_cifar10(args.data, args.cache, progress=not args.no_progress).train_images
-    generator = torch.Generator().manual_seed(0)
-    size = IMAGENET_SIZE if args.dataset == IMAGENET else CIFAR10_SIZE
-    return torch.randn(args.n_calib, 3, size, size, generator=generator)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    description = DATASETS[args.dataset]
+    if args.data is not None or description.bundled_with is not None:
+        request = Request(data=args.data, cache=args.cache, progress=not args.no_progress)
+        return description.load(request).train_images
+    return torch.randn(args.n_calib, *description.image_shape, generator=torch.Generator().manual_seed(0))

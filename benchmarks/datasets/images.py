@@ -1,6 +1,6 @@
 """Images of a data set: a tensor in memory, or files that are decoded when a network needs them.
 
-Both have a length and are indexed alike, ``images[rows]``; the functions here do the rest with either.
+Both have a length and are indexed alike, `images[rows]`; the functions here do the rest with either.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import BenchmarkError
 from benchmarks.runs.files import digest_text
+from benchmarks.wording import reason
 from cat_plugin.running.digests import image_digests
 
 FILES_BATCH = 64  # decoded together; 256 of ImageNet's in flight for every worker would be gigabytes
@@ -29,9 +30,9 @@ READING_THREADS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFiles:
-    """Image files under ``root``, by name; ``transform`` makes an RGB image a float32 tensor ``(C, H, W)``.
+    """Image files under `root`, by name; `transform` makes an RGB image a float32 tensor `(C, H, W)`.
 
-    ``workers`` processes decode them; with 0, this one does.
+    `workers` processes decode them; with 0, this one does.
     """
 
     root: Path
@@ -43,7 +44,7 @@ class ImageFiles:
         return len(self.names)
 
     def __getitem__(self, rows: Tensor | slice) -> "ImageFiles":
-        """Some of them, in the order of ``rows``: indices ``(n,)``, or a slice."""
+        """Some of them, in the order of `rows`: indices `(n,)`, or a slice."""
         if isinstance(rows, slice):
             return replace(self, names=self.names[rows])
         return replace(self, names=tuple(self.names[row] for row in rows.tolist()))
@@ -65,7 +66,7 @@ Images = Tensor | ImageFiles
 
 
 def digests(images: Images) -> list[str]:
-    """What tells images apart: of a tensor ``(N, ...)`` the float32 values of each, of files the bytes of each."""
+    """What tells images apart: of a tensor `(N, ...)` the float32 values of each, of files the bytes of each."""
     return images.digests() if isinstance(images, ImageFiles) else image_digests(images)
 
 
@@ -75,9 +76,9 @@ def shown(images: Images, row: int) -> str:
 
 
 def batches(images: Images, title: str | None = None) -> Tensor | Iterable[Tensor]:
-    """What ``cat_plugin.running.collect.collect_outputs`` takes: a tensor as it is, files as batches ``(n, C, H, W)``.
+    """What `cat_plugin.running.collect.collect_outputs` takes: a tensor as it is, files as batches `(n, C, H, W)`.
 
-    ``title`` is that of a progress bar; None: there is none.
+    `title` is that of a progress bar; None: there is none.
 
     Raises:
         BenchmarkError: while batches are drawn, for a file that cannot be read as an image.
@@ -86,7 +87,7 @@ def batches(images: Images, title: str | None = None) -> Tensor | Iterable[Tenso
 
 
 def stacked(images: Images, title: str | None = None) -> Tensor:
-    """All in one tensor ``(N, C, H, W)``.
+    """All in one tensor `(N, C, H, W)`.
 
     Raises:
         BenchmarkError: a file cannot be read as an image.
@@ -123,11 +124,10 @@ def _from_workers(loader: DataLoader) -> Iterator[Tensor | BenchmarkError]:
     try:
         yield from loader
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        if reason.startswith("Caught "):  # and brought here from a worker: a mistake in the code
+        if reason(error).startswith("Caught "):  # and brought here from a worker: a mistake in the code
             raise
         raise BenchmarkError(
-            f"the {loader.num_workers} processes that decode images failed ({reason}); decode without them by "
+            f"the {loader.num_workers} processes that decode images failed ({reason(error)}); decode without them by "
             "--workers 0, or give them more shared memory (of a container: --shm-size 8g) and open files (ulimit -n)"
         ) from error
 

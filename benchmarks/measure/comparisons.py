@@ -2,29 +2,28 @@
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure.evaluate import MODES, Measurement
+from benchmarks.measure.accuracy import Measurement, Row
+from benchmarks.measure.corrections import MODES
+from benchmarks.measure.protocol import LowBitNetwork
+from benchmarks.runs.row_files import change
 from cat_plugin.metrics import bootstrap_interval, paired_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A line of ``comparisons.csv``: one correction of one low-bit network; accuracies in percent, deltas in points.
+class Comparison(LowBitNetwork):
+    """A line of `comparisons.csv`: one correction of one low-bit network; accuracies in percent, deltas in points.
 
-    ``ci_low`` to ``ci_high`` is the 95 % paired bootstrap interval of ``delta`` over test images, ``p_value`` that of
-    McNemar's exact test; ``won`` and ``lost`` count the test images that became right and wrong.
+    `ci_low` to `ci_high` is the 95 % paired bootstrap interval of `delta` over test images, `p_value` that of
+    McNemar's exact test; `won` and `lost` count the test images that became right and wrong.
     """
 
-    dataset: str
-    model: str
-    method: str
-    w_bits: int
-    a_bits: int
     seed: int
     mode: str
     n_eval: int
@@ -39,19 +38,14 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
-    """A line of ``summary.csv``: means over ``seeds`` and, from two seeds on, their standard deviations ``*_std``.
+class Summary(LowBitNetwork):
+    """A line of `summary.csv`: means over `seeds` and, from two seeds on, their standard deviations `*_std`.
 
-    The interval is a paired bootstrap over test images, of each image's mean over the seeds. ``won`` and ``lost`` count
-    the test images that more seeds put right than wrong, and the reverse; ``p_value`` is that of the exact sign test
+    The interval is a paired bootstrap over test images, of each image's mean over the seeds. `won` and `lost` count
+    the test images that more seeds put right than wrong, and the reverse; `p_value` is that of the exact sign test
     on these, which for one seed is McNemar's.
     """
 
-    dataset: str
-    model: str
-    method: str
-    w_bits: int
-    a_bits: int
     seeds: int
     mode: str
     n_eval: int
@@ -74,7 +68,7 @@ def compare(measured: Iterable[Measurement]) -> list[Comparison]:
     """One line a measurement and correction."""
     return [
         Comparison(
-            **{name: getattr(measurement.row, name) for name in ("dataset", "model", "method", "w_bits", "a_bits")},
+            **_network(measurement.row),
             seed=measurement.row.seed,
             mode=mode,
             n_eval=measurement.row.n_eval,
@@ -92,7 +86,7 @@ def summarize(measured: Sequence[Measurement]) -> list[Summary]:
     """One line a method, bit setting and correction, in the order in which they first come."""
     return [
         Summary(
-            **{name: getattr(group[0].row, name) for name in ("dataset", "model", "method", "w_bits", "a_bits")},
+            **_network(group[0].row),
             seeds=len(group),
             mode=mode,
             n_eval=group[0].row.n_eval,
@@ -102,9 +96,15 @@ def summarize(measured: Sequence[Measurement]) -> list[Summary]:
             **_over_seeds("delta", "delta_std", _points(group, mode)),
             **paired_figures(_difference(group, mode)),
         )
-        for group in _settings(measured)
+        for group in over_seeds(measured)
         for mode in modes_of(group)
     ]
+
+
+def by_setting(measured: Sequence[Measurement]) -> list[dict[str, Summary]]:
+    """The summaries of every method and bit setting, by correction."""
+    groups = groupby(summarize(measured), key=lambda line: line.setting)
+    return [{line.mode: line for line in group} for _, group in groups]
 
 
 def modes_of(measured: Sequence[Measurement]) -> list[str]:
@@ -118,7 +118,7 @@ def modes_in(measured: Sequence[Measurement]) -> list[str]:
 
 
 def paired_figures(difference: Tensor) -> dict[str, float | int]:
-    """Interval, p-value, won and lost of the gains of images ``(n_eval,)``, each the mean over seeds, from -1 to 1."""
+    """Interval, p-value, won and lost of the gains of images `(n_eval,)`, each the mean over seeds, from -1 to 1."""
     paired = paired_statistics(difference < 0, difference > 0)
     low, high = bootstrap_interval(100.0 * difference)
     return {
@@ -130,20 +130,19 @@ def paired_figures(difference: Tensor) -> dict[str, float | int]:
     }
 
 
-def _settings(measured: Sequence[Measurement]) -> Iterator[list[Measurement]]:
+def over_seeds(measured: Sequence[Measurement]) -> Iterator[list[Measurement]]:
     """The seeds of every method and bit setting."""
+    for setting in dict.fromkeys(each.row.setting for each in measured):
+        yield [each for each in measured if each.row.setting == setting]
 
-    def key(measurement: Measurement) -> tuple[str, int, int]:
-        return measurement.row.method, measurement.row.w_bits, measurement.row.a_bits
 
-    order = list(dict.fromkeys(map(key, measured)))
-    for _, group in groupby(sorted(measured, key=lambda each: order.index(key(each))), key=key):
-        yield list(group)
+def _network(row: Row) -> dict[str, Any]:
+    return {field.name: getattr(row, field.name) for field in fields(LowBitNetwork)}
 
 
 def _difference(group: Sequence[Measurement], mode: str) -> Tensor:
-    """``(n_eval,)`` float64: how often an image became right less how often it became wrong, a seed."""
-    return torch.stack([each.correct(mode).double() - each.correct("lq").double() for each in group]).mean(0)
+    """`(n_eval,)` float64: how often an image became right less how often it became wrong, a seed."""
+    return torch.stack([change(each.predictions, mode) for each in group]).mean(0)
 
 
 def _points(group: Sequence[Measurement], mode: str) -> list[float]:

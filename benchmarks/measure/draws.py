@@ -1,17 +1,18 @@
 """One draw: fit a correction on a block of images of one source, and score it on all its test images."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from benchmarks.measure.accuracy import top1
 from benchmarks.measure.comparisons import paired_figures
-from benchmarks.measure.evaluate import corrections, top1
-from benchmarks.measure.pairs import FRESH, TUNED, PairedLogits
+from benchmarks.measure.corrections import corrections
+from benchmarks.measure.paired_logits import FRESH, PairedLogits, Source
 from benchmarks.runs.files import digest_text
-from benchmarks.runs.records import Record
+from benchmarks.runs.row_files import Record, change
 from cat_plugin import CATConfig
 
 FIT_SEED = 0
@@ -19,31 +20,11 @@ CORRECTED = "corrected"
 
 
 @dataclass(frozen=True)
-class Source:
-    """A low-bit network beside its full-precision one: their logits, which ``load`` reads when they are needed.
-
-    ``digest`` changes with any of the logits; ``fresh`` is the number of images to draw from, ``tuned`` that of the
-    images known that quantization was tuned on, and ``features`` whether features are known.
-    """
-
-    name: str
-    digest: str
-    fresh: int
-    load: Callable[[], PairedLogits]
-    tuned: int = 0
-    features: bool = False
-
-    def draws(self, images: int, most: int, origin: str = FRESH) -> int:
-        """How many disjoint draws of so many images there are, up to ``most``."""
-        return min(most, (self.tuned if origin == TUNED else self.fresh) // images)
-
-
-@dataclass(frozen=True)
 class Cell:
-    """One fit: what, and on number ``draw`` of the disjoint draws of ``images`` images each.
+    """One fit: what, and on number `draw` of the disjoint draws of `images` images each.
 
-    ``mode`` is the kind of correction and ``origin`` says which images: ``"fresh"``, or those that quantization was
-    ``"tuned"`` on.
+    `mode` is the kind of correction and `origin` says which images: `"fresh"`, or those that quantization was
+    `"tuned"` on.
     """
 
     source: Source
@@ -68,10 +49,10 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """A line of ``results.csv``: top-1 in percent, and the gain over the low-bit model in percentage points.
+    """A line of `results.csv`: top-1 in percent, and the gain over the low-bit model in percentage points.
 
-    ``ci_low`` to ``ci_high`` is the gain's 95 % paired bootstrap interval over test images, ``p_value`` that of
-    McNemar's exact test; ``won`` and ``lost`` count the test images that became right and wrong.
+    `ci_low` to `ci_high` is the gain's 95 % paired bootstrap interval over test images, `p_value` that of
+    McNemar's exact test; `won` and `lost` count the test images that became right and wrong.
     """
 
     source: str
@@ -91,13 +72,23 @@ class Gain:
 
 
 class Draw(Record[Gain]):
-    """A gain with the predictions of the networks ``fp``, ``lq`` and ``corrected``."""
+    """A gain with the predictions of the networks `fp`, `lq` and `corrected`."""
 
     row_type: ClassVar[type] = Gain
 
-    def figures(self) -> dict[str, Any]:
+    @staticmethod
+    def figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
         """All but the description of the cell."""
-        return _figures(self.predictions)
+        labels = predictions["labels"]
+        difference = change(predictions, CORRECTED)
+        return {
+            "n_eval": len(labels),
+            "fp_top1": top1(predictions["fp"], labels),
+            "lq_top1": top1(predictions["lq"], labels),
+            "top1": top1(predictions[CORRECTED], labels),
+            "gain": round(100 * difference.mean().item(), 4),
+            **paired_figures(difference),
+        }
 
 
 def cells(sources: Sequence[Source], images: Sequence[int], max_draws: int) -> list[Cell]:
@@ -120,19 +111,4 @@ def measure(cell: Cell, pairs: PairedLogits) -> Draw:
     started = time.perf_counter()
     predictions = pairs.score({CORRECTED: pairs.fit(cell.config, cell.rows, cell.origin)})
     described = {"source": cell.source.name, "images": cell.images, "draw": cell.draw, "mode": cell.mode}
-    return Draw(Gain(**described, **_figures(predictions)), predictions, time.perf_counter() - started)
-
-
-def _figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
-    """The fields of a row that follow from predictions."""
-    labels = predictions["labels"]
-    right = {name: predictions[name] == labels for name in ("lq", CORRECTED)}
-    difference = right[CORRECTED].double() - right["lq"].double()
-    return {
-        "n_eval": len(labels),
-        "fp_top1": top1(predictions["fp"], labels),
-        "lq_top1": top1(predictions["lq"], labels),
-        "top1": top1(predictions[CORRECTED], labels),
-        "gain": round(100 * difference.mean().item(), 4),
-        **paired_figures(difference),
-    }
+    return Draw(Gain(**described, **Draw.figures(predictions)), predictions, time.perf_counter() - started)

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.measure.draws import FIT_SEED, Cell, Source
-from benchmarks.measure.evaluate import corrections
-from benchmarks.measure.pairs import ORIGINS
-from cat_plugin import CATConfig
 from cat_plugin.fitting.criteria import CRITERIA
+
+from benchmarks.measure.corrections import corrections
+from benchmarks.measure.draws import FIT_SEED, Cell
+from benchmarks.measure.paired_logits import ORIGINS, Source
+from cat_plugin import CATConfig
 
 ABLATED = ("cat_paper", "cat")
 Value = int | float | str
@@ -16,18 +17,21 @@ Value = int | float | str
 
 @dataclass(frozen=True, kw_only=True)
 class Factor:
-    """One setting: how it is called on an axis, its values, of what type they are, and the axis' scale.
+    """One setting: how it is called on an axis, its values, all of one type, and the axis' scale.
 
-    ``change`` gives the cell that has another value of it; None where that is not to be had.
+    `change` gives the cell that has another value of it; None where that is not to be had.
     """
 
     label: str
     values: tuple[Value, ...]
-    kind: Callable[[str], Value]
     change: Callable[[Cell, Any], Cell | None]
     scale: str = "log"  # or "linear", or "names" for values side by side
     least: float = 1
     most: float = float("inf")
+
+    @property
+    def kind(self) -> type[Value]:
+        return type(self.values[0])
 
 
 @dataclass(frozen=True)
@@ -76,61 +80,34 @@ FACTORS: dict[str, Factor] = {
     "clusters": Factor(
         label="clusters (the default's largest number)",
         values=(1, 4, 8, 16, 32, 64, 128, 256),
-        kind=int,
         change=_configured("num_clusters"),
     ),
     "alpha": Factor(
         label="alpha",
-        values=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-        kind=float,
+        values=tuple(tenths / 10 for tenths in range(1, 11)),
         change=_configured("alpha"),
         scale="linear",
         least=0,
         most=1,
     ),
-    "pca-dim": Factor(
-        label="PCA dimension",
-        values=(2, 5, 10, 25, 50, 100),
-        kind=int,
-        change=_configured("pca_dim"),
-    ),
-    "images": Factor(
-        label="images for the correction",
-        values=(64, 128, 256, 512, 1024, 2048, 4096),
-        kind=int,
-        change=_sized,
-    ),
+    "pca-dim": Factor(label="PCA dimension", values=(2, 5, 10, 25, 50, 100), change=_configured("pca_dim")),
+    "images": Factor(label="images for the correction", values=(64, 128, 256, 512, 1024, 2048, 4096), change=_sized),
     "cluster-size": Factor(
         label="least images a cluster, on average",
         values=(4, 8, 16, 32, 64, 128),
-        kind=int,
         change=_configured("min_cluster_size"),
     ),
     "origin": Factor(
         label="images for the correction: fresh, or those of the quantization",
         values=ORIGINS,
-        kind=str,
         change=_from,
         scale="names",
     ),
-    "features": Factor(
-        label="features of a layer",
-        values=("without", "with"),
-        kind=str,
-        change=_featured,
-        scale="names",
-    ),
-    "criterion": Factor(
-        label="selection criterion",
-        values=tuple(CRITERIA),
-        kind=str,
-        change=_judged,
-        scale="names",
-    ),
+    "features": Factor(label="features of a layer", values=("without", "with"), change=_featured, scale="names"),
+    "criterion": Factor(label="selection criterion", values=tuple(CRITERIA), change=_judged, scale="names"),
     "seed": Factor(
         label="seed of clustering and folds",
         values=(0, 1, 2, 3, 4),
-        kind=int,
         change=_configured("seed"),
         scale="names",
         least=0,
@@ -147,7 +124,7 @@ def centre(n_cat: int) -> dict[str, CATConfig]:
 def points(
     sources: Sequence[Source], factors: Mapping[str, Sequence[Value]], n_cat: int, max_draws: int
 ) -> list[Point]:
-    """All values of all factors, source by source, on up to ``max_draws`` disjoint draws of ``n_cat`` images.
+    """All values of all factors, source by source, on up to `max_draws` disjoint draws of `n_cat` images.
 
     Test images and labels play no part in what is fitted, and no value is chosen by them: all are shown.
     """

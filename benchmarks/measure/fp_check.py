@@ -9,25 +9,24 @@ from torch import nn
 
 from baselines.files import digest_tensors
 from benchmarks import BenchmarkError
-from benchmarks.datasets.data import Dataset
-from benchmarks.datasets.imagenet import VAL_IMAGES
+from benchmarks.datasets.dataset import Dataset
+from benchmarks.datasets.imagenet import CLASSES, VAL_IMAGES
 from benchmarks.datasets.images import batches
-from benchmarks.measure.evaluate import top1
+from benchmarks.measure.accuracy import top1
 from benchmarks.runs.environment import code_digest, versions
 from benchmarks.runs.files import digest_text, write_text
 
 TOLERANCE = 0.5  # percentage points
-VAL_CLASSES = 1000
 TENSOR_BATCH = 256
 
 
 def check_accuracy(
     model: nn.Module, dataset: Dataset, expected: float, source: str, cache: Path, *, progress: bool = False
 ) -> str:
-    """Compare top-1 on all test images with ``expected`` percent, which ``source`` states; one sentence about it.
+    """Compare top-1 on all test images with `expected` percent, which `source` states; one sentence about it.
 
     Raises:
-        BenchmarkError: they differ by more than :data:`TOLERANCE` points; the message names likely causes.
+        BenchmarkError: they differ by more than `TOLERANCE` points; the message names likely causes.
     """
     found = accuracy(model, dataset, cache, progress=progress)
     difference = found - expected
@@ -45,10 +44,10 @@ def check_accuracy(
 
 
 def accuracy(model: nn.Module, dataset: Dataset, cache: Path, *, progress: bool = False) -> float:
-    """Top-1 in percent on all test images, from ``cache`` where it was measured before."""
+    """Top-1 in percent on all test images, from `cache` where it was measured before."""
     device = next(model.parameters()).device.type
     data = digest_tensors(model.state_dict()), type(model).__qualname__, dataset.test_digest()
-    parts = *data, device, repr(versions()), code_digest("benchmarks.measure.fp_check")
+    parts = *data, device, repr(versions()), code_digest(__name__)
     path = cache / "fp-accuracy" / f"{digest_text(*parts)}.json"
     try:
         return float(json.loads(path.read_text("utf-8"))["top1"])
@@ -78,7 +77,7 @@ def _causes(dataset: Dataset) -> list[str]:
     sizes = dataset.test_labels.bincount(minlength=len(classes))
     return [
         f"an incomplete val folder: it holds {images:,} images, ImageNet's {VAL_IMAGES:,}",
-        f"the order of classes, which is that of the sorted folder names, wnids of {VAL_CLASSES:,} classes: {named}",
+        f"the order of classes, which is that of the sorted folder names, wnids of {CLASSES:,} classes: {named}",
         f"val images in wrong class folders: there are {sizes.min():,} to {sizes.max():,} a class, ImageNet has 50",
         f"another transform or image size than the weights were made for: {prepared}",
         "another version of the weights than the figure is for (IMAGENET1K_V1 and V2 differ by up to 5 points)",

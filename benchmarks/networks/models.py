@@ -12,6 +12,7 @@ from torchvision.models import mobilenet_v2
 from torchvision.models.resnet import BasicBlock
 
 from benchmarks import BenchmarkError
+from benchmarks.wording import reason, some
 
 WIDTHS = (16, 32, 64)
 # (expansion, channels, repeats, stride) of each stage: torchvision's MobileNetV2 with strides for 32x32 images.
@@ -20,7 +21,7 @@ KEYS_SHOWN = 5
 
 
 class CifarResNet(nn.Module):
-    """ResNet for small images (He et al. 2016, section 4.2), ``6 * blocks + 2`` layers of torchvision's blocks."""
+    """ResNet for small images (He et al. 2016, section 4.2), `6 * blocks + 2` layers of torchvision's blocks."""
 
     def __init__(self, blocks: int, num_classes: int, in_channels: int) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class CifarResNet(nn.Module):
         self.fc = nn.Linear(WIDTHS[2], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, in_channels, height, width)``."""
+        """Logits `(N, num_classes)` of images `(N, in_channels, height, width)`."""
         features = self.relu(self.bn1(self.conv1(images)))
         features = self.layer3(self.layer2(self.layer1(features)))
         return self.fc(self.avgpool(features).flatten(1))
@@ -70,15 +71,8 @@ def mobilenetv2(num_classes: int) -> nn.Module:
 MODELS: dict[str, Callable[..., nn.Module]] = {"resnet8": resnet8, "resnet20": resnet20, "mobilenetv2": mobilenetv2}
 
 
-def create_model(name: str, num_classes: int, seed: int = 0) -> nn.Module:
-    """A network of :data:`MODELS` with random weights from ``seed``, in eval mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return MODELS[name](num_classes).eval()
-
-
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state_dict from a safetensors file, or from a ``torch.save`` file that holds tensors only.
+    """Load a state_dict from a safetensors file, or from a `torch.save` file that holds tensors only.
 
     Raises:
         BenchmarkError: no such file, a file that is more than tensors (nothing of it is run), something other than a
@@ -88,7 +82,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise BenchmarkError(f"no such weights file: {path}")
     state = _read_state(path)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        held = f"a mapping with the keys {_some(state)}" if isinstance(state, Mapping) else type(state).__name__
+        held = (
+            f"a mapping with the keys {some(state, KEYS_SHOWN)}" if isinstance(state, Mapping) else type(state).__name__
+        )
         raise BenchmarkError(f"{path} is not a state_dict, that is names with tensors; it holds {held}")
     # Files from before torch 0.4.1 lack these counters, which only training uses.
     counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
@@ -98,9 +94,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[str, Any] | None = None) -> None:
-    """``model.load_state_dict(state)`` for a state whose names and shapes fit.
+    """`model.load_state_dict(state)` for a state whose names and shapes fit.
 
-    ``versions`` are those of layers that ``torch.save`` keeps in a state_dict; safetensors does not, and a network such
+    `versions` are those of layers that `torch.save` keeps in a state_dict; safetensors does not, and a network such
     as torchvision's MNASNet refuses to load without. Where there are none, they are the network's own.
     """
     versioned = OrderedDict(state)
@@ -109,7 +105,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[
 
 
 def check_outputs(model: nn.Module, images: Tensor, classes: tuple[str, ...]) -> None:
-    """Raise :class:`BenchmarkError` unless the network has one output a class."""
+    """Raise `BenchmarkError` unless the network has one output a class."""
     with torch.no_grad():
         outputs = model(images[:1]).shape[-1]
     if outputs != len(classes):
@@ -122,8 +118,9 @@ def _read_state(path: Path) -> object:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the two readers raise many types for damaged and for hostile files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BenchmarkError(f"{path} is not a readable weights file that holds tensors only: {reason}") from error
+        raise BenchmarkError(
+            f"{path} is not a readable weights file that holds tensors only: {reason(error)}"
+        ) from error
 
 
 def _refuse_misfit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -138,12 +135,6 @@ def _refuse_misfit(model: nn.Module, state: Mapping[str, Tensor], path: Path) ->
         "unexpected": [key for key in state if key not in wanted],
         "wrong shape": shapes,
     }
-    found = [f"{problem}: {_some(keys)}" for problem, keys in problems.items() if keys]
+    found = [f"{problem}: {some(keys, KEYS_SHOWN)}" for problem, keys in problems.items() if keys]
     if found:
         raise BenchmarkError(f"{path} does not fit the {type(model).__name__}; " + "; ".join(found))
-
-
-def _some(keys: object) -> str:
-    names = [str(key) for key in keys]
-    shown = ", ".join(names[:KEYS_SHOWN])
-    return shown if len(names) <= KEYS_SHOWN else f"{shown} and {len(names) - KEYS_SHOWN} more"

@@ -14,9 +14,10 @@ from tqdm import trange
 
 from baselines.files import atomic_path, digest_tensors
 from benchmarks import BenchmarkError
-from benchmarks.datasets.data import Dataset
+from benchmarks.datasets.dataset import Dataset
 from benchmarks.networks import models
-from benchmarks.networks.models import create_model, load_weights
+from benchmarks.networks.models import load_weights
+from benchmarks.networks.weights_and_transforms import untrained
 from benchmarks.runs.files import digest_text
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,13 @@ class Training:
 def trained_model(
     name: str, dataset: Dataset, cache: Path, training: Training | None = None, *, progress: bool = False
 ) -> nn.Module:
-    """The named network trained on ``dataset``, from ``cache`` where it is there already.
+    """The named network trained on `dataset`, from `cache` where it is there already.
 
     A file in the cache that cannot be loaded is trained anew and replaced.
     """
     training = training or Training()
     path = cache / f"{dataset.name}-{name}-{_cache_key(dataset, training)}.safetensors"
-    model = create_model(name, len(dataset.classes), training.seed)
+    model = untrained(name, len(dataset.classes), training.seed)
     if path.is_file():
         try:
             load_weights(model, path)
@@ -58,7 +59,7 @@ def trained_model(
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, training: Training, *, progress: bool = False) -> None:
-    """Train in place on images ``(N, channels, height, width)`` with labels ``(N,)``; ends in eval mode."""
+    """Train in place on images `(N, channels, height, width)` with labels `(N,)`; ends in eval mode."""
     generator = torch.Generator().manual_seed(training.seed)
     optimizer = torch.optim.SGD(
         model.parameters(), momentum=training.momentum, weight_decay=training.weight_decay, nesterov=True, lr=0.01
@@ -79,7 +80,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, training: Training, 
 
 
 def _shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Shift the whole batch by up to ``most`` pixels; the border repeats."""
+    """Shift the whole batch by up to `most` pixels; the border repeats."""
     down, right = torch.randint(0, 2 * most + 1, (2,), generator=generator).tolist()
     padded = functional.pad(images, (most,) * 4, mode="replicate")
     return padded[..., down : down + images.shape[-2], right : right + images.shape[-1]]

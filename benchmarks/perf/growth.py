@@ -1,11 +1,12 @@
 """How the cost of fit, selection and application grows with images, classes and clusters, one of them at a time."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.reports.report import align, to_csv, write_texts
+from benchmarks.reports.tables import markdown_table, to_csv, write_texts
 
 AXES: dict[str, tuple[int, ...]] = {
     "images": (1024, 4096, 16384, 65536),
@@ -30,10 +31,10 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line of ``growth.csv``: one call, of a size that differs from the others of its axis in the value alone.
+    """A line of `growth.csv`: one call, of a size that differs from the others of its axis in the value alone.
 
-    ``us_per_row`` is microseconds an image; ``copies`` how many plain copies of the logits that it reads take as long;
-    ``exponent`` that of the operation along the axis, the same in all its lines.
+    `us_per_row` is microseconds an image; `copies` how many plain copies of the logits that it reads take as long;
+    `exponent` that of the operation along the axis, the same in all its lines.
     """
 
     axis: str
@@ -69,14 +70,11 @@ def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
     """
     if len(set(values)) < 2 or len(values) != len(seconds) or min(*values, *seconds) <= 0:
         raise ValueError(f"got values {list(values)} and seconds {list(seconds)}; expected positive ones, two or more")
-    x, y = [math.log(value) for value in values], [math.log(value) for value in seconds]
-    middle, level = sum(x) / len(x), sum(y) / len(y)
-    products = sum((a - middle) * (b - level) for a, b in zip(x, y, strict=True))
-    return products / sum((a - middle) ** 2 for a in x)
+    return statistics.linear_regression([*map(math.log, values)], [*map(math.log, seconds)]).slope
 
 
 def lines(seconds: Seconds) -> list[Line]:
-    """Axis by axis, from the seconds of all operations at all :func:`sizes`."""
+    """Axis by axis, from the seconds of all operations at all `sizes`."""
     found = []
     for axis, values in AXES.items():
         for operation, reads in READS.items():
@@ -96,7 +94,8 @@ def to_markdown(found: Sequence[Line]) -> str:
     parts = [_table(axis, [line for line in found if line.axis == axis]) for axis in AXES]
     slopes = {(line.operation, line.axis): f"{round(line.exponent, 2) + 0.0:.2f}" for line in found}
     rows = [(operation, "", *(slopes[operation, axis] for axis in AXES)) for operation in READS]
-    return "\n\n".join([*parts, "Growth exponents: b where time goes as a power b.", align([("", "", *AXES), *rows])])
+    parts += ["Growth exponents: b where time goes as a power b.", markdown_table([("", "", *AXES), *rows])]
+    return "\n\n".join(parts)
 
 
 def _table(axis: str, found: Sequence[Line]) -> str:
@@ -108,7 +107,7 @@ def _table(axis: str, found: Sequence[Line]) -> str:
         table.append((operation, "us a row", *(_short(line.us_per_row) for line in own)))
         if operation != "copy":
             table.append((operation, "plain copies", *(_short(line.copies) for line in own)))
-    return f"By number of {axis}, at {fixed}, processor time on one thread:\n\n{align(table)}"
+    return f"By number of {axis}, at {fixed}, processor time on one thread:\n\n{markdown_table(table)}"
 
 
 def _short(figure: float) -> str:
@@ -118,7 +117,7 @@ def _short(figure: float) -> str:
 
 
 def write_growth(folder: Path, found: Sequence[Line]) -> str:
-    """Write ``growth.md`` and ``growth.csv``, each whole or not at all, and give the text of the former."""
+    """Write `growth.md` and `growth.csv`, each whole or not at all, and give the text of the former."""
     text = to_markdown(found)
     write_texts(folder, {"growth.md": text + "\n", "growth.csv": to_csv(found)})
     return text

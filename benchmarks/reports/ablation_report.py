@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.anchors import CURVES, SOURCE, Anchor, load_anchors
+from benchmarks.measure.corrections import MODES
 from benchmarks.measure.draws import Gain
-from benchmarks.measure.evaluate import MODES
 from benchmarks.measure.factors import ABLATED, FACTORS, Value
 from benchmarks.reports.plots import COLOURS, GAIN_LABEL, MARKERS, gain_axis, new_figure
-from benchmarks.reports.report import align, to_csv, write_texts
 from benchmarks.reports.robustness_report import gains_table, mean_gain
+from benchmarks.reports.tables import markdown_table, to_csv, write_texts
 from benchmarks.wording import bits_name, signed
 from cat_plugin.report.figures import plain_style, save_figure
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Line(Gain):
-    """A line of ``<factor>.csv``: a gain, and the value of the factor that it stands for."""
+    """A line of `<factor>.csv`: a gain, and the value of the factor that it stands for."""
 
     factor: str
     value: Value
 
 
 def write_report(folder: Path, lines: Sequence[Line], notes: Sequence[str]) -> dict[str, bool]:
-    """Write ``<factor>.csv``, ``<factor>.md`` and, where matplotlib is installed, ``<factor>.png`` of every factor.
+    """Write `<factor>.csv`, `<factor>.md` and, where matplotlib is installed, `<factor>.png` of every factor.
 
     Each is written whole or not at all. Gives the files there are, and whether each was there just the same.
     """
@@ -42,7 +42,7 @@ def write_report(folder: Path, lines: Sequence[Line], notes: Sequence[str]) -> d
 
 
 def to_markdown(lines: Sequence[Line], notes: Sequence[str]) -> str:
-    """The tables of all factors, and ``notes`` on what is not in them."""
+    """The tables of all factors, and `notes` on what is not in them."""
     return "\n\n".join([*(factor_markdown(*each) for each in _by_factor(lines).items()), *notes])
 
 
@@ -74,7 +74,7 @@ def sources_table(lines: Sequence[Line]) -> str:
             if found:
                 means = [mean_gain(line.gain for line in found if line.value == value) for value in values]
                 table.append((source, MODES[mode], f"{found[0].lq_top1:.2f}", *means))
-    return align(table)
+    return markdown_table(table)
 
 
 def anchors_table(anchors: Sequence[Anchor]) -> str:
@@ -83,7 +83,7 @@ def anchors_table(anchors: Sequence[Anchor]) -> str:
     table = [("network", "bits", *map(_readable, values))]
     for (arch, bits), curve in _curves(anchors).items():
         table.append((arch, bits, *(signed(curve[value]) if value in curve else "-" for value in values)))
-    return align(table)
+    return markdown_table(table)
 
 
 @plain_style()

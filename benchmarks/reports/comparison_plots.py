@@ -1,4 +1,4 @@
-"""Figures of a run of ``compare``: gains with intervals, classes that win and lose, logits before and after."""
+"""Figures of a run of `compare`: gains with intervals, classes that win and lose, logits before and after."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks.measure.comparisons import modes_in, summarize
-from benchmarks.measure.evaluate import MODES, Measurement
+from benchmarks.measure.accuracy import Measurement
+from benchmarks.measure.comparisons import modes_in, over_seeds, summarize
+from benchmarks.measure.corrections import MODES
 from benchmarks.reports.plots import GAIN_LABEL, LINEAR_TO, STYLES, blank_figure, gain_axis, new_figure
+from benchmarks.runs.row_files import change
 from benchmarks.wording import bits_name
 from cat_plugin.report.figures import CLUSTERS_DRAWN, draw_clusters, plain_style, readable, save_figure
 
@@ -130,24 +132,17 @@ def draw_logits(measured: Sequence[Measurement], classes: Sequence[str] | None) 
 
 
 def class_gains(measured: Sequence[Measurement]) -> Iterator[tuple[str, Tensor]]:
-    """Name of every method and bit setting, and ``(C,)`` what it gains a class, see :func:`draw_changes`."""
+    """Name of every method and bit setting, and `(C,)` what it gains a class, see `draw_changes`."""
     mode = modes_in(measured)[-1]
-
-    def key(measurement: Measurement) -> str:
-        row = measurement.row
-        return f"{row.method} {bits_name(row.w_bits, row.a_bits)}"
-
     classes = max(int(tensor.max()) for each in measured for tensor in each.predictions.values()) + 1
-    for name in dict.fromkeys(map(key, measured)):
-        found = [each for each in measured if key(each) == name and mode in each.predictions]
-        if found:
-            yield name, torch.stack([_class_gain(each, mode, classes) for each in found]).mean(dim=0)
+    for group in over_seeds([each for each in measured if mode in each.predictions]):
+        yield group[0].row.title, torch.stack([_class_gain(each, mode, classes) for each in group]).mean(dim=0)
 
 
 def _class_gain(measurement: Measurement, mode: str, classes: int) -> Tensor:
     labels = measurement.predictions["labels"].long()
-    change = measurement.correct(mode).double() - measurement.correct("lq").double()
-    sums = torch.zeros(classes, dtype=torch.float64).index_add_(0, labels, change)
+    gains = change(measurement.predictions, mode)
+    sums = torch.zeros(classes, dtype=torch.float64).index_add_(0, labels, gains)
     return 100 * sums / torch.bincount(labels, minlength=classes).clamp(min=1)
 
 

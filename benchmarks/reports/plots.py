@@ -22,7 +22,7 @@ TICKS = 0.0, *(sign * tick for tick in (0.3, 1.0, 3.0, 10.0, 30.0, 100.0) for si
 
 
 def blank_figure(name: str, width: float, height: float) -> "Figure | None":
-    """A figure of so many inches; None, and a warning that ``name`` is not drawn, where matplotlib is missing."""
+    """A figure of so many inches; None, and a warning that `name` is not drawn, where matplotlib is missing."""
     try:
         return plotting.new_figure(width, height)
     except CATError:

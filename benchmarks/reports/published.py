@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from benchmarks.anchors import SOURCES, Published, load_published
-from benchmarks.datasets.imagenet import NAME as IMAGENET
-from benchmarks.datasets.imagenet import VAL_IMAGES
-from benchmarks.measure.comparisons import Summary, summarize
-from benchmarks.measure.evaluate import Measurement
-from benchmarks.wording import bits_name, signed
+from benchmarks.datasets.imagenet import IMAGENET, VAL_IMAGES
+from benchmarks.measure.accuracy import Measurement
+from benchmarks.measure.comparisons import Summary, by_setting
+from benchmarks.wording import signed
 
 # torchvision's and timm's names, and the papers'.
 NETWORKS = {
@@ -46,10 +44,10 @@ def beside(measured: Sequence[Measurement]) -> Beside | None:
 
     They speak of some networks, on all 50,000 validation images: a smaller folder is another task.
 
-    All of ``measured`` are of one data set and network.
+    All of `measured` are of one data set and network.
     """
     row = measured[0].row
-    if row.dataset != IMAGENET or row.n_eval != VAL_IMAGES or row.model not in NETWORKS | OTHERS:
+    if row.dataset != IMAGENET.name or row.n_eval != VAL_IMAGES or row.model not in NETWORKS | OTHERS:
         return None
     lines = _lines(measured, load_published(NETWORKS[row.model])) if row.model in NETWORKS else []
     if not lines:
@@ -61,17 +59,16 @@ def beside(measured: Sequence[Measurement]) -> Beside | None:
 
 def _lines(measured: Sequence[Measurement], known: Sequence[Published]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = []
-    for key, group in groupby(summarize(measured), key=lambda line: (line.method, line.w_bits, line.a_bits)):
-        theirs = [each for each in known if (each.method, each.w_bits, each.a_bits) == key]
+    for found in by_setting(measured):
+        first = next(iter(found.values()))
+        theirs = [each for each in known if (each.method, each.w_bits, each.a_bits) == first.setting]
         if not theirs:
             continue
-        found = {line.mode: line for line in group}
-        first, name = next(iter(found.values())), f"{key[0]} {bits_name(*key[1:])}"
         gains = [_gain(found.get(mode)) for mode in ("cat_paper", "cat")]
-        lines.append((name, OURS, *_scores(first.fp_top1, first.lq_top1), *gains))
-        lines += [
-            (name, each.source, *_scores(each.fp_top1, each.top1), _points(each.cat_gain), "-") for each in theirs
-        ]
+        lines.append((first.title, OURS, *_scores(first.fp_top1, first.lq_top1), *gains))
+        for each in theirs:
+            scores = _scores(each.fp_top1, each.top1)
+            lines.append((first.title, each.source, *scores, _points(each.cat_gain), "-"))
     return lines
 
 

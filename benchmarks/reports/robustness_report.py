@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from benchmarks.measure.draws import Gain, Source
-from benchmarks.measure.evaluate import MODES
+from benchmarks.measure.corrections import MODES
+from benchmarks.measure.draws import Gain
+from benchmarks.measure.paired_logits import Source
 from benchmarks.reports.plots import GAIN_LABEL, STYLES, gain_axis, new_figure
-from benchmarks.reports.report import align, to_csv, write_texts
+from benchmarks.reports.tables import markdown_table, to_csv, write_texts
 from benchmarks.wording import signed
 from cat_plugin.report.figures import plain_style, save_figure
 
@@ -17,7 +18,7 @@ SPREAD = 0.3  # of the distance to the next size, that dots of different sources
 
 
 def write_report(folder: Path, gains: Sequence[Gain], notes: Sequence[str]) -> dict[str, bool]:
-    """Write ``results.csv``, ``results.md`` and, where matplotlib is installed, ``robustness.png``.
+    """Write `results.csv`, `results.md` and, where matplotlib is installed, `robustness.png`.
 
     Each is written whole or not at all. Gives the files there are, and whether each was there just the same.
     """
@@ -26,7 +27,7 @@ def write_report(folder: Path, gains: Sequence[Gain], notes: Sequence[str]) -> d
 
 
 def to_markdown(gains: Sequence[Gain], notes: Sequence[str]) -> str:
-    """Both tables with what they show, and ``notes`` on what is not in them."""
+    """Both tables with what they show, and `notes` on what is not in them."""
     sources = len({gain.source for gain in gains})
     title = (
         f"Gain in top-1 over the low-bit model, in percentage points, on {sources} "
@@ -46,14 +47,14 @@ def sizes_table(gains: Sequence[Gain]) -> str:
 
 
 def gains_table(header: str, groups: Mapping[tuple[str, str], Sequence[float]]) -> str:
-    """Mean, worst and share of losses of the gains of every value of what ``header`` names, and correction."""
+    """Mean, worst and share of losses of the gains of every value of what `header` names, and correction."""
     lines = [(header, "correction", "mean gain", "worst draw", "draws that lose", "draws")]
     for names, values in groups.items():
         if values:
             losing = sum(value < 0 for value in values) / len(values)
             figures = signed(statistics.fmean(values)), signed(min(values)), f"{losing:.0%}", str(len(values))
             lines.append((*names, *figures))
-    return align(lines)
+    return markdown_table(lines)
 
 
 def sources_table(gains: Sequence[Gain]) -> str:
@@ -67,11 +68,11 @@ def sources_table(gains: Sequence[Gain]) -> str:
             lines.append(
                 (source, f"{images:,}", str(draws), f"{first.fp_top1:.2f}", f"{first.lq_top1:.2f}", *means),
             )
-    return align(lines)
+    return markdown_table(lines)
 
 
 def shortfalls(sources: Sequence[Source], images: Sequence[int], max_draws: int) -> list[str]:
-    """A sentence for every number of fresh images that is too small for ``max_draws`` draws of each size."""
+    """A sentence for every number of fresh images that is too small for `max_draws` draws of each size."""
     notes = []
     for fresh in sorted({source.fresh for source in sources}):
         alike = [source for source in sources if source.fresh == fresh]

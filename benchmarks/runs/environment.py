@@ -57,7 +57,7 @@ def code_digest(*modules: str) -> str:
 
 
 def _imported(code: str) -> Iterator[str]:
-    """Names that the code imports, ``from a import b`` as ``a.b``."""
+    """Names that the code imports, `from a import b` as `a.b`."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -66,7 +66,7 @@ def _imported(code: str) -> Iterator[str]:
 
 
 def _files(name: str) -> list[Path]:
-    """Files of this repository that an import of ``name`` runs: the module, where it is one, and its packages."""
+    """Files of this repository that an import of `name` runs: the module, where it is one, and its packages."""
     parts = name.split(".")
     if parts[0] not in PACKAGES:
         return []
@@ -87,7 +87,7 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def _accelerator(device: str) -> str | None:
-    """What ``device`` is called, or None for the processor and where nothing says so."""
+    """What `device` is called, or None for the processor and where nothing says so."""
     backend = getattr(torch, torch.device(device).type, None)
     name = getattr(backend, "get_device_name", None)
     return None if name is None else name(torch.device(device))

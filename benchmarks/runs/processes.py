@@ -1,31 +1,23 @@
-"""Several processes that share the cells of one run, as ``torchrun`` starts them.
+"""Several processes that share the cells of one run, as `torchrun` starts them.
 
 They meet in the folder of the run alone: no process group is made, which would make corrections be fitted together.
 """
 
-import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
+from filelock import FileLock, Timeout
 
 from benchmarks import BenchmarkError
-
-try:
-    import fcntl
-except ImportError:  # on Windows, where two processes may then do the same work
-    fcntl = None
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """Number ``rank`` of ``world`` processes, and number ``local_rank`` of the ``local_world`` on this machine."""
+    """Number `rank` of `world` processes, and number `local_rank` of the `local_world` on this machine."""
 
     rank: int = 0
     world: int = 1
@@ -43,7 +35,7 @@ class Process:
 
 
 def this_process(environment: Mapping[str, str] = os.environ) -> Process:
-    """What ``torchrun`` says in the environment; one process where it says nothing.
+    """What `torchrun` says in the environment; one process where it says nothing.
 
     Raises:
         BenchmarkError: the variables are no numbers that go together.
@@ -64,7 +56,7 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Process:
 
 
 def local_device(text: str, process: Process) -> torch.device:
-    """The device ``text``; of several accelerators, where ``text`` names none, the one that is the process's own."""
+    """The device `text`; of several accelerators, where `text` names none, the one that is the process's own."""
     device = torch.device(text)
     if process.alone or device.index is not None or device.type == "cpu":
         return device
@@ -72,7 +64,7 @@ def local_device(text: str, process: Process) -> torch.device:
 
 
 def use_device(text: str, process: Process) -> None:
-    """Make ``text`` mean :func:`local_device` in this process, so that settings say the same in all of them.
+    """Make `text` mean `local_device` in this process, so that settings say the same in all of them.
 
     Figures of an accelerator are made to repeat as far as its library lets them: no search for the fastest kernels,
     the deterministic ones where there is a choice, and float32 that is not rounded to TF32.
@@ -89,46 +81,34 @@ def use_device(text: str, process: Process) -> None:
 
 
 def refuse_several(command: str, process: Process) -> None:
-    """Raise :class:`BenchmarkError` unless this is the only process."""
+    """Raise `BenchmarkError` unless this is the only process."""
     if not process.alone:
         raise BenchmarkError(f"{command} runs in one process, got WORLD_SIZE={process.world}; torchrun is for compare")
 
 
 @contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether nobody else is at the work that ``path`` stands for; if so, it is claimed inside the block.
+    """Whether nobody else is at the work that `path` stands for; if so, it is claimed inside the block.
 
     The claim is a lock on the file, which the system takes back when the process ends, however it ends.
+
+    Raises:
+        BenchmarkError: the file system has no locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as opened:
-        free = _locked(opened) and _is_at(path, opened)
-        try:
-            yield free
-        finally:
-            # Windows deletes no open file; an empty one stays there.
-            if free and fcntl is not None:
-                path.unlink(missing_ok=True)
-
-
-def _is_at(path: Path, opened: IO[str]) -> bool:
-    """Whether ``opened`` is still the file at ``path``; what another claim has deleted may be locked by anybody."""
-    if fcntl is None:
-        return True
+    lock = FileLock(path)
     try:
-        found = path.stat()
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(found, os.fstat(opened.fileno()))
-
-
-def _locked(opened: IO[str]) -> bool:
-    if fcntl is None:
-        return True
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    except OSError as error:
+        raise BenchmarkError(
+            f"{path} cannot be locked ({error}); several processes need a folder with locks"
+        ) from error
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # a file system without locks: two processes may do the same work, with the same result
-        logger.warning("%s cannot be locked: %s", opened.name, error)
-    return True
+        yield True
+    finally:
+        with suppress(PermissionError):  # Windows deletes no open file; an empty one stays there
+            path.unlink(missing_ok=True)
+        lock.release()

@@ -3,6 +3,8 @@
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 from torch import nn
@@ -11,8 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.errors import CATError
 from cat_plugin.running.outputs import Output, extract, insert
-from cat_plugin.running.positions import from_rows, to_rows
+from cat_plugin.running.positions import class_axis_of, from_rows, to_rows
 from cat_plugin.running.taps import find_layer
+
+_DISABLED: ContextVar[frozenset[int]] = ContextVar("ids of the hooks that are disabled here", default=frozenset())
+_COUNTING = Lock()
 
 
 class CATHook:
@@ -36,18 +41,21 @@ class CATHook:
         self.class_axis = class_axis
         self.layer = layer
         self._handle: RemovableHandle | None = None
-        self._disabled = 0
+        self._blocks = 0  # of disabled(), in any thread
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return output if self._disabled else self.correct(module, output)
+        # The count is asked first: it is all that compilers have to know.
+        return output if self._blocks and id(self) in _DISABLED.get() else self.correct(module, output)
 
     def correct(self, module: nn.Module, output: Any) -> Any:
         """What `module` returned, with its logits corrected, whether or not the hook is disabled."""
         logits = extract(output, type(module).__name__, self.output)
         if self.correction.scale.device != logits.device:
             self.correction.to(logits.device)
-        rows = to_rows(logits, self.class_axis)
-        return insert(output, from_rows(self.correction(rows), logits, self.class_axis), self.output)
+        axis = class_axis_of(logits, self.class_axis) if logits.ndim > 2 else 1
+        binary = self.correction.num_classes == 2 and logits.shape[axis] == 1
+        corrected = self.correction(to_rows(logits, axis, binary))
+        return insert(output, from_rows(corrected, logits, axis, binary), self.output)
 
     def attach(self, model: nn.Module) -> None:
         """Registers the hook on `model`, or on its layer that is to be corrected.
@@ -61,7 +69,7 @@ class CATHook:
 
     def unattached(self) -> "CATHook":
         """A hook that corrects alike, with a copy of the correction, and is on no model."""
-        twin = copy.copy(self)
+        twin = copy.copy(self)  # by way of __getstate__: enabled
         twin.correction = copy.deepcopy(self.correction)
         twin._handle = None
         return twin
@@ -74,16 +82,22 @@ class CATHook:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The model gives its plain output inside the block; blocks can be nested."""
-        self._disabled += 1
+        """The model gives its plain output inside the block, to this thread (or task) alone; blocks can be nested."""
+        token = _DISABLED.set(_DISABLED.get() | {id(self)})
+        self._count(1)
         try:
             yield
         finally:
-            self._disabled -= 1
+            self._count(-1)
+            _DISABLED.reset(token)
+
+    def _count(self, change: int) -> None:
+        with _COUNTING:
+            self._blocks += change
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside disabled() has no block that would ever enable it again.
-        return {**self.__dict__, "_disabled": 0}
+        return {**self.__dict__, "_blocks": 0}
 
 
 def find_hooks(model: nn.Module) -> list[CATHook]:

@@ -36,6 +36,18 @@ class ClusterAffine(nn.Module):
     computed in; `half()` of a model that holds this module leaves the buffers as they are. Works for any number of
     images, none included, and is free of data-dependent Python, so `torch.export` and
     `torch.compile` take it.
+
+    Raises:
+        CATError: buffers of other shapes.
+
+    Example:
+        >>> import torch
+        >>> from cat_plugin import ClusterAffine
+        >>> shift = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # one row a cluster; the larger logit is the cluster here
+        >>> correction = ClusterAffine(torch.eye(2), torch.zeros(2), torch.ones(2, 2), shift)
+        >>> correction(torch.tensor([[3.0, 1.0], [1.0, 3.0]]))
+        tensor([[4., 1.],
+                [1., 5.]])
     """
 
     weight: Tensor

@@ -7,7 +7,6 @@ images that they were not fitted on. Where held-out images show no gain, the ide
 
 import dataclasses
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +14,9 @@ from cat_plugin.config import CATConfig
 from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.fitting.evidence import Evidence, judge
 from cat_plugin.fitting.families import AffineMap, Shared, fit_maps
+from cat_plugin.fitting.least_squares import effective_share
 from cat_plugin.fitting.processes import ALONE, Processes
-from cat_plugin.fitting.store import LogitStore
+from cat_plugin.fitting.store import LogitStore, different_images
 from cat_plugin.fitting.weights import Sample, cross_fit, mixed, temper, weigh
 
 MIN_IMAGES = 20
@@ -29,14 +29,16 @@ is drawn."""
 class Selected:
     """A correction, the evidence for it, and the images that it was judged on.
 
-    images: how many it was fitted on, in all processes, and repeated: how many of them repeat another. q, f: (n, C)
-    float64 logits of those it was judged on, and corrected: (n, C) float64, their corrected logits, each by maps that
-    were fitted without it. owners: (n,) int64, the image of each, where all of these are positions of images.
+    images: how many it was fitted on, in all processes; rows: how many positions they have; repeated: how many of the
+    images repeat another. q, f: (n, C) float64 logits of those it was judged on, and corrected: (n, C) float64, their
+    corrected logits, each by maps that were fitted without it. owners: (n,) int64, the image of each, where all of
+    these are positions of images.
     """
 
     correction: ClusterAffine
     evidence: Evidence
     images: int
+    rows: int
     repeated: int
     q: Tensor
     f: Tensor
@@ -50,63 +52,81 @@ def select(store: LogitStore, config: CATConfig, processes: Processes = ALONE) -
     The outcome does not depend on the order of the images, nor on which process has which. Images that repeat
     another one (in the outputs of both models, to about five digits) count once, since they would be held out and
     fitted at a time. Families are weighed, and divergences minimised, on up to `SELECTION_VALUES` logits; the
-    least-squares statistics are those of all images, in passes that take memory for a part of them only. Positions
-    of an image are samples like images, but are held out together, and standard errors are those over images.
+    least-squares statistics are those of all images, in passes that take memory for a part of them only. Positions of
+    an image are held out together, count as many samples as they are worth (`effective_share`), and standard errors are
+    those over images. What is judged is what will be attached, `alpha` included.
 
     Args:
         store: logits (N, C) of both models.
         config: its `num_clusters`, `pca_dim`, `alpha` and `seed` count.
         processes: that call this function, each with images of its own.
     """
-    (q, f, owners), rows, repeated = _sample(store, config, processes)
-    n_images = rows if owners is None else int(processes.sum(torch.tensor(store.num_images)))
+    drawn = _draw(store, config, processes)
+    q, f, owners = drawn.q, drawn.f, drawn.owners
 
     def leave_alone(evidence: Evidence) -> Selected:
         identity = ClusterAffine.identity(store.classes)
-        return Selected(identity, evidence, rows + repeated, repeated, q, f, q, owners)
+        return Selected(identity, evidence, drawn.images, drawn.rows, drawn.repeated, q, f, q, owners)
 
-    if min(rows, n_images) < MIN_IMAGES:
-        reason = f"{min(rows, n_images)} images are too few to learn from and to check; give at least {MIN_IMAGES}"
+    distinct = drawn.images - drawn.repeated
+    if distinct < MIN_IMAGES:
+        reason = f"{distinct} different images are too few to learn from and to check; give at least {MIN_IMAGES}"
         return leave_alone(Evidence(0, 0.0, 0.0, 0.0, False, reason))
-    shared = Shared.of(q, f, config)
+    shared = Shared.of(q, f, config, effective_share(q, f, owners))
     sample = Sample(shared.rows(q, f), owners, shared, config.seed)
-    outputs = cross_fit(sample)
+    sample, outputs = cross_fit(sample)
+    shared = sample.shared
     weights = temper(weigh(outputs, sample), outputs, sample)
-    held_out = mixed(weights, outputs)
-    weights, evidence = processes.agree((weights, judge(outputs, weights, held_out, sample)))
+    corrected = q + config.alpha * (mixed(weights, outputs) - q)
+    weights, evidence = processes.agree((weights, judge(outputs, weights, corrected, sample, config.alpha)))
     if not evidence.accepted:
         return leave_alone(evidence)
     used = [family for family, weight in weights.items() if weight > 0]
-    if len(q) == rows:  # of all processes
+    if drawn.complete:
         maps = fit_maps(used, shared, sample.rows)
     else:
         maps = fit_maps(used, shared, sample.rows, lambda: (shared.rows(*part) for part in store.chunks()), processes)
     total = AffineMap.combined((weights[family], maps[family]) for family in used)
     correction = processes.agree(shared.correction(total, config.alpha))
-    judged = q + config.alpha * (held_out - q)
-    return Selected(correction, evidence, rows + repeated, repeated, q, f, judged, owners)
+    return Selected(correction, evidence, drawn.images, drawn.rows, drawn.repeated, q, f, corrected, owners)
 
 
-def _sample(
-    store: LogitStore, config: CATConfig, processes: Processes
-) -> tuple[tuple[Tensor, Tensor, Tensor | None], int, int]:
-    """The rows of all processes that families are compared on, `(q, f, owners)` in a random order; how many different
-    ones there are; and how many repeat another.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Drawn:
+    """Different images of all processes, in an order that does not depend on how they came.
 
-    The random order is one of sorted images, so that it does not depend on how they came.
+    complete: whether these are all different ones. images, rows, repeated: as in `Selected`.
     """
-    keys = processes.gather_rows(store.keys())
-    order = torch.from_numpy(np.lexsort(keys.T.flip(0).numpy()))
-    repeats = (keys[order].diff(dim=0).abs() <= 1e-5 * keys.abs().mean(dim=0)).all(dim=1)
-    order = order[torch.cat([torch.ones(min(len(keys), 1), dtype=torch.bool), ~repeats])]
-    chosen = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(config.seed))]
-    chosen = chosen[: max(SELECTION_VALUES // store.classes, MIN_IMAGES)]
-    before = processes.rows_before(len(store))
-    places = ((chosen >= before) & (chosen < before + len(store))).nonzero().squeeze(1)
-    taken = [processes.gather_rows(part) for part in store.take(chosen[places] - before)]
-    arranged = processes.gather_rows(places).argsort()
-    q, f = (part[arranged] for part in taken)
-    owners = store.images
-    if owners is not None:
-        owners = processes.gather_rows(owners + processes.rows_before(store.num_images))[chosen]
-    return (q, f, owners), len(order), len(keys) - len(order)
+
+    q: Tensor
+    f: Tensor
+    owners: Tensor | None
+    complete: bool
+    images: int
+    rows: int
+    repeated: int
+
+
+def _draw(store: LogitStore, config: CATConfig, processes: Processes) -> _Drawn:
+    """A random order of sorted images, as many as `SELECTION_VALUES` allows, the same in all processes."""
+    keys, counts = processes.gather_rows(store.keys()), processes.gather_rows(store.rows_per_image())
+    distinct = different_images(keys)
+    chosen = distinct[torch.randperm(len(distinct), generator=torch.Generator().manual_seed(config.seed))]
+    fits = counts[chosen].cumsum(0) <= SELECTION_VALUES // store.classes
+    fits[:MIN_IMAGES] = True
+    chosen = chosen[fits]
+    before = processes.before(store.num_images)
+    places = ((chosen >= before) & (chosen < before + store.num_images)).nonzero().squeeze(1)
+    rows, owners = store.rows_of(chosen[places] - before)
+    taken = [processes.gather_rows(part) for part in (*store.take(rows), places[owners])]
+    arranged = taken[-1].argsort(stable=True)
+    q, f, owners = (part[arranged] for part in taken)
+    return _Drawn(
+        q,
+        f,
+        None if store.images is None else owners,
+        len(chosen) == len(distinct),
+        len(keys),
+        int(counts.sum()),
+        len(keys) - len(distinct),
+    )

@@ -1,4 +1,4 @@
-"""The divergence (Kullback-Leibler) of corrected from full-precision predictions, and maps that minimise it."""
+"""The divergence of corrected from full-precision predictions (Kullback-Leibler), and maps that minimise it."""
 
 import math
 from collections.abc import Callable
@@ -7,10 +7,14 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from cat_plugin.kinds import SOFTMAX, VALUE, OutputKind
+
 MAX_STEPS = 40
 
 
-def fit_shared_divergence(z: Tensor, start: Tensor, teacher: Tensor, temperature: float, prior: float) -> Tensor:
+def fit_shared_divergence(
+    z: Tensor, start: Tensor, teacher: Tensor, temperature: float, prior: float, kind: OutputKind = SOFTMAX
+) -> Tensor:
     """Linear map of features, added to other logits, that brings predictions near the teacher's.
 
     Minimises `mean KL(teacher || softmax((start + z @ coefficients) / temperature))` plus
@@ -28,14 +32,16 @@ def fit_shared_divergence(z: Tensor, start: Tensor, teacher: Tensor, temperature
     scaled = start / temperature
 
     def value_and_gradient(coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = cross_entropy(scaled + z @ coefficients, teacher)
+        value, slope = cross_entropy(scaled + z @ coefficients, teacher, kind)
         penalty = prior / n_images
         return value + penalty / 2 * coefficients.square().sum(), z.T @ slope + penalty * coefficients
 
     return temperature * _minimise(value_and_gradient, z.new_zeros(z.shape[1], start.shape[1]))
 
 
-def fit_class_divergence(q: Tensor, teacher: Tensor, temperature: float, prior: float) -> tuple[Tensor, Tensor]:
+def fit_class_divergence(
+    q: Tensor, teacher: Tensor, temperature: float, prior: float, kind: OutputKind = SOFTMAX
+) -> tuple[Tensor, Tensor]:
     """Scale and shift of every class, pulled to the identity, that bring predictions near the teacher's.
 
     Minimises the same divergence of `q + slope * (q - mean) / std + offset`, with the same penalty on slope and offset.
@@ -52,7 +58,7 @@ def fit_class_divergence(q: Tensor, teacher: Tensor, temperature: float, prior: 
     standard, scaled = (q - mean) / std, q / temperature
 
     def value_and_gradient(parameters: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = cross_entropy(scaled + standard * parameters[0] + parameters[1], teacher)
+        value, slope = cross_entropy(scaled + standard * parameters[0] + parameters[1], teacher, kind)
         gradient = torch.stack([(standard * slope).sum(dim=0), slope.sum(dim=0)])
         penalty = prior / n_images
         return value + penalty / 2 * parameters.square().sum(), gradient + penalty * parameters
@@ -61,38 +67,30 @@ def fit_class_divergence(q: Tensor, teacher: Tensor, temperature: float, prior: 
     return 1 + slope / std, offset - slope * mean / std
 
 
-def cross_entropy(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of `softmax(logits)` against `teacher`, both (N, C), and its gradient by the logits."""
-    normaliser = logits.logsumexp(dim=1, keepdim=True)
-    value = (normaliser.squeeze(1) - (teacher * logits).sum(dim=1)).mean()
-    return value, (logits - normaliser).exp_().sub_(teacher).div_(len(logits))
+def cross_entropy(outputs: Tensor, teacher: Tensor, kind: OutputKind = SOFTMAX) -> tuple[Tensor, Tensor]:
+    """Mean loss of `outputs` against the means `teacher`, both (N, C), and its gradient by the outputs."""
+    return kind.loss(outputs, teacher).mean(), (kind.means(outputs) - teacher) / len(outputs)
 
 
-def softened(f: Tensor, temperature: float) -> Tensor:
-    """(N, C) predictions of the logits `f` (N, C), softened by a temperature."""
-    return (f / temperature).softmax(dim=1)
+def softened_divergence(output: Tensor, teacher: Tensor, temperature: float, kind: OutputKind = SOFTMAX) -> Tensor:
+    """(N,) loss of predictions against the teacher's, (N, C), softened by the same temperature, at the scale of
+    `output` (N, C) that makes its mean smallest."""
+    scaled = output / temperature
+    return kind.loss(best_scale(scaled, teacher, kind) * scaled, teacher)
 
 
-def softened_divergence(output: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """(N,) cross-entropy of predictions against those of the teacher, (N, C), softened by the same temperature, at the
-    scale of `output` (N, C) that makes its mean smallest."""
-    scaled = best_scale(output / temperature, teacher) * output / temperature
-    return scaled.logsumexp(dim=1) - (teacher * scaled).sum(dim=1)
-
-
-def best_scale(logits: Tensor, teacher: Tensor) -> float:
-    """The factor of `logits` (N, C) that brings their softmax nearest to `teacher` on average."""
-    spread = logits.var(dim=1, correction=0).mean().sqrt().item()
-    if not spread > 1e-12:
+def best_scale(outputs: Tensor, teacher: Tensor, kind: OutputKind = SOFTMAX) -> float:
+    """The factor of `outputs` (N, C) that brings predictions nearest to `teacher` on average; of values, 1."""
+    spread = kind.centred(outputs).square().mean().sqrt().item()
+    if kind is VALUE or not spread > 1e-12:
         return 1.0  # all classes alike, as where there is but one: no factor changes a prediction
-    inner, unit = (teacher * logits).sum(dim=1).mean(), math.log(spread)
-    found = minimize_scalar(
-        lambda log_scale: ((math.exp(log_scale) * logits).logsumexp(dim=1).mean() - math.exp(log_scale) * inner).item(),
-        bounds=(math.log(0.01) - unit, math.log(1000) - unit),
-        method="bounded",
-        options={"xatol": 1e-3},
-    )
-    return math.exp(found.x)
+    inner, unit = (teacher * outputs).sum(dim=1).mean(), math.log(spread)
+
+    def loss(log_scale: float) -> float:
+        return (kind.partition(math.exp(log_scale) * outputs).mean() - math.exp(log_scale) * inner).item()
+
+    bounds = math.log(0.01) - unit, math.log(1000) - unit
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-3}).x)
 
 
 def _minimise(value_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> Tensor:

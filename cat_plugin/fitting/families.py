@@ -1,7 +1,8 @@
 """The kinds of maps from quantized to full-precision logits that are tried, and how each is fitted."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from cat_plugin.fitting.clustering import Clusters, cluster, one_cluster
 from cat_plugin.fitting.divergence import fit_class_divergence, fit_shared_divergence
 from cat_plugin.fitting.least_squares import AffineSums, DeviationSums, SharedSums
 from cat_plugin.fitting.processes import ALONE, Processes
+from cat_plugin.kinds import SOFTMAX, VALUE, OutputKind
 
 SAMPLES_A_COMPONENT = 5
 SOFTENING = 0.5
@@ -133,32 +135,35 @@ class Basis:
 class Shared:
     """What all families have in common: components, clusters, the temperature, and how much a row counts.
 
-    share: effective samples a row, at most 1; positions of an image are not independent of each other.
+    clusters: those in use, and tried: those among which held-out images choose. share: effective samples a row, at most
+    1; positions of an image are not independent of each other. kind: what outputs mean.
     """
 
     basis: Basis
     clusters: Clusters
+    tried: tuple[Clusters, ...]
     temperature: float
     share: float
+    kind: OutputKind
 
     @classmethod
     def of(cls, q: Tensor, f: Tensor, config: CATConfig, share: float = 1.0) -> "Shared":
-        """From the logits `q` and `f`, both (N, C) float64."""
+        """From the logits `q` and `f`, both (N, C) float64; no clusters are in use yet."""
         samples = int(share * len(q))
         basis = Basis.fit(q, min(config.pca_dim, max(samples // SAMPLES_A_COMPONENT, 1)), config.seed)
-        count = config.clusters_for(samples) if basis.directions.shape[1] else 1
-        if count > 1:
-            plain = (basis.directions / basis.directions.norm(dim=0)).numpy()
-            clusters = cluster(q.numpy(), basis.mean.numpy(), plain, count, config.seed)
-        else:
-            clusters = one_cluster(*q.shape)
-        temperature = SOFTENING * max(f.std(dim=1).mean().item(), 1e-6) if q.shape[1] > 1 else 1.0
-        return cls(basis, clusters, temperature, share)
+        plain = (basis.directions / basis.directions.norm(dim=0)).numpy()
+        counts = config.clusters_for(samples) if basis.directions.shape[1] else ()
+        tried = tuple(
+            cluster(q.numpy(), basis.mean.numpy(), plain, count, config.seed) for count in counts if count > 1
+        )
+        kind = config.kind
+        spread = f.std(dim=1).mean() if kind is SOFTMAX and q.shape[1] > 1 else f.std()
+        temperature = (1.0 if kind is VALUE else SOFTENING) * max(spread.item(), 1e-6)
+        return cls(basis, one_cluster(*q.shape), tried, temperature, share, kind)
 
-    @property
-    def families(self) -> tuple[Family, ...]:
-        """Those to try."""
-        return SHARED if len(self.clusters.bias) == 1 else SHARED + CLUSTERED
+    def teacher(self, f: Tensor) -> Tensor:
+        """(n, C) FP's predictions, softened, from its outputs `f`."""
+        return self.kind.means(f / self.temperature)
 
     def rows(self, q: Tensor, f: Tensor) -> Rows:
         """Logits (n, C) with what maps read of them."""
@@ -186,6 +191,7 @@ def fit_maps(
     sample: Rows,
     chunks: Chunks | None = None,
     processes: Processes = ALONE,
+    known: Mapping[Family, AffineMap] = MappingProxyType({}),
 ) -> dict[Family, AffineMap]:
     """The maps of `families`, and of those that they deviate from.
 
@@ -194,8 +200,9 @@ def fit_maps(
         sample: rows in memory, on which divergences are minimised.
         chunks: all rows of this process, whose squared errors are minimised; None: those of `sample`.
         processes: that call this function with chunks of their own, and with the same `sample`.
+        known: maps that need not be fitted again.
     """
-    maps: dict[Family, AffineMap] = {}
+    maps = dict(known)
 
     def fit(family: Family) -> None:
         if family in maps:
@@ -241,10 +248,10 @@ def _fit_squares(
 def _fit_divergence(family: Family, base: AffineMap, shared: Shared, sample: Rows) -> AffineMap:
     """The least divergence from FP's predictions on `sample`, starting at `base`."""
     prior = PRIOR / shared.share
-    teacher = (sample.f / shared.temperature).softmax(dim=1)
+    teacher = shared.teacher(sample.f)
     if family.low_rank:
         ones = torch.cat([sample.z, sample.z.new_ones(len(sample.z), 1)], dim=1)
-        coefficients = fit_shared_divergence(ones, base(sample), teacher, shared.temperature, prior)
+        coefficients = fit_shared_divergence(ones, base(sample), teacher, shared.temperature, prior, shared.kind)
         return base.plus_mix(coefficients[:-1], coefficients[-1])
-    scale, shift = fit_class_divergence(sample.q, teacher, shared.temperature, prior)
+    scale, shift = fit_class_divergence(sample.q, teacher, shared.temperature, prior, shared.kind)
     return AffineMap(scale.unsqueeze(0), shift.unsqueeze(0), base.mix)

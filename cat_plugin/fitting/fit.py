@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import torch
 from torch import Tensor
 
 from cat_plugin.checks import check_finite
@@ -13,8 +12,8 @@ from cat_plugin.fitting.auto import select
 from cat_plugin.fitting.evidence import Evidence
 from cat_plugin.fitting.paper import cross_fitted, fit_paper
 from cat_plugin.fitting.processes import ALONE, Processes
-from cat_plugin.fitting.scores import HeldOutScores
-from cat_plugin.fitting.store import LogitStore
+from cat_plugin.fitting.scores import ErrorScores, HeldOutScores, score
+from cat_plugin.fitting.store import LogitStore, different_images
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,13 +22,13 @@ class Fit:
 
     scores: on held-out images; None where images are too few to hold any out. evidence: what it was chosen by, in
     `"auto"` mode. images: how many it was fitted on, and positions: how many of their positions, where outputs have
-    such; repeated: how many images or positions repeat another. q, f: (n, C) logits of those that it was judged on, and
+    such; repeated: how many of the images repeat another. q, f: (n, C) logits of those that it was judged on, and
     out: (n, C) corrected logits of these, by maps that were fitted without them; None where nothing was held out, and
     for layers.
     """
 
     correction: ClusterAffine
-    scores: HeldOutScores | None
+    scores: HeldOutScores | ErrorScores | None
     evidence: Evidence | None
     images: int
     positions: int | None
@@ -58,10 +57,20 @@ def fit_cluster_affine(q: Tensor, f: Tensor, config: CATConfig | None = None) ->
     Raises:
         CATError: `q` and `f` are not finite floating-point (N, C) with N >= 1; in `"paper"` mode there are fewer images
             than clusters; or `config` is no CATConfig.
+
+    Example:
+        >>> import torch
+        >>> from cat_plugin import CATConfig, fit_cluster_affine
+        >>> q = torch.randn(400, 3)
+        >>> correction = fit_cluster_affine(q, 2 * q + 1, CATConfig.paper(num_clusters=1, alpha=1.0))
+        >>> torch.allclose(correction(q), 2 * q + 1, atol=1e-4)
+        True
+        >>> torch.equal(fit_cluster_affine(q, q)(q), q)  # nothing to gain: left as it is
+        True
     """
     config = _check(q, f, config)
     if config.mode == "paper":
-        return fit_paper(q, f, config.clusters_for(len(q)), config)
+        return fit_paper(q, f, *config.clusters_for(len(q)), config)
     return select(LogitStore.of(q, f), config).correction.to(q.device, compute_dtype(q))
 
 
@@ -79,20 +88,20 @@ def fit_and_score(store: LogitStore, config: CATConfig, processes: Processes = A
     Raises:
         CATError: in `"paper"` mode there are fewer images than clusters.
     """
-    n_images = int(processes.sum(torch.tensor(store.num_images)))
-    dense = store.images is not None
+    dense, kind = store.images is not None, config.kind
     if config.mode == "auto":
         made = select(store, config, processes)
         out = made.corrected if made.evidence.images > 0 else None
-        scores = None if out is None else HeldOutScores.of(made.f, made.q, out, made.owners)
-        correction, positions = made.correction.to(store.dtype), made.images if dense else None
-        return Fit(correction, scores, made.evidence, n_images, positions, made.repeated, made.q, made.f, out)
+        scores = None if out is None else score(kind, made.f, made.q, out, made.owners)
+        correction, positions = made.correction.to(store.dtype), made.rows if dense else None
+        return Fit(correction, scores, made.evidence, made.images, positions, made.repeated, made.q, made.f, out)
     q, f, images = store.gathered(processes)
-    repeated = len(q) - len(torch.unique(torch.cat([q, f], dim=1), dim=0))
-    correction = fit_paper(q, f, config.clusters_for(len(q)), config)
+    keys = processes.gather_rows(store.keys())
+    repeated = len(keys) - len(different_images(keys))
+    correction = fit_paper(q, f, *config.clusters_for(len(q)), config)
     out = cross_fitted(q, f, config, images)
-    scores = None if out is None else HeldOutScores.of(f, q, out, images)
-    return Fit(correction, scores, None, n_images, len(q) if dense else None, repeated, q, f, out)
+    scores = None if out is None else score(kind, f, q, out, images)
+    return Fit(correction, scores, None, len(keys), len(q) if dense else None, repeated, q, f, out)
 
 
 def _check(q: Tensor, f: Tensor, config: CATConfig | None) -> CATConfig:

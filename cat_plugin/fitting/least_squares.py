@@ -150,7 +150,7 @@ class DeviationSums:
     def solve(self, share: float = 1.0, *, keep_slope: bool = False) -> tuple[Tensor, Tensor]:
         """slope (K, C) and offset (K, C); `share` is that of effective samples among the rows."""
         counts, sums = share * self.counts, share * self.sums
-        images = counts.clamp(min=1).unsqueeze(1)
+        images = counts.where(counts > 0, 1.0).unsqueeze(1)
         mean_q, mean_residual = sums[0] / images, sums[1] / images
         power = (sums[2] - images * mean_q.square()).clamp(min=0)
         cross = sums[3] - images * mean_q * mean_residual
@@ -174,3 +174,25 @@ class DeviationSums:
 def _moment(squares: Tensor, weights: Tensor, speaks: Tensor) -> Tensor:
     """Variance t, at least 0, from squares whose expectation is `1 + t * weights`."""
     return ((squares - 1) * speaks).sum().clamp(min=0) / (weights * speaks).sum().clamp(min=MIN_VARIANCE)
+
+
+def effective_share(q: Tensor, f: Tensor, owners: Tensor | None) -> float:
+    """Independent samples a row, between one an image and one a row: 1 over Kish's design effect.
+
+    The design effect is the variance of sums over images of what the affine map of all rows leaves of `f`, relative
+    to what it were if rows of an image had nothing in common; a mean over classes, by their variance (Kish, Survey
+    Sampling, 1965).
+
+    Args:
+        q, f: (N, C) float64 logits of both models.
+        owners: (N,) int64, the image of every row; None: every row is one.
+    """
+    if owners is None:
+        return 1.0
+    gamma, beta = fit_affine(q, f, torch.zeros_like(owners), 1)
+    residual = f - gamma * q - beta
+    found, index, sizes = owners.unique(return_inverse=True, return_counts=True)
+    sums = residual.new_zeros(len(found), residual.shape[1]).index_add_(0, index, residual)
+    effect = (sums.square().sum() / residual.square().sum().clamp(min=torch.finfo(residual.dtype).tiny)).item()
+    most = (sizes.double().square().sum() / sizes.sum()).item()
+    return 1 / min(max(effect, 1.0), most)

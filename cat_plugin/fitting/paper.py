@@ -29,6 +29,6 @@ def cross_fitted(q: Tensor, f: Tensor, config: CATConfig, images: Tensor | None 
     out = torch.empty_like(q)
     for fold in fold_of.unique():
         held_out = fold_of == fold
-        num_clusters = min(config.clusters_for(len(q)), int((~held_out).sum()))
+        num_clusters = min(*config.clusters_for(len(q)), int((~held_out).sum()))
         out[held_out] = fit_paper(q[~held_out], f[~held_out], num_clusters, config)(q[held_out])
     return out

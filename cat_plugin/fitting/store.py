@@ -12,6 +12,8 @@ from torch import Tensor
 
 from cat_plugin.errors import CATError
 from cat_plugin.fitting.processes import Processes
+from cat_plugin.running.digests import output_keys
+from cat_plugin.running.loaders import NoImagesError
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +49,13 @@ class LogitStore:
         store.append(q, f, images)
         return store
 
-    def append(self, q: Tensor, f: Tensor, images: Tensor | None = None) -> None:
+    def append(self, q: Tensor, f: Tensor, images: Tensor | None = None, keys: Tensor | None = None) -> None:
         """Adds the logits of a batch, (n, C) twice, on any device.
 
-        images: (n,) int64, counted from 0 over all batches, the image of every row; None: every row is one.
+        Args:
+            images: (n,) int64, counted from 0 over all batches, the image of every row, of which those of an image come
+                together; None: every row is one.
+            keys: (m, 2) float64, what tells the m images of the batch apart, see `output_keys`; None: their rows do.
         """
         parts = tuple(part.detach().cpu() for part in (q, f))
         widths = tuple(part.shape[1] for part in parts)
@@ -61,8 +66,9 @@ class LogitStore:
             raise CATError("some batches have one row an image and others several; expected outputs of one kind")
         if images is not None:
             self._images.append(images.cpu())
-        mixture = torch.randn(widths[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        self._keys.append(torch.stack([(part.double() * mixture).sum(1) for part in parts], 1))
+        if keys is None:
+            keys = output_keys(*(_means(part, images) for part in parts))
+        self._keys.append(keys)
         self._widths = widths
         self._dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self._length += len(q)
@@ -84,10 +90,7 @@ class LogitStore:
     @property
     def num_images(self) -> int:
         """How many images there are."""
-        images = self.images
-        if images is None:
-            return self._length
-        return int(images.max()) + 1 if len(images) else 0
+        return sum(map(len, self._keys))
 
     @property
     def classes(self) -> int:
@@ -100,8 +103,23 @@ class LogitStore:
         return self._dtype
 
     def keys(self) -> Tensor:
-        """(N, 2) float64: a mixture of the logits of each model, by which images are told apart and put in order."""
+        """(images, 2) float64, by which images are told apart and put in order, see `output_keys`."""
         return torch.cat(self._keys) if self._keys else torch.empty(0, 2, dtype=torch.float64)
+
+    def rows_per_image(self) -> Tensor:
+        """(images,) int64."""
+        images = self.images
+        if images is None:
+            return torch.ones(self._length, dtype=torch.int64)
+        return torch.bincount(images, minlength=self.num_images)
+
+    def rows_of(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) int64 rows of the given images (m,), in their order, and for each row which of the m it belongs to."""
+        counts = self.rows_per_image()
+        starts, sizes = (counts.cumsum(0) - counts)[images], counts[images]
+        owners = torch.arange(len(images)).repeat_interleave(sizes)
+        within = torch.arange(len(owners)) - (sizes.cumsum(0) - sizes)[owners]
+        return starts[owners] + within, owners
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All rows in order, `(q, f)`, as many at a time as memory takes."""
@@ -119,12 +137,32 @@ class LogitStore:
             q, f = (self._read(index, width, rows.numpy()) for index, width in enumerate(self._widths))
         return q, f
 
+    def match(self, processes: Processes) -> None:
+        """Makes sure that the stores of all processes hold outputs of one kind; empty ones take over the others'.
+
+        Raises:
+            CATError: there are no outputs, or they are of several kinds.
+        """
+        mine = (self._widths, self._dtype, bool(self._images)) if len(self) else None
+        kinds = {kind for kind in processes.gather(mine) if kind is not None}
+        if not kinds:
+            raise NoImagesError
+        if len(kinds) > 1:
+            found = (f"{widths[0]} classes{' a position' * dense} ({dtype})" for widths, dtype, dense in kinds)
+            raise CATError(
+                f"the processes gave outputs of several kinds: {', '.join(sorted(found))}; expected those of one model"
+            )
+        if mine is None:
+            ((self._widths, self._dtype, dense),) = kinds
+            self._parts = [tuple(torch.empty(0, width, dtype=self._dtype) for width in self._widths)]
+            self._images = [torch.empty(0, dtype=torch.int64)] if dense else []
+
     def gathered(self, processes: Processes) -> tuple[Tensor, Tensor, Tensor | None]:
         """All rows of all processes, `(q, f, images)`, logits (N, C) in the dtype of the store."""
         q, f = (processes.gather_rows(part.to(self.dtype)) for part in self.take(torch.arange(len(self))))
         images = self.images
         if images is not None:
-            images = processes.gather_rows(images + processes.rows_before(self.num_images))
+            images = processes.gather_rows(images + processes.before(self.num_images))
         return q, f, images
 
     def close(self) -> None:
@@ -165,3 +203,31 @@ class LogitStore:
                     file.readinto(out[start:end].data.cast("B"))
                 start = end
         return torch.from_numpy(out).double()
+
+
+def different_images(keys: Tensor) -> Tensor:
+    """Indices of different images, in the order of their `keys` (N, 2); of those that are alike, one."""
+    order, repeats = _sorted(keys)
+    return order[~repeats]
+
+
+def groups_of_alike(keys: Tensor) -> Tensor:
+    """(N,) int64, the same for images that are alike by their `keys` (N, 2)."""
+    order, repeats = _sorted(keys)
+    return torch.empty_like(order).index_copy_(0, order, (~repeats).cumsum(0) - 1)
+
+
+def _sorted(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of images by their `keys` (N, 2), and in this order, (N,) bool: does it repeat the one before?"""
+    order = torch.from_numpy(np.lexsort(keys.T.flip(0).numpy()))
+    repeats = (keys[order].diff(dim=0).abs() <= 1e-5 * keys.abs().mean(dim=0)).all(dim=1)
+    return order, torch.cat([torch.zeros(min(len(keys), 1), dtype=torch.bool), repeats])
+
+
+def _means(rows: Tensor, images: Tensor | None) -> Tensor:
+    """Means of the rows (n, C) of every image of a batch."""
+    if images is None:
+        return rows
+    found, index, sizes = images.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(found), rows.shape[1], dtype=torch.float64).index_add_(0, index, rows.double())
+    return sums / sizes.unsqueeze(1)

@@ -1,14 +1,27 @@
 """Which share of a correction comes from which family of maps: by how well it predicts images it was not fitted on."""
 
 import dataclasses
+import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from cat_plugin.fitting.divergence import best_scale, cross_entropy, softened, softened_divergence
-from cat_plugin.fitting.families import IDENTITY, TRUSTED, Family, Rows, Shared, fit_maps
+from cat_plugin.fitting.divergence import best_scale, cross_entropy, softened_divergence
+from cat_plugin.fitting.families import (
+    CLUSTERED,
+    IDENTITY,
+    SHARED,
+    TRUSTED,
+    AffineMap,
+    Family,
+    Rows,
+    Shared,
+    fit_maps,
+)
+from cat_plugin.kinds import VALUE, OutputKind
 from cat_plugin.running.positions import fold_of_rows
 
 WEIGHT_PRIOR = 20.0
@@ -32,17 +45,19 @@ class Sample:
     seed: int
 
     @property
+    def images(self) -> int:
+        """How many images there are."""
+        return len(self.rows.q) if self.owners is None else len(self.owners.unique())
+
+    @property
     def samples(self) -> float:
         """How many independent samples the rows are worth."""
         return self.shared.share * len(self.rows.q)
 
-    def teacher(self) -> Tensor:
-        """(n, C) FP's predictions, softened."""
-        return softened(self.rows.f, self.shared.temperature)
-
     def divergence(self, output: Tensor) -> Tensor:
-        """(n,) softened divergence of the logits `output` (n, C) from FP's."""
-        return softened_divergence(output, self.teacher(), self.shared.temperature)
+        """(n,) softened divergence of the outputs (n, C) from FP's."""
+        shared = self.shared
+        return softened_divergence(output, shared.teacher(self.rows.f), shared.temperature, shared.kind)
 
     def folds(self) -> Tensor:
         """(n,) int64 fold of every row; the positions of an image are held out together."""
@@ -52,20 +67,39 @@ class Sample:
         return fold_of_rows(self.owners, n_folds, self.seed)
 
 
-def cross_fit(sample: Sample) -> dict[Family, Tensor]:
-    """(n, C) float32 outputs of every family, each row by a map that was fitted without it.
+def cross_fit(sample: Sample) -> tuple[Sample, dict[Family, Tensor]]:
+    """(n, C) float32 outputs of every family, each row by a map that was fitted without it; and the sample with the
+    clusters in use that bring a family nearest to full precision (at temperature 1).
 
     The components and clusters are those of all rows, which says nothing of their full-precision logits.
     """
-    outputs = {family: torch.empty(sample.rows.q.shape, dtype=torch.float32) for family in sample.shared.families}
     fold_of = sample.folds()
-    for fold in fold_of.unique():
-        held_out = (fold_of == fold).nonzero().squeeze(1)
-        rows = sample.rows.take(held_out)
-        maps = fit_maps(outputs, sample.shared, sample.rows.take((fold_of != fold).nonzero().squeeze(1)))
-        for family, output in outputs.items():
-            output[held_out] = maps[family](rows).float()
-    return outputs
+    parts = [
+        ((fold_of == fold).nonzero().squeeze(1), (fold_of != fold).nonzero().squeeze(1)) for fold in fold_of.unique()
+    ]
+    known: list[dict[Family, AffineMap]] = [{} for _ in parts]
+
+    def outputs_of(families: Iterable[Family], trial: Sample) -> dict[Family, Tensor]:
+        outputs = {family: torch.empty(trial.rows.q.shape, dtype=torch.float32) for family in families}
+        for (held_out, others), maps in zip(parts, known, strict=True):
+            found = fit_maps(outputs, trial.shared, trial.rows.take(others), known=maps)
+            maps.update({family: found[family] for family in found if not family.clustered})
+            rows = trial.rows.take(held_out)
+            for family, output in outputs.items():
+                output[held_out] = found[family](rows).float()
+        return outputs
+
+    outputs = outputs_of(SHARED, sample)
+    best, clustered, least = sample, {}, math.inf
+    for clusters in sample.shared.tried:
+        shared = dataclasses.replace(sample.shared, clusters=clusters)
+        trial = dataclasses.replace(sample, shared=shared, rows=shared.rows(sample.rows.q, sample.rows.f))
+        found = outputs_of(CLUSTERED, trial)
+        plain = dataclasses.replace(trial, shared=dataclasses.replace(shared, temperature=1.0))
+        loss = min(plain.divergence(output.double()).mean().item() for output in found.values())
+        if loss < least:
+            best, clustered, least = trial, found, loss
+    return best, outputs | clustered
 
 
 def weigh(outputs: dict[Family, Tensor], sample: Sample) -> dict[Family, float]:
@@ -73,18 +107,19 @@ def weigh(outputs: dict[Family, Tensor], sample: Sample) -> dict[Family, float]:
 
     Away from equal shares for the trusted families, weights are pulled back: few images cannot tell families apart.
     """
-    stacked = torch.empty(len(outputs), *sample.rows.q.shape, dtype=torch.float64)
-    for part, output in zip(stacked, outputs.values(), strict=True):
-        torch.sub(output, output.mean(dim=1, keepdim=True), out=part)
-    teacher = sample.rows.f.softmax(dim=1)
+    kind = sample.shared.kind
+    # Values are in units of their own spread, so that the strength of the prior means the same.
+    unit = sample.shared.temperature if kind is VALUE else 1.0
+    stacked = torch.stack([kind.centred(output.double()) / unit for output in outputs.values()])
+    teacher = kind.means(sample.rows.f / unit)
     trusted = np.array([float(family in TRUSTED) for family in outputs])
     trusted /= trusted.sum()
     mean = torch.einsum("m,mnc->nc", torch.from_numpy(trusted), stacked)
-    scale = best_scale(mean, teacher)
-    penalty = WEIGHT_PRIOR * _dispersion(stacked, (scale * mean).softmax(dim=1), teacher) / sample.samples
+    scale = best_scale(mean, teacher, kind)
+    penalty = WEIGHT_PRIOR * _dispersion(stacked, kind.means(scale * mean), teacher, kind) / sample.samples
 
     def value_and_gradient(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slope = cross_entropy(torch.einsum("m,mnc->nc", torch.from_numpy(weights), stacked), teacher)
+        value, slope = cross_entropy(torch.einsum("m,mnc->nc", torch.from_numpy(weights), stacked), teacher, kind)
         gradient = torch.einsum("mnc,nc->m", stacked, slope).numpy()
         away = weights / scale - trusted
         return value.item() + penalty * (away**2).sum(), gradient + 2 * penalty / scale * away
@@ -112,15 +147,13 @@ def mixed(weights: dict[Family, float], outputs: dict[Family, Tensor]) -> Tensor
     return sum(weight * outputs[family].double() for family, weight in weights.items())
 
 
-def _dispersion(stacked: Tensor, predicted: Tensor, teacher: Tensor) -> float:
+def _dispersion(stacked: Tensor, predicted: Tensor, teacher: Tensor, kind: OutputKind) -> float:
     """Variance of the slope of an image's divergence by the weights, relative to its curvature.
 
     1 where targets are drawn from the predictions; less where the teacher's soft predictions tell more than a label.
     """
     variance = curvature = 0.0
     for part in stacked:
-        weighted = predicted * part
-        mean = weighted.sum(dim=1)
-        variance += (mean - (teacher * part).sum(dim=1)).var().item()
-        curvature += ((weighted * part).sum(dim=1) - mean.square()).mean().item()
+        variance += ((predicted - teacher) * part).sum(dim=1).var().item()
+        curvature += kind.quadratic(predicted, part).mean().item()
     return min(variance / max(curvature, 1e-12), 1.0)

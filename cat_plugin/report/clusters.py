@@ -7,7 +7,8 @@ from torch import Tensor
 
 from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.errors import CATError
-from cat_plugin.metrics import centred, kl_divergence
+from cat_plugin.kinds import SOFTMAX, OutputKind
+from cat_plugin.metrics import kl_divergence
 
 CLUSTERS_KEPT = 6
 CLASSES_KEPT = 10
@@ -43,7 +44,9 @@ class ClusterProfile:
             )
 
 
-def profile_clusters(correction: ClusterAffine, q: Tensor, f: Tensor, out: Tensor) -> tuple[ClusterProfile, ...]:
+def profile_clusters(
+    correction: ClusterAffine, q: Tensor, f: Tensor, out: Tensor, kind: OutputKind = SOFTMAX
+) -> tuple[ClusterProfile, ...]:
     """Profiles of the `CLUSTERS_KEPT` largest clusters, the largest first.
 
     Args:
@@ -54,18 +57,17 @@ def profile_clusters(correction: ClusterAffine, q: Tensor, f: Tensor, out: Tenso
     ids = correction.assign(q.to(correction.scale.dtype).to(correction.scale.device)).cpu()
     sizes = torch.bincount(ids, minlength=correction.num_clusters)
     found = [cluster for cluster in sizes.argsort(descending=True, stable=True).tolist() if sizes[cluster]]
-    units = [_in_units_of_spread(part) for part in (f, q, out)]
+    units = [_in_units_of_spread(kind.centred(part.double())) for part in (f, q, out)]
     profiles = []
     for cluster in found[:CLUSTERS_KEPT]:
         rows = ids == cluster
         fp, quantized, corrected = (part[rows].mean(dim=0) for part in units)
         classes = fp.topk(min(CLASSES_KEPT, len(fp))).indices.sort().values
         means = (tuple(part[classes].tolist()) for part in (fp, quantized, corrected))
-        kl = kl_divergence(f[rows], q[rows]), kl_divergence(f[rows], out[rows])
+        kl = kl_divergence(f[rows], q[rows], kind), kl_divergence(f[rows], out[rows], kind)
         profiles.append(ClusterProfile(cluster, int(rows.sum()), tuple(classes.tolist()), *means, *kl))
     return tuple(profiles)
 
 
 def _in_units_of_spread(logits: Tensor) -> Tensor:
-    own = centred(logits.double())
-    return own / own.square().mean().sqrt().clamp(min=1e-12)
+    return logits / logits.square().mean().sqrt().clamp(min=1e-12)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cat_plugin.errors import CATError
 from cat_plugin.fitting.evidence import Candidate, Evidence
-from cat_plugin.fitting.layer import LayerScores
-from cat_plugin.fitting.scores import HeldOutScores
+from cat_plugin.fitting.scores import ErrorScores, HeldOutScores
 from cat_plugin.metrics import ClassChanges
 from cat_plugin.report.accuracy import AccuracyReport
 from cat_plugin.report.clusters import ClusterProfile
@@ -36,7 +35,7 @@ class Drawable(Protocol):
     """What is drawn of a `CATReport`."""
 
     accuracy: AccuracyReport | None
-    held_out: HeldOutScores | LayerScores | None
+    held_out: HeldOutScores | ErrorScores | None
     evidence: Evidence | None
     clusters: Sequence[ClusterProfile]
     num_clusters: int

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cat_plugin.errors import CATError
 from cat_plugin.fitting.evidence import Evidence
-from cat_plugin.fitting.layer import LayerScores
-from cat_plugin.fitting.scores import HeldOutScores
+from cat_plugin.fitting.scores import ErrorScores, HeldOutScores
 from cat_plugin.report.accuracy import AccuracyReport
 from cat_plugin.report.clusters import ClusterProfile
 from cat_plugin.report.figures import plot_report
@@ -52,7 +51,7 @@ class CATReport:
     images: int
     num_clusters: int
     cluster_sizes: tuple[int, ...]
-    held_out: HeldOutScores | LayerScores | None
+    held_out: HeldOutScores | ErrorScores | None
     added_parameters: int
     added_bytes: int
     collect_seconds: float

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from cat_plugin.kinds import SOFTMAX, VALUE, OutputKind
+
 FEW_IMAGES = 256
 REUSED_SHARE = 0.5
 REPEATED_SHARE = 0.05
@@ -17,13 +19,16 @@ ONE_CLASS_SHARE = 0.9
 """Of the images, from which on it is no surprise that one class is predicted for all of them."""
 
 
-def find_warnings(f: Tensor, n_images: int, repeated: int = 0, reused: float | None = None) -> list[str]:
+def find_warnings(
+    f: Tensor, n_images: int, repeated: int = 0, reused: float | None = None, kind: OutputKind = SOFTMAX
+) -> list[str]:
     """Sentences about images that are few, repeated, of few classes, or the ones that quantization was tuned on.
 
     Args:
         f: (n, C) logits of the full-precision model for different ones of the images.
         n_images: how many images there are, and repeated: how many of them repeat another.
         reused: share of the images that the quantized model was calibrated on, if known.
+        kind: what outputs mean; only those of classes that exclude each other tell how many classes were seen.
     """
     sampled, n_classes = f.shape
     found = []
@@ -33,7 +38,7 @@ def find_warnings(f: Tensor, n_images: int, repeated: int = 0, reused: float | N
         found.append(f"{repeated} of {n_images} images repeat others and do not count; give different ones")
     seen = len(f.argmax(dim=1).unique())
     expected = n_classes * (1 - (1 - 1 / n_classes) ** sampled)
-    if seen < expected / 2:
+    if kind is SOFTMAX and seen < expected / 2:
         found.append(
             f"FP predicts {seen} of {n_classes} classes for these images, where a random sample has about "
             f"{expected:.0f}; shuffle them, so that the correction is not fitted to a few classes (or look at "
@@ -47,24 +52,38 @@ def find_warnings(f: Tensor, n_images: int, repeated: int = 0, reused: float | N
     return found
 
 
-def find_output_warnings(q: Tensor, f: Tensor) -> list[str]:
+def find_output_warnings(q: Tensor, f: Tensor, kind: OutputKind | None = None) -> list[str]:
     """Sentences about models that do not go together: outputs that are identical, that agree no more often than chance
-    would have it, that are probabilities, or of which the quantized ones have collapsed.
+    would have it, that are probabilities or of another kind, or of which the quantized ones have collapsed.
 
     Args:
         q, f: (n, C) logits of the quantized and of the full-precision model for the same images.
+        kind: what they mean; None: nobody said.
     """
     if torch.equal(q, f):
         return [
             f"both models give identical outputs for all {len(q)} images: nothing is quantized or quantization is "
             "switched off, or it changed fp_model, too; quantize a copy.deepcopy of it"
         ]
-    found = [
-        f"{name} gives probabilities (all rows add up to 1); corrections are made for logits: give what comes before "
-        "the softmax"
-        for name, logits in (("quantized_model", q), ("fp_model", f))
-        if _are_probabilities(logits)
-    ]
+    found = []
+    for name, outputs in (("quantized_model", q), ("fp_model", f)):
+        what = "" if kind is VALUE else _probabilities(outputs)
+        if what:
+            found.append(
+                f"{name} gives probabilities ({what}); corrections are made for logits: give what comes before it"
+            )
+    if kind is None and f.shape[1] == 2 and not f[:, 0].any() and not q[:, 0].any():
+        found.append(
+            "single outputs were taken for logits of the second of two classes; say output_kind='value' if they are "
+            "values, or output_kind='softmax' to confirm"
+        )
+    if kind is None and not found and _may_be_labels(f):
+        found.append(
+            "most logits of fp_model are far below 0, as where labels do not exclude each other; if so, say "
+            "output_kind='sigmoid', else 'softmax'"
+        )
+    if kind not in (None, SOFTMAX):
+        return found
     n_images, n_classes = q.shape
     if n_classes < 2 or n_images < ENOUGH_IMAGES:
         return found
@@ -100,5 +119,20 @@ def _chance(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     return chance.item(), math.sqrt(max(variance.item(), 0.0))
 
 
-def _are_probabilities(logits: Tensor) -> bool:
-    return logits.shape[1] > 1 and bool((logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < 1e-2).all())
+def _probabilities(outputs: Tensor) -> str:
+    """By what outputs (n, C) look like probabilities; empty if they do not."""
+    if outputs.shape[1] < 2 or not ((outputs >= 0) & (outputs <= 1 + 1e-2)).all():
+        return ""
+    if ((outputs.sum(dim=1) - 1).abs() < 1e-2).all():
+        return "all rows add up to 1, as after a softmax"
+    return "all are between 0 and 1, as after a sigmoid"
+
+
+def _may_be_labels(f: Tensor) -> bool:
+    """Whether logits (n, C) look like those of labels that do not exclude each other: nearly all say no, by far.
+
+    A softmax does not see what all logits of an image have in common, so that training leaves their mean near 0.
+    """
+    if f.shape[1] < 3:
+        return False
+    return bool((f < 0).double().mean() > 0.75 and (f.mean(dim=1) < -f.std(dim=1)).double().mean() > 0.5)

@@ -1,6 +1,6 @@
 """Paired logits of the quantized and the full-precision model, in one pass through a loader."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 from cat_plugin.checks import Faults, check_same_shape
 from cat_plugin.errors import CATError
-from cat_plugin.running.digests import image_digests, known_calibration
+from cat_plugin.running.digests import image_digests, known_calibration, output_keys
 from cat_plugin.running.inference import inference
 from cat_plugin.running.loaders import (
-    NO_IMAGES,
     Batch,
     ForwardFn,
     Loader,
+    NoImagesError,
     check_forward,
     find_inputs,
     iterate_inputs,
@@ -37,7 +37,8 @@ class PairedOutputs:
     q: (N, C) float32, of the quantized model. f: (N, C) float32, of the full-precision model.
     targets: (N,) int64, or None where the loader has no labels. calibrated: (images,) bool, whether the quantized
     model was calibrated on an image, or None where it does not tell, see `known_calibration`. images: (N,) int64, where
-    outputs have positions, which are the N rows then: the image that each belongs to.
+    outputs have positions, which are the N rows then: the image that each belongs to. keys: (images, 2) float64, which
+    tell images apart, see `output_keys`; None where every row is one.
     """
 
     q: Tensor
@@ -45,11 +46,13 @@ class PairedOutputs:
     targets: Tensor | None = None
     calibrated: Tensor | None = None
     images: Tensor | None = None
+    keys: Tensor | None = None
 
 
 def collect_outputs(quantized_model: nn.Module, fp_model: nn.Module, loader: Loader, **options: Any) -> PairedOutputs:
-    """The outputs of `stream_outputs`, which has the same options, all together in memory."""
-    batches = list(stream_outputs(quantized_model, fp_model, loader, **options))
+    """The outputs that `feed_outputs` feeds, which has the same options, all together in memory."""
+    batches: list[PairedOutputs] = []
+    feed_outputs(quantized_model, fp_model, loader, batches.append, **options)
     joined = {}
     for field in fields(PairedOutputs):
         parts = [getattr(batch, field.name) for batch in batches]
@@ -57,30 +60,34 @@ def collect_outputs(quantized_model: nn.Module, fp_model: nn.Module, loader: Loa
     return PairedOutputs(**joined)
 
 
-def stream_outputs(
+def feed_outputs(
     quantized_model: nn.Module,
     fp_model: nn.Module,
     loader: Loader,
+    consume: Callable[[PairedOutputs], None],
     *,
     layer: str | None = None,
     output: Output = None,
     class_axis: int | None = None,
     positions: int | None = None,
+    binary: bool = True,
     forward_fn: ForwardFn | None = None,
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = False,
-) -> Iterator[PairedOutputs]:
-    """Streams `loader` once through both models in evaluation mode and yields their logits, batch by batch.
+) -> None:
+    """Runs both models once over `loader` in evaluation mode and hands their logits to `consume`, batch by batch.
 
-    Both models are left as they were found when the stream ends, also when something raises half-way.
+    Both models are left as they were found, also when something raises half-way.
 
     Args:
         loader: see `iterate_inputs`.
+        consume: called with the outputs of every batch.
         layer: a layer of both models whose outputs are given in place of the models' logits.
         output: where the outputs hold the logits, if it is not obvious, see `cat_plugin.running.outputs.extract`.
         class_axis: that of the classes where outputs have positions, see `cat_plugin.running.positions.class_axis_of`.
         positions: how many of an image's positions are drawn, with `seed`; None: all.
+        binary: whether a single logit is that of the second of two classes, and is given as those.
         forward_fn: how a model is called on a batch, if not on one tensor, see `cat_plugin.running.loaders.ForwardFn`.
         batch_size: into which a loader that is one stacked tensor is cut.
 
@@ -94,7 +101,7 @@ def stream_outputs(
     check_where(output)
     check_forward(models, forward_fn)
     calibration = known_calibration(quantized_model)
-    draw, total = PositionDraw(class_axis, positions, seed), 0
+    draw, total = PositionDraw(class_axis, positions, seed, binary and layer is None), 0
     with ExitStack() as stack:
         stack.enter_context(inference(models))
         quantized = stack.enter_context(captured(quantized_model, "quantized_model", layer, output))
@@ -103,25 +110,30 @@ def stream_outputs(
         faults = [Faults(name) for name in (quantized.name, fp.name if fp else "fp_model")]
         batches = iterate_inputs(loader, batch_size, whole=forward_fn is not None)
         for batch, labels in progress_bar(batches, loader, batch_size, progress, "CAT: collecting logits"):
+            quantized.start()
             returned = run(quantized_model, batch, forward_fn)
-            whole = quantized.take()
+            whole_q = quantized.take()
             if forward_fn is not None and layer is None:
-                _check_returned(whole, extract(returned, "forward_fn", output, lenient=True))
-            drawn = draw(whole)
-            q = to_cpu(drawn.rows(whole))
+                _check_returned(whole_q, extract(returned, "forward_fn", output, lenient=True))
+            drawn = draw(whole_q)
+            q = to_cpu(drawn.rows(whole_q))
+            if fp is not None:
+                fp.start()
             returned = run(fp_model, batch, forward_fn)
-            whole = fp.take() if fp else extract(returned, "fp_model", output, lenient=True)
-            check_same_shape({"quantized_model": drawn.shape, "fp_model": whole.shape})
-            f = to_cpu(drawn.rows(whole))
+            whole_f = fp.take() if fp else extract(returned, "fp_model", output, lenient=True)
+            check_same_shape({"quantized_model": drawn.shape, "fp_model": whole_f.shape})
+            f = to_cpu(drawn.rows(whole_f))
             inputs = batch if forward_fn is None else find_inputs(batch)
             known = None if calibration is None or inputs is None else _known(inputs, calibration)
             for fault, values in zip(faults, (q, f), strict=True):
                 fault.look(values)
             images = drawn.images()
-            yield PairedOutputs(q, f, drawn.labels(labels), known, None if images is None else total + images)
+            keys = output_keys(drawn.means(whole_q), drawn.means(whole_f)) if drawn.dense else None
+            owners = None if images is None else total + images
+            consume(PairedOutputs(q, f, drawn.labels(labels), known, owners, keys))
             total += drawn.shape[0]
     if total == 0:
-        raise CATError(NO_IMAGES)
+        raise NoImagesError
     for fault in faults:
         fault.tell()
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from cat_plugin.errors import CATError
-from cat_plugin.running.digests import state_digests
 from cat_plugin.running.tensors import named_tensors, storage_leaves
 
 logger = logging.getLogger(__name__)
@@ -20,10 +19,10 @@ logger = logging.getLogger(__name__)
 def inference(models: Mapping[str, nn.Module]) -> Iterator[None]:
     """Evaluation mode without gradients for `models` (name -> module), restored at the end in every case.
 
-    Restored are the training flag of every module, all buffers, and the global random state of
-    Python, NumPy, and PyTorch on the CPU and on the models' devices. An error of the body goes
-    through unchanged. Models are neither copied nor traced, and their `eval()` is not called: graph
-    modules of pt2e refuse it, and others fuse or merge weights there.
+    Restored are the training flag of every module, all parameters and buffers, of which copies are kept on the CPU, and
+    the global random state of Python, NumPy, and PyTorch on the CPU and on the models' devices. An error of the body
+    goes through unchanged. Models are neither copied nor traced, and their `eval()` is not called: graph modules of
+    pt2e refuse it, and others fuse or merge weights there.
 
     Raises:
         CATError: the body succeeded but a forward pass changed parameters or buffers; or, before the
@@ -48,7 +47,7 @@ def inference(models: Mapping[str, nn.Module]) -> Iterator[None]:
     changed = _restore(states, random_state)
     if changed:
         raise CATError(
-            f"a forward pass in evaluation mode changed {'; '.join(changed)}; buffers have been restored. "
+            f"a forward pass in evaluation mode changed {'; '.join(changed)}; they have been restored. "
             "Freeze observers and range estimators of a quantized model before attaching CAT"
         )
 
@@ -91,53 +90,69 @@ def _restore(states: "dict[str, _ModelState]", random_state: "_RandomState") -> 
     for state in states.values():
         state.restore_flags()
     random_state.restore()
-    found = {name: state.restore_buffers() for name, state in states.items()}
+    found = {name: state.restore_tensors() for name, state in states.items()}
     return [f"{', '.join(tensors)} of {name}" for name, tensors in found.items() if tensors]
 
 
 class _ModelState:
-    """Training flags and buffers of a model, and digests of all its tensors."""
+    """Training flags of a model, and copies of all its parameters and buffers on the CPU."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
         self.flags = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-        self.buffers = [
-            (module, {name: (value, _clone(value)) for name, value in module._buffers.items()})
-            for module in model.modules()
-        ]
-        self.digests = state_digests(model)
+        copies: dict[int, list[Tensor]] = {}  # tied tensors are copied once
+        self.tensors = []
+        for path, module in model.named_modules():
+            for registry in (module._parameters, module._buffers):
+                saved = {}
+                for name, tensor in registry.items():
+                    if tensor is not None and id(tensor) not in copies:
+                        copies[id(tensor)] = [leaf.to("cpu", copy=True) for leaf in storage_leaves(tensor)]
+                    saved[name] = tensor, copies.get(id(tensor), [])
+                self.tensors.append((f"{path}." if path else "", registry, saved))
 
     def restore_flags(self) -> None:
         for module, error in _set_training(self.flags):
             logger.warning("the mode of a %s could not be restored: %s", type(module).__name__, error)
 
-    def restore_buffers(self) -> list[str]:
-        """Puts back changed buffers; returns the names of all parameters and buffers that had changed."""
-        digests = state_digests(self.model)
-        names = self.digests.keys() | digests.keys()
-        changed = sorted(name for name in names if self.digests.get(name) != digests.get(name))
-        if changed:
-            for module, saved in self.buffers:
-                _restore_module_buffers(module, saved)
-        return changed
+    def restore_tensors(self) -> list[str]:
+        """Puts back what has changed; returns its names."""
+        changed = set()
+        for prefix, registry, saved in self.tensors:
+            for name in registry.keys() - saved.keys():  # made by the forward pass
+                del registry[name]
+                changed.add(prefix + name)
+            for name, (tensor, copies) in saved.items():
+                if name not in registry or registry[name] is not tensor:
+                    registry[name] = tensor
+                    changed.add(prefix + name)
+                if tensor is not None and _put_back(tensor, copies):
+                    changed.add(prefix + name)
+        return sorted(changed)
 
 
-@torch.no_grad()
-def _restore_module_buffers(module: nn.Module, saved: dict[str, tuple[Tensor | None, Tensor | None]]) -> None:
-    for name, _ in list(module._buffers.items()):
-        if name not in saved:
-            delattr(module, name)
-    for name, (tensor, clone) in saved.items():
-        if getattr(module, name, None) is not tensor:
-            setattr(module, name, tensor)
-        if tensor is not None:
-            if tensor.shape != clone.shape:
-                tensor.resize_(clone.shape)
-            tensor.copy_(clone)
+def _put_back(tensor: Tensor, copies: list[Tensor]) -> bool:
+    """Whether the leaves of `tensor` differed from `copies`, which they do not any more."""
+    changed = False
+    for leaf, copy in zip(storage_leaves(tensor), copies, strict=True):
+        if not _same_bytes(leaf, copy):
+            with torch.inference_mode(leaf.is_inference()), torch.no_grad():
+                if leaf.shape != copy.shape:
+                    leaf.resize_(copy.shape)
+                leaf.copy_(copy)
+            changed = True
+    return changed
 
 
-def _clone(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
+def _same_bytes(leaf: Tensor, copy: Tensor) -> bool:
+    """Whether two plain tensors hold the same, NaN included."""
+    if leaf.dtype != copy.dtype or leaf.shape != copy.shape:
+        return False
+    if leaf.layout != torch.strided:
+        leaf, copy = leaf.to_dense(), copy.to_dense()
+    if leaf.is_quantized:
+        return torch.equal(leaf.to("cpu"), copy)
+    ours, theirs = (part.to("cpu").contiguous().reshape(-1).view(torch.uint8) for part in (leaf, copy))
+    return torch.equal(ours, theirs)
 
 
 class _RandomState:

@@ -15,11 +15,18 @@ INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
 # What a model can compute in; weights of 8 bits are only stored.
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-NO_IMAGES = "the loader yielded no images; CAT needs at least one, and about a thousand to be of use"
 SAY_HOW = (
     "where a model takes other than one tensor, give forward_fn=, a function of (model, batch) that calls the model "
     "and returns its output, such as lambda model, batch: model(**batch)"
 )
+
+
+class NoImagesError(CATError):
+    """A loader yielded no images."""
+
+    def __init__(self) -> None:
+        super().__init__("the loader yielded no images; CAT needs at least one, and about a thousand to be of use")
+
 
 Loader = Iterable[Any] | Tensor
 Batch = tuple[Any, Tensor | None]
@@ -55,7 +62,7 @@ def iterate_inputs(loader: Loader, batch_size: int = 64, *, whole: bool = False)
         images += len(inputs)
         yield inputs, _class_labels(targets, len(inputs))
     if images == 0:
-        raise CATError(NO_IMAGES)
+        raise NoImagesError
 
 
 def find_inputs(batch: Any) -> Tensor | None:

@@ -25,19 +25,22 @@ def class_axis_of(output: Tensor, class_axis: int | None = None) -> int:
     return class_axis % output.ndim
 
 
-def to_rows(output: Tensor, class_axis: int | None = None) -> Tensor:
+def to_rows(output: Tensor, class_axis: int | None = None, binary: bool = False) -> Tensor:
     """(N * P, C) samples of `output`, which has classes along `class_axis` and P positions along the other axes.
 
-    Logits (N, C) are their own rows. Those of an image come together.
+    Logits (N, C) are their own rows. Those of an image come together. With `binary`, a single logit z is that of the
+    second of two classes, `[0, z]`.
     """
-    if output.ndim == 2:
-        return output
-    moved = output.movedim(class_axis_of(output, class_axis), -1)
-    return moved.reshape(-1, moved.shape[-1])
+    if output.ndim > 2:
+        moved = output.movedim(class_axis_of(output, class_axis), -1)
+        output = moved.reshape(-1, moved.shape[-1])
+    return torch.cat([torch.zeros_like(output), output], dim=1) if binary else output
 
 
-def from_rows(rows: Tensor, output: Tensor, class_axis: int | None = None) -> Tensor:
+def from_rows(rows: Tensor, output: Tensor, class_axis: int | None = None, binary: bool = False) -> Tensor:
     """`rows` (N * P, C) in the shape of `output`; the inverse of `to_rows`."""
+    if binary:
+        rows = rows[:, 1:] - rows[:, :1]
     if output.ndim == 2:
         return rows
     axis = class_axis_of(output, class_axis)
@@ -48,12 +51,14 @@ def from_rows(rows: Tensor, output: Tensor, class_axis: int | None = None) -> Te
 class Drawn:
     """Positions of the images of a batch.
 
-    shape: of the outputs. index: (rows,) int64, which of all rows are drawn, or None for all.
+    shape: of the outputs. index: (rows,) int64, which of all rows are drawn, or None for all. binary: whether the
+    outputs are single logits, which count as two classes.
     """
 
     shape: torch.Size
     class_axis: int
     index: Tensor | None
+    binary: bool = False
 
     @property
     def dense(self) -> bool:
@@ -62,7 +67,12 @@ class Drawn:
 
     def rows(self, output: Tensor) -> Tensor:
         """The drawn rows (rows, C) of `output`; logits (N, C) are theirs."""
-        return self._take(to_rows(output, self.class_axis))
+        return self._take(to_rows(output, self.class_axis, self.binary))
+
+    def means(self, output: Tensor) -> Tensor:
+        """(images, C) means over all positions, drawn or not."""
+        rows = to_rows(output.detach(), self.class_axis, self.binary)
+        return rows.reshape(self.shape[0], -1, rows.shape[-1]).mean(dim=1, dtype=torch.float32)
 
     def labels(self, labels: Tensor | None) -> Tensor | None:
         """Labels (rows,) of the drawn rows, if `labels` are one an image, or where there are such one a position."""
@@ -82,9 +92,13 @@ class Drawn:
 
 
 class PositionDraw:
-    """Draws up to `budget` positions of every image, others for every image; None: all of them."""
+    """Draws up to `budget` positions of every image, others for every image; None: all of them.
 
-    def __init__(self, class_axis: int | None, budget: int | None, seed: int) -> None:
+    binary: whether a single logit is that of the second of two classes.
+    """
+
+    def __init__(self, class_axis: int | None, budget: int | None, seed: int, binary: bool = True) -> None:
+        self._binary = binary
         self._class_axis, self._budget = class_axis, budget
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -96,11 +110,12 @@ class PositionDraw:
         """
         class_axis = class_axis_of(output, self._class_axis) if output.ndim > 2 else 1
         n_images, positions = output.shape[0], _positions(output.shape, class_axis)
+        binary = self._binary and output.shape[class_axis] == 1
         if self._budget is None or positions <= self._budget or n_images == 0:
-            return Drawn(output.shape, class_axis, None)
+            return Drawn(output.shape, class_axis, None, binary)
         drawn = [torch.randperm(positions, generator=self._generator)[: self._budget] for _ in range(n_images)]
         index = torch.stack(drawn).sort(dim=1).values + positions * torch.arange(n_images).unsqueeze(1)
-        return Drawn(output.shape, class_axis, index.flatten())
+        return Drawn(output.shape, class_axis, index.flatten(), binary)
 
 
 def _positions(shape: torch.Size, class_axis: int) -> int:

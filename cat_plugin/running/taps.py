@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,19 +21,26 @@ class Capture:
         self.name = name if layer is None else f"layer {layer!r} of {name}"
         self._is_layer = layer is not None
         self._extraction = {"where": output, "lenient": name == "fp_model"}
-        self._kept: list[Tensor] = []
+        self._kept: ContextVar[list[Tensor] | None] = ContextVar("outputs of this thread", default=None)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        kept = extract(output, self.name, **self._extraction)
-        self._kept.append(kept.detach().clone() if self._is_layer else kept)
+        kept = self._kept.get()
+        if kept is not None:  # else another thread runs the model meanwhile
+            found = extract(output, self.name, **self._extraction)
+            kept.append(found.detach().clone() if self._is_layer else found)
+
+    def start(self) -> None:
+        """Forgets what was kept; from here on what this thread (or task) runs is kept."""
+        self._kept.set([])
 
     def take(self) -> Tensor:
-        """What was kept in the last forward pass.
+        """What was kept in the last forward pass since `start`.
 
         Raises:
             CATError: there was none, or it ran the layer several times.
         """
-        kept, self._kept = self._kept, []
+        kept = self._kept.get() or []
+        self._kept.set(None)
         if not kept and self._is_layer:
             raise CATError(f"{self.name} did not run in a forward pass; name one that does")
         if not kept:

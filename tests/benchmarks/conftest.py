@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms._presets import ImageClassification
 
-from benchmarks.commands import command
-from benchmarks.datasets.data import CIFAR10_CLASSES, Dataset
+from benchmarks.commands import loading
+from benchmarks.datasets.cifar10 import CIFAR10_CLASSES
+from benchmarks.datasets.dataset import Dataset
 from benchmarks.networks import quantized
-from benchmarks.networks.models import create_model
-from benchmarks.networks.pretrained import load_pretrained, untrained
+from benchmarks.networks.weights_and_transforms import load_pretrained, untrained
 
 IMAGES = {"train": 6, "test": 2}  # a class
 WNIDS = "n00000003", "n00000007", "n00000100"
@@ -27,7 +27,7 @@ SMALL = ImageClassification(crop_size=32, resize_size=36)
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory) -> Path:
-    """Read only; tests that change it take ``cifar_folder``."""
+    """Read only; tests that change it take `cifar_folder`."""
     root = tmp_path_factory.mktemp("cifar10")
     generator = np.random.default_rng(0)
     for part, number in IMAGES.items():
@@ -58,7 +58,7 @@ def cifar_zip(shared_folder, tmp_path_factory) -> Path:
 def weights(tmp_path_factory) -> Path:
     """Random weights of a ResNet-20."""
     path = tmp_path_factory.mktemp("weights") / "resnet20.safetensors"
-    save_file(create_model("resnet20", 10, seed=3).state_dict(), path)
+    save_file(untrained("resnet20", 10, seed=3).state_dict(), path)
     return path
 
 
@@ -122,7 +122,7 @@ def small_images(monkeypatch) -> ImageClassification:
     def load(*args, **options):
         return replace(load_pretrained(*args, **options), transform=SMALL)
 
-    monkeypatch.setattr(command, "load_pretrained", load)
+    monkeypatch.setattr(loading, "load_pretrained", load)
     return SMALL
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.measure.evaluate import Measurement, Row, Setting
+from benchmarks.measure.accuracy import Measurement, Row
+from benchmarks.measure.protocol import Setting
 
 IMAGES = 500
 BASE = {"dataset": "digits", "model": "resnet8", "iters": 9, "n_calib": 16, "n_cat": 1024}
@@ -12,8 +13,8 @@ BASE = {"dataset": "digits", "model": "resnet8", "iters": 9, "n_calib": 16, "n_c
 
 def make_measurement(setting: Setting | None = None, won: int = 20, lost: int = 5, **figures) -> Measurement:
     """All 500 labels are 0. FP misses the last 5 images and the low-bit network the first 50, of which the default wins
-    the first ``won``; it loses as many as ``lost`` of those that follow. Plain affine wins 5, the paper's CAT 25 and
-    loses 12. ``cat_paper=False`` is a run without the latter; other ``figures`` replace those of the row.
+    the first `won`; it loses as many as `lost` of those that follow. Plain affine wins 5, the paper's CAT 25 and
+    loses 12. `cat_paper=False` is a run without the latter; other `figures` replace those of the row.
     """
     with_paper = figures.pop("cat_paper", True)
     predictions = {
@@ -26,7 +27,7 @@ def make_measurement(setting: Setting | None = None, won: int = 20, lost: int = 
     }
     if not with_paper:
         del predictions["cat_paper"]
-    computed = Measurement(None, predictions).figures()
+    computed = Measurement.figures(predictions)
     row = Row(**{**BASE, **vars(setting or Setting("rtn", 2, 2, 0)), **computed, **figures})
     return Measurement(row, predictions)
 

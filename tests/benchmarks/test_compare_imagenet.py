@@ -10,11 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.models import resnet18
 
-from benchmarks.commands import ablate, command, compare, recompute, robustness
+from benchmarks.commands import ablate, compare, loading, report, robustness
 from benchmarks.datasets.imagenet import load_imagenet
 from benchmarks.datasets.images import stacked
 from benchmarks.measure import fp_check
-from benchmarks.networks.pretrained import TIMM, TORCHVISION, load_pretrained, untrained
+from benchmarks.networks.catalogue import TIMM, TORCHVISION
+from benchmarks.networks.weights_and_transforms import load_pretrained, untrained
 from tests.benchmarks.conftest import SMALL, WNIDS
 
 N_CAT = ["--n-cat", "24"]
@@ -50,7 +51,7 @@ def test_comparison_scores_the_val_images(tiny_imagenet, shared_imagenet, imagen
     about = json.loads((run / "environment.json").read_text())
     assert about["fp_check"].startswith("full-precision top-1 is not checked") and about["accelerator"] is None
     before = (run / "results.md").read_bytes()
-    assert recompute.main([str(run)]) == 0
+    assert report.main([str(run)]) == 0
     assert "results.md (the same)" in capsys.readouterr().out and (run / "results.md").read_bytes() == before
 
 
@@ -151,7 +152,7 @@ def test_ablation_and_robustness_draw_files_too(tiny_imagenet, tmp_path, capsys)
     lines = list(csv.DictReader((results(tmp_path / "ablated") / "features.csv").open()))
     assert [line["value"] for line in lines] == ["without", "with"]
     capsys.readouterr()
-    assert recompute.main([str(results(tmp_path / "ablated"))]) == 0
+    assert report.main([str(results(tmp_path / "ablated"))]) == 0
     assert "features.csv (the same)" in capsys.readouterr().out
 
 
@@ -168,9 +169,9 @@ def test_every_network_runs_at_its_own_image_size(name, shared_imagenet, cheap_r
     options += ["--weights", str(tmp_path / "weights.safetensors"), "--methods", "rtn", "--bits", "4/4"]
     options += ["--n-calib", "4", "--n-cat", "8", "--batch-size", "4", "--modes", "plain_affine", "cat"]
     options += ["--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache"), "--no-progress"]
-    shapes, real = [], command.check_outputs
+    shapes, real = [], loading.check_outputs
     monkeypatch.setattr(
-        command, "check_outputs", lambda model, images, *rest: (shapes.append(images.shape), real(model, images, *rest))
+        loading, "check_outputs", lambda model, images, *rest: (shapes.append(images.shape), real(model, images, *rest))
     )
     assert compare.main(options) == 0
     assert shapes == [(1, 3, 224, 224)]

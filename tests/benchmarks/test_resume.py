@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.commands import ablate, compare
-from benchmarks.commands.options import parse_compare
-from benchmarks.measure import guard
+from benchmarks.commands.parsers import parse_compare
+from benchmarks.measure import leak_guard
 from benchmarks.runs.environment import ROOT
 from cat_plugin import CATConfig
 from tests.benchmarks.logits import write_npz
@@ -46,12 +46,12 @@ def comparison(tiny, monkeypatch):
 @pytest.fixture
 def ablation(tmp_path, monkeypatch):
     """An ablation of two cells, which are fitted with one cluster to cost next to nothing."""
-    real = guard.fit_cluster_affine
+    real = leak_guard.fit_cluster_affine
 
     def cheap(q, f, config, features):
         return real(q, f, CATConfig.paper(1, alpha=config.alpha))
 
-    monkeypatch.setattr(guard, "fit_cluster_affine", cheap)
+    monkeypatch.setattr(leak_guard, "fit_cluster_affine", cheap)
     monkeypatch.setattr("benchmarks.reports.ablation_report.plot", lambda *args: False)
     write_npz(tmp_path / "in" / "a.npz", 60)
     options = ["--logits", str(tmp_path / "in"), "--skip", "10", "--n-cat", "25", "--max-draws", "1", "--no-progress"]
@@ -69,7 +69,7 @@ def test_killed_at_any_store_and_started_again_it_ends_with_the_same_table(reque
         stores = count(1)
 
         def replace(self, target, at=point, stores=stores):
-            """Kills the run where the file of number ``at`` gets its name."""
+            """Kills the run where the file of number `at` gets its name."""
             fatal = next(stores) == at
             if fatal and not late:
                 raise Killed

@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from benchmarks.commands import ablate, compare, robustness
-from benchmarks.measure.evaluate import Measurement, Setting
-from benchmarks.runs import runs
+from benchmarks.measure.accuracy import Measurement
+from benchmarks.measure.protocol import Setting
+from benchmarks.runs import resume
 from benchmarks.runs.environment import ROOT
 from benchmarks.runs.processes import Process, claimed
-from benchmarks.runs.runs import Rows
+from benchmarks.runs.resume import Rows
 from tests.benchmarks.rows import all_same, make_measurement
 from tests.benchmarks.test_resume import tables
 
@@ -30,7 +31,7 @@ EXPECTED = [measure(setting) for setting in GRID]
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(runs, "PAUSE", 0.01)
+    monkeypatch.setattr(resume, "PAUSE", 0.01)
 
 
 def together(folder, rank, world, work=measure, grid=GRID):

@@ -25,7 +25,7 @@ def paired_logits(n_images, n_classes, seed=0, dtype=torch.float64, noise=0.5):
 
 def held_out_scores(q, f, config=None, images=None):
     """What a fit says of images that it was cross-fitted on."""
-    return fit_and_score(LogitStore.of(q, f, None, images), CATConfig.resolve(config)).held_out
+    return fit_and_score(LogitStore.of(q, f, images), CATConfig.resolve(config)).scores
 
 
 class SmallNet(nn.Module):

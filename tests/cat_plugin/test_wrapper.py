@@ -52,7 +52,7 @@ def test_state_dict_of_the_model_is_unchanged(model):
 
 
 def test_what_passes_the_hook_by(model):
-    """As the README says, and that `bake()` is the answer."""
+    """As cat_plugin/README.md says, and that `bake()` is the answer."""
     x = images()
     plain, cat_model = model(x), CATWrapper(model, _correction())
     corrected, baked = model(x), cat_model.bake()

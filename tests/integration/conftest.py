@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.cpp_extension import get_default_build_root
 
-from benchmarks.datasets.data import Dataset, load_digits
+from benchmarks.datasets.dataset import Dataset
+from benchmarks.datasets.digits import load_digits
 
 from . import networks
 from .protocol import Row, Task, check, write_table

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.datasets.data import Dataset
-from benchmarks.networks.models import create_model
+from benchmarks.datasets.dataset import Dataset
 from benchmarks.networks.training import Training, train
+from benchmarks.networks.weights_and_transforms import untrained
 
 EPOCHS, BATCH_SIZE, PEAK_LEARNING_RATE, LABEL_SMOOTHING = 25, 64, 3e-3, 0.1
 
 
 def convolutional(digits: Dataset) -> nn.Module:
     """ResNet-8 of torchvision's blocks, as the benchmarks train it."""
-    model = create_model("resnet8", len(digits.classes))
+    model = untrained("resnet8", len(digits.classes))
     train(model, digits.train_images, digits.train_labels, Training())
     return model
 

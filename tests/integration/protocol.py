@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.datasets.data import Dataset, split_calibration
-from benchmarks.reports.report import align
+from benchmarks.datasets.calibration_split import split_calibration
+from benchmarks.datasets.dataset import Dataset
+from benchmarks.reports.tables import markdown_table
 from benchmarks.runs.files import write_text
 from cat_plugin import CATWrapper, apply_cat, compare_accuracy
 from cat_plugin.correction.hook import find_hooks
@@ -246,4 +247,4 @@ def to_markdown(rows: Sequence[Row]) -> str:
         agreement = " -> ".join(f"{value:.1f}" for value in row.agreement)
         lines.append((row.toolkit, row.version, row.bits, row.network, *scores, agreement, *map(cell, row.verdicts)))
     numbered = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
-    return "\n".join([align(lines), *(["", NOTES, "", *numbered] if numbered else [])])
+    return "\n".join([markdown_table(lines), *(["", NOTES, "", *numbered] if numbered else [])])

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.anchors import load_anchors
 from benchmarks.commands import ablate, robustness
-from benchmarks.measure import guard
+from benchmarks.measure import leak_guard
 from cat_plugin import CATConfig, fit_cluster_affine
 from tests.benchmarks.logits import write_npz
 
@@ -31,10 +31,13 @@ def options(arrays, tmp_path):
 @pytest.fixture
 def fits(monkeypatch):
     """The logits of every fit, with what was fitted."""
-    seen, real = [], guard.fit_cluster_affine
-    monkeypatch.setattr(
-        guard, "fit_cluster_affine", lambda q, f, config, h: (seen.append((q, config, h)), real(q, f, config, h))[1]
-    )
+    seen, real = [], leak_guard.fit_cluster_affine
+
+    def spy(q, f, config, h):
+        seen.append((q, config, h))
+        return real(q, f, config, h)
+
+    monkeypatch.setattr(leak_guard, "fit_cluster_affine", spy)
     return seen
 
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.commands import compare
 from benchmarks.networks import quantized
-from benchmarks.networks.models import create_model
+from benchmarks.networks.weights_and_transforms import untrained
 from tests.benchmarks.rows import make_measurement
 
 TABLES = ["comparisons.csv", "results.csv", "results.json", "results.md", "summary.csv"]
@@ -36,7 +36,7 @@ def test_run_on_a_folder_writes_and_prints_its_table(tiny, tmp_path, capsys):
 
 
 def test_zip_mobilenet_and_qdrop(tiny, cifar_zip, tmp_path):
-    torch.save(create_model("mobilenetv2", 10).state_dict(), tmp_path / "mobile.pt")
+    torch.save(untrained("mobilenetv2", 10).state_dict(), tmp_path / "mobile.pt")
     options = ["--data", str(cifar_zip), "--model", "mobilenetv2", "--weights", str(tmp_path / "mobile.pt")]
     assert compare.main([*tiny, *options, "--methods", "qdrop", "--bits", "2/4"]) == 0
     assert "mobilenetv2,qdrop,2,4,0,2,16,40,20" in (results(tmp_path) / "results.csv").read_text()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.commands.robustness import main
-from benchmarks.measure import guard, sources
+from benchmarks.measure import leak_guard, network_logits
 from tests.benchmarks.logits import write_npz
 from tests.reference import lstsq_per_cluster
 
@@ -49,13 +49,13 @@ def networks(shared_folder, weights, tmp_path):
 @pytest.fixture
 def fits(monkeypatch):
     """The logits `(q, f)` of every fit."""
-    seen, real = [], guard.fit_cluster_affine
+    seen, real = [], leak_guard.fit_cluster_affine
 
     def spy(q, f, *args):
         seen.append((q.clone(), f.clone()))
         return real(q, f, *args)
 
-    monkeypatch.setattr(guard, "fit_cluster_affine", spy)
+    monkeypatch.setattr(leak_guard, "fit_cluster_affine", spy)
     return seen
 
 
@@ -109,7 +109,7 @@ def test_fits_see_neither_test_images_nor_skipped_rows_nor_images_of_another_dra
 def test_stopped_run_resumes_with_the_same_table(options, tmp_path, monkeypatch, capsys):
     whole = ["--results", str(tmp_path / "whole"), "--cache", str(tmp_path / "other")]
     assert main([*options, *whole]) == 0
-    calls, real = [], guard.fit_cluster_affine
+    calls, real = [], leak_guard.fit_cluster_affine
 
     def killed_at_sixth(*args):
         calls.append(1)
@@ -117,7 +117,7 @@ def test_stopped_run_resumes_with_the_same_table(options, tmp_path, monkeypatch,
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(guard, "fit_cluster_affine", killed_at_sixth)
+    monkeypatch.setattr(leak_guard, "fit_cluster_affine", killed_at_sixth)
     assert main(options) == 130
     assert "the same command resumes" in capsys.readouterr().err
     assert not (folder(tmp_path) / "results.csv").exists()
@@ -153,7 +153,7 @@ def test_networks_are_sources_beside_files_and_run_once(networks, arrays, tmp_pa
     def run_again(*args, **options):
         raise AssertionError("networks were run again")
 
-    monkeypatch.setattr(sources, "paired_logits", run_again)
+    monkeypatch.setattr(network_logits, "paired_logits", run_again)
     assert main([*networks, *files, "--run", "both"]) == 0
     rows = table(tmp_path / "results" / "both" / "results.csv")
     assert list(dict.fromkeys(row["source"] for row in rows)) == ["a", "b", *names]

@@ -1,13 +1,14 @@
 import csv
 import io
-import runpy
-import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.commands import speed
 from benchmarks.commands.speed import Line, Timing, main, to_csv, to_table
+from benchmarks.datasets.imagenet import IMAGENET
+from benchmarks.datasets.registry import DATASETS
 
 TINY = ["--dataset", "digits", "--n-calib", "16", "--batch-size", "8", "--steps", "10"]
 UNITS = ["conv1", "layer1.0", "layer2.0", "layer3.0", "fc"]
@@ -101,14 +102,6 @@ def test_unusable_options_are_errors_of_the_user(options, message, capsys, tmp_p
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_the_module_is_a_command_of_its_own(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["speed", "--help"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("benchmarks.commands.speed", run_name="__main__")
-    assert ended.value.code == 0 and "python -m benchmarks speed" in capsys.readouterr().out
-
-
 def test_data_of_imagenet_are_not_read(tmp_path, capsys):
     assert main(["--dataset", "imagenet", "--data", str(tmp_path), "--results", str(tmp_path)]) == 2
     assert "random images in place of ImageNet's; leave --data out" in capsys.readouterr().err
@@ -116,7 +109,7 @@ def test_data_of_imagenet_are_not_read(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_network_for_imagenet_is_timed_on_random_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "IMAGENET_SIZE", 32)
+    monkeypatch.setitem(DATASETS, IMAGENET.name, replace(IMAGENET, image_shape=(3, 32, 32)))
     options = ["--dataset", "imagenet", "--model", "mobilenet_v2", *TINY[2:], "--results", str(tmp_path)]
     assert main(options) == 0
     lines = rows(tmp_path / "speed" / "imagenet-mobilenet_v2-qdrop-w2a2.csv")

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 
 from benchmarks import BenchmarkError
-from benchmarks.datasets.data import split_calibration
+from benchmarks.datasets.calibration_split import split_calibration
 from benchmarks.datasets.imagenet import class_names, load_imagenet
 from benchmarks.datasets.images import batches, stacked
-from benchmarks.measure import evaluate, sources
-from benchmarks.measure.evaluate import Protocol, Setting, paired_logits
-from benchmarks.measure.pairs import PairedLogits
-from benchmarks.measure.sources import network_sources
-from benchmarks.networks.pretrained import untrained
+from benchmarks.measure import network_logits
+from benchmarks.measure.network_logits import network_sources, paired_logits
+from benchmarks.measure.paired_logits import PairedLogits
+from benchmarks.measure.protocol import Protocol, Setting
+from benchmarks.networks.weights_and_transforms import untrained
 from tests.benchmarks.conftest import SMALL, WNIDS
 
 
@@ -148,7 +148,7 @@ def test_logits_are_not_taken_for_those_of_a_file_of_the_same_size(imagenet_fold
         network_sources([SETTING], PROTOCOL, load(imagenet_folder), "resnet18", model, tmp_path)
         return len(made)
 
-    monkeypatch.setattr(sources, "paired_logits", planted)
+    monkeypatch.setattr(network_logits, "paired_logits", planted)
     assert (collect(), collect()) == (1, 1)
     drawn = split_calibration(len(dataset.train_images), 8, 16, seed=1)[1][3]
     path = imagenet_folder / dataset.train_images.names[drawn]
@@ -160,7 +160,7 @@ def test_logits_are_not_taken_for_those_of_a_file_of_the_same_size(imagenet_fold
 
 def test_logits_are_those_of_the_drawn_images(shared_imagenet, cheap_ranges, monkeypatch):
     model, dataset, titles = untrained("resnet18", 3, seed=2), load(shared_imagenet), []
-    monkeypatch.setattr(evaluate, "batches", lambda images, title: (titles.append(title), batches(images))[1])
+    monkeypatch.setattr(network_logits, "batches", lambda images, title: (titles.append(title), batches(images))[1])
     pairs = paired_logits(SETTING, PROTOCOL, dataset, model, progress=True)
     assert titles == ["images for quantization", "images for corrections", "test images"]
     calib, cat = split_calibration(len(dataset.train_images), 8, 16, seed=1)

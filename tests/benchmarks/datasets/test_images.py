@@ -24,7 +24,7 @@ def files(imagenet_folder):
 
 
 def by_pil(path, crop=32, resize=256):
-    """Resize the short side, cut out the middle, normalise; ``(3, crop, crop)``."""
+    """Resize the short side, cut out the middle, normalise; `(3, crop, crop)`."""
     image = Image.open(path).convert("RGB")
     width, height = image.size
     # torchvision cuts the long side down to whole pixels.

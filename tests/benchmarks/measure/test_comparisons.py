@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.measure.comparisons import compare, modes_of, paired_figures, summarize
-from benchmarks.measure.evaluate import Setting
+from benchmarks.measure.protocol import Setting
 from tests.benchmarks.rows import make_measurement, wrong
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.measure.draws import FIT_SEED, Cell, Draw, Source, cells, measure
-from benchmarks.measure.evaluate import corrections
-from benchmarks.measure.pairs import PairedLogits
+from benchmarks.measure.corrections import corrections
+from benchmarks.measure.draws import FIT_SEED, Cell, Draw, cells, measure
+from benchmarks.measure.paired_logits import PairedLogits, Source
 from cat_plugin import CATConfig, fit_cluster_affine
 from tests.benchmarks.logits import make_arrays
 from tests.benchmarks.rows import same

@@ -4,8 +4,8 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks.measure.draws import Source
 from benchmarks.measure.factors import FACTORS, points, unique_cells
+from benchmarks.measure.paired_logits import Source
 from cat_plugin import CATConfig
 
 PAPER, DEFAULT = CATConfig.paper(), CATConfig()

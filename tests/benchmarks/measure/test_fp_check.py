@@ -12,7 +12,7 @@ from benchmarks.datasets.imagenet import load_imagenet
 from benchmarks.datasets.images import stacked
 from benchmarks.measure import fp_check
 from benchmarks.measure.fp_check import accuracy, check_accuracy
-from benchmarks.networks.pretrained import untrained
+from benchmarks.networks.weights_and_transforms import untrained
 from tests.benchmarks.conftest import SMALL
 
 

@@ -4,12 +4,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks import BenchmarkError
-from benchmarks.networks.models import MODELS, check_outputs, create_model, load_weights
+from benchmarks.networks.models import MODELS, check_outputs, load_weights
+from benchmarks.networks.weights_and_transforms import untrained
 
 
 @pytest.mark.parametrize(("name", "channels", "size"), [("resnet8", 1, 8), ("resnet20", 3, 32), ("mobilenetv2", 3, 32)])
 def test_models_give_one_logit_a_class(name, channels, size):
-    model = create_model(name, 7)
+    model = untrained(name, 7)
     assert model(torch.zeros(2, channels, size, size)).shape == (2, 7)
     assert not model.training
 
@@ -17,23 +18,23 @@ def test_models_give_one_logit_a_class(name, channels, size):
 def test_every_model_is_seeded_and_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     for name in MODELS:
-        first, again, other = (create_model(name, 10, seed).state_dict() for seed in (0, 0, 1))
+        first, again, other = (untrained(name, 10, seed).state_dict() for seed in (0, 0, 1))
         assert all(torch.equal(first[key], again[key]) for key in first)
         assert any(not torch.equal(first[key], other[key]) for key in first)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_resnet20_has_the_published_size():
-    parameters = sum(weight.numel() for weight in create_model("resnet20", 10).parameters())
+    parameters = sum(weight.numel() for weight in untrained("resnet20", 10).parameters())
     projections = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64  # instead of the paper's shortcuts without parameters
     assert parameters == 269_722 + projections
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_weights_make_a_round_trip(tmp_path, suffix):
-    state, path = create_model("resnet8", 10, seed=1).state_dict(), tmp_path / f"weights{suffix}"
+    state, path = untrained("resnet8", 10, seed=1).state_dict(), tmp_path / f"weights{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    model = create_model("resnet8", 10, seed=0)
+    model = untrained("resnet8", 10, seed=0)
     load_weights(model, path)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
@@ -58,23 +59,23 @@ class Marker:
 def test_files_with_more_than_tensors_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(BenchmarkError, match=message):
-        load_weights(create_model("resnet8", 10), tmp_path / "weights.pt")
+        load_weights(untrained("resnet8", 10), tmp_path / "weights.pt")
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
 def test_files_that_are_no_weights_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"no weights")
     with pytest.raises(BenchmarkError, match="not a readable weights file"):
-        load_weights(create_model("resnet8", 10), tmp_path / name)
+        load_weights(untrained("resnet8", 10), tmp_path / name)
 
 
 def test_missing_weights_are_refused(tmp_path):
     with pytest.raises(BenchmarkError, match=r"no such weights file: .*none\.pt"):
-        load_weights(create_model("resnet8", 10), tmp_path / "none.pt")
+        load_weights(untrained("resnet8", 10), tmp_path / "none.pt")
 
 
 def test_keys_and_shapes_that_do_not_fit_are_named(tmp_path):
-    model = create_model("resnet8", 10)
+    model = untrained("resnet8", 10)
     state = model.state_dict()
     del state["bn1.bias"]
     state |= {"head.weight": torch.zeros(1), "fc.weight": torch.zeros(3, 64)}
@@ -91,21 +92,21 @@ def test_keys_and_shapes_that_do_not_fit_are_named(tmp_path):
 
 
 def test_counters_that_only_training_uses_may_be_missing(tmp_path):
-    state = create_model("resnet8", 10, seed=1).state_dict()
+    state = untrained("resnet8", 10, seed=1).state_dict()
     old = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     assert len(old) < len(state)
     torch.save(old, tmp_path / "weights.pt")
-    model = create_model("resnet8", 10, seed=0)
+    model = untrained("resnet8", 10, seed=0)
     load_weights(model, tmp_path / "weights.pt")
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_long_lists_of_keys_are_cut(tmp_path):
-    torch.save(create_model("resnet20", 10).state_dict(), tmp_path / "weights.pt")
+    torch.save(untrained("resnet20", 10).state_dict(), tmp_path / "weights.pt")
     with pytest.raises(BenchmarkError, match=r"unexpected: (layer1\S+ ){5}and \d+ more"):
-        load_weights(create_model("resnet8", 10, seed=0), tmp_path / "weights.pt")
+        load_weights(untrained("resnet8", 10, seed=0), tmp_path / "weights.pt")
 
 
 def test_number_of_outputs_is_compared_with_the_classes():
     with pytest.raises(BenchmarkError, match="the model has 7 outputs, the data 2 classes"):
-        check_outputs(create_model("resnet8", 7), torch.zeros(1, 1, 8, 8), ("a", "b"))
+        check_outputs(untrained("resnet8", 7), torch.zeros(1, 1, 8, 8), ("a", "b"))

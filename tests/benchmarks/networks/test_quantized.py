@@ -4,16 +4,15 @@ import torch
 from baselines.reconstruction.unit_run import UnitRun
 from benchmarks import BenchmarkError
 from benchmarks.networks import quantized
-from benchmarks.networks.models import create_model
-from benchmarks.networks.pretrained import untrained
 from benchmarks.networks.quantized import quantized_model
+from benchmarks.networks.weights_and_transforms import untrained
 
 OPTIONS = {"method": "qdrop", "w_bits": 2, "a_bits": 2, "iters": 2, "batch_size": 8, "seed": 0}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return create_model("resnet8", 10, seed=1).eval()
+    return untrained("resnet8", 10, seed=1).eval()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def test_network_that_insists_on_versions_of_its_state_comes_from_the_cache(made
 def test_any_change_makes_a_new_network(model, images, made, tmp_path, monkeypatch, change):
     quantized_model(model, images, tmp_path, **OPTIONS)
     if change == "weights":
-        model = create_model("resnet8", 10, seed=2).eval()
+        model = untrained("resnet8", 10, seed=2).eval()
     if change == "version":
         monkeypatch.setattr(quantized, "result_version", lambda method: "other")
     images = images + 1 if change == "images" else images

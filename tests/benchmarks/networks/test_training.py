@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.datasets.data import load_digits
-from benchmarks.measure.evaluate import top1
+from benchmarks.datasets.digits import load_digits
+from benchmarks.measure.accuracy import top1
 from benchmarks.networks import training
 from benchmarks.networks.training import Training, trained_model
 

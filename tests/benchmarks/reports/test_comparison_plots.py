@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 
+from benchmarks.measure.accuracy import Measurement
 from benchmarks.measure.comparisons import summarize
-from benchmarks.measure.evaluate import MODES, Measurement, Setting
+from benchmarks.measure.corrections import MODES
+from benchmarks.measure.protocol import Setting
 from benchmarks.reports.comparison_plots import class_gains, draw_changes, draw_gains, draw_logits, plot_comparison
 from cat_plugin.report.clusters import ClusterProfile
 from tests.benchmarks.rows import make_measurement

@@ -8,10 +8,10 @@ import pytest
 import benchmarks.anchors
 from benchmarks.anchors import SOURCES, load_published
 from benchmarks.datasets.imagenet import VAL_IMAGES
-from benchmarks.measure.evaluate import Setting
-from benchmarks.networks.pretrained import TIMM, TORCHVISION
+from benchmarks.measure.protocol import Setting
+from benchmarks.networks.catalogue import TIMM, TORCHVISION
+from benchmarks.reports.comparison_report import to_markdown
 from benchmarks.reports.published import NETWORKS, OTHERS, beside
-from benchmarks.reports.report import to_markdown
 from tests.benchmarks.rows import make_measurement
 
 FOLDER = Path(benchmarks.anchors.__file__).parent

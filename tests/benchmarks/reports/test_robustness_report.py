@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from benchmarks.measure.draws import Gain, Source
+from benchmarks.measure.draws import Gain
+from benchmarks.measure.paired_logits import Source
 from benchmarks.reports.robustness_report import plot, shortfalls, sizes_table, sources_table, to_markdown, write_report
 
 BASE = {"n_eval": 100, "fp_top1": 90.0, "top1": 0.0, "ci_low": 0.0, "ci_high": 0.0}

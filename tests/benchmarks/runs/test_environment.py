@@ -52,7 +52,7 @@ def test_code_counts_if_it_is_imported(package, name, matters):
 
 def test_figures_of_this_repository_depend_on_what_they_should():
     names = (
-        code_digest("benchmarks.measure.evaluate"),
+        code_digest("benchmarks.measure.accuracy"),
         code_digest("benchmarks.measure.draws"),
         code_digest("benchmarks.reports.plots"),
     )

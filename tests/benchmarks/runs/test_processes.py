@@ -1,5 +1,6 @@
 """Who a process is among several, and claims that end with it."""
 
+import errno
 import subprocess
 import sys
 import time
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 from benchmarks import BenchmarkError
-from benchmarks.runs import processes
 from benchmarks.runs.environment import ROOT
 from benchmarks.runs.processes import Process, claimed, local_device, refuse_several, this_process, use_device
 
@@ -106,16 +106,17 @@ def test_claim_is_one_processes_alone_and_ends_with_the_block(tmp_path):
 @pytest.mark.parametrize("replaced", [False, True])
 def test_file_that_another_claim_has_deleted_claims_nothing(tmp_path, monkeypatch, replaced):
     """It is opened, its owner deletes it, perhaps a third process makes another, and only then it is locked."""
-    path, lock = tmp_path / "a.lock", processes._locked
+    fcntl = pytest.importorskip("fcntl")
+    path, lock = tmp_path / "a.lock", fcntl.flock
 
-    def late(opened):
+    def late(*args):
         path.unlink()
         if replaced:
             path.touch()
-        return lock(opened)
+        return lock(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(processes, "_locked", late)
+        patch.setattr(fcntl, "flock", late)
         with claimed(path) as free:
             assert not free
     assert path.exists() == replaced
@@ -123,16 +124,26 @@ def test_file_that_another_claim_has_deleted_claims_nothing(tmp_path, monkeypatc
         assert free
 
 
-def test_without_locks_nothing_is_deleted(tmp_path, monkeypatch):
+def test_file_that_cannot_be_deleted_stays(tmp_path, monkeypatch):
     """As on Windows, which refuses to delete a file that is open."""
 
     def refuse(path, **options):
         raise PermissionError(path)
 
-    monkeypatch.setattr(processes, "fcntl", None)
     monkeypatch.setattr(Path, "unlink", refuse)
-    with claimed(tmp_path / "a.lock") as free:
-        assert free
+    for _ in range(2):
+        with claimed(tmp_path / "a.lock") as free:
+            assert free
+    assert (tmp_path / "a.lock").exists()
+
+
+def test_file_system_without_locks_is_an_error_of_the_user(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
+    with pytest.raises(BenchmarkError, match=r"a\.lock cannot be locked .*No locks"), claimed(tmp_path / "a.lock"):
+        pass
 
 
 def test_claim_of_a_killed_process_is_void(tmp_path):

@@ -1,9 +1,19 @@
+import math
+
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import log_softmax, softmax
 
-from cat_plugin.fitting.divergence import cross_entropy, fit_class_divergence, fit_shared_divergence
+from cat_plugin.fitting.divergence import (
+    best_scale,
+    cross_entropy,
+    fit_class_divergence,
+    fit_shared_divergence,
+    softened,
+    softened_divergence,
+)
 from tests.cat_plugin.helpers import paired_logits
 
 TEMPERATURE, PRIOR = 1.7, 3.0
@@ -68,3 +78,31 @@ def test_teacher_that_is_met_already_asks_for_nothing(logits):
     scale, shift = fit_class_divergence(q, (q / TEMPERATURE).softmax(dim=1), TEMPERATURE, PRIOR)
     torch.testing.assert_close(scale, torch.ones(4).double())
     torch.testing.assert_close(shift, torch.zeros(4).double())
+
+
+def softened_reference(logits, teacher):
+    """(N,) cross-entropies at the scale of all logits that makes their mean smallest."""
+
+    def at(log_scale):
+        return -(teacher.numpy() * log_softmax(math.exp(log_scale) * logits.numpy(), axis=1)).sum(axis=1)
+
+    found = minimize_scalar(lambda log_scale: at(log_scale).mean(), bracket=(-2, 0), tol=1e-10)
+    return torch.from_numpy(at(found.x)), math.exp(found.x)
+
+
+def test_softened_divergence_is_at_the_scale_that_suits_the_logits():
+    q, f = paired_logits(80, 6)
+    teacher = softened(f, TEMPERATURE)
+    torch.testing.assert_close(teacher, torch.from_numpy(softmax(f.numpy() / TEMPERATURE, axis=1)))
+    expected, scale = softened_reference(q, teacher)
+    found = softened_divergence(q, teacher, TEMPERATURE)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-2)
+    torch.testing.assert_close(softened_divergence(7 * q, teacher, TEMPERATURE), found, atol=1e-3, rtol=1e-2)
+    assert best_scale(q, teacher) == pytest.approx(scale, rel=2e-3)
+    assert best_scale(1000 * q, teacher) == pytest.approx(scale / 1000, rel=2e-3)
+
+
+@pytest.mark.parametrize("logits", [torch.ones(9, 4), torch.arange(9.0).reshape(9, 1)], ids=["alike", "one class"])
+def test_logits_that_are_all_alike_have_no_scale(logits):
+    teacher = torch.full_like(logits, 1 / logits.shape[1])
+    assert best_scale(logits.double(), teacher.double()) == 1.0

@@ -1,10 +1,9 @@
-import numpy as np
 import pytest
 import torch
 
-from cat_plugin.fitting.least_squares import fit_affine, fit_deviations, fit_shared
+from cat_plugin.fitting.least_squares import AffineSums, DeviationSums, SharedSums, fit_affine
 from tests.cat_plugin.helpers import paired_logits
-from tests.reference import lstsq_per_cluster
+from tests.reference import lstsq_per_cluster, shrunk_deviations, shrunk_least_squares
 
 
 def test_table_computed_by_hand():
@@ -68,33 +67,27 @@ def features_and_residual(signal, seed=0, n_images=400):
     return z, coefficients, z @ coefficients + 2 + noise
 
 
-def test_shared_map_equals_naive_empirical_bayes():
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_shared_map_equals_naive_empirical_bayes(share):
     z, _, residual = features_and_residual(signal=0.1)
-    design = np.hstack([z.numpy(), np.ones((400, 1))])
-    solution = np.linalg.lstsq(design, residual.numpy(), rcond=None)[0]
-    error = ((residual.numpy() - design @ solution) ** 2).sum() / (5 * (400 - 7))
-    inverse = np.linalg.inv(np.cov(z.numpy().T, bias=True) * 400)
-    expected = np.zeros((6, 5))
-    for feature in range(6):
-        noise = inverse[feature, feature] * error
-        signal = max((solution[feature] ** 2).mean() - noise, 0)
-        expected[feature] = solution[feature] * signal / (signal + noise)
-    coefficients, offset = fit_shared(z, residual)
-    torch.testing.assert_close(coefficients, torch.from_numpy(expected), atol=1e-8, rtol=1e-6)
+    expected = shrunk_least_squares(z.numpy(), residual.numpy(), share)
+    coefficients, offset = SharedSums(6, 5).add(z, residual).solve(share)
+    torch.testing.assert_close(coefficients, torch.from_numpy(expected[0]), atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(offset, torch.from_numpy(expected[1]))
     torch.testing.assert_close(offset, residual.mean(0) - z.mean(0) @ coefficients)
 
 
 def test_shared_map_keeps_what_the_data_support():
     z, planted, residual = features_and_residual(signal=3.0)
-    coefficients, _ = fit_shared(z, residual)
+    coefficients, _ = SharedSums(6, 5).add(z, residual).solve()
     torch.testing.assert_close(coefficients[:3], planted[:3], atol=0.25, rtol=0)
     assert coefficients[3:].abs().max() < 0.1
-    assert fit_shared(z, residual - z @ planted)[0].abs().max() < 0.1
+    assert SharedSums(6, 5).add(z, residual - z @ planted).solve()[0].abs().max() < 0.1
 
 
 def test_shared_map_without_features_is_the_mean():
     residual = torch.randn(20, 5, dtype=torch.float64)
-    coefficients, offset = fit_shared(torch.empty(20, 0, dtype=torch.float64), residual)
+    coefficients, offset = SharedSums(0, 5).add(torch.empty(20, 0, dtype=torch.float64), residual).solve()
     assert coefficients.shape == (0, 5)
     torch.testing.assert_close(offset, residual.mean(0))
 
@@ -107,6 +100,25 @@ def clustered(deviation, noise, seed=0, n_images=600):
     slope, offset = deviation * torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
     residual = q * slope[ids] + offset[ids] + noise * torch.randn(n_images, 5, generator=generator, dtype=torch.float64)
     return q, residual, ids, slope, offset
+
+
+def fit_deviations(q, residual, ids, num_clusters, **options):
+    return DeviationSums(num_clusters, q.mean(dim=0)).add(q, residual, ids).solve(**options)
+
+
+@pytest.mark.parametrize("keep_slope", [False, True])
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_deviations_equal_naive_empirical_bayes(share, keep_slope):
+    """Clusters of 2, which says nothing, 6, 150 and 200 images, and an empty one."""
+    ids = torch.arange(5).repeat_interleave(torch.tensor([2, 6, 150, 0, 200]))
+    q, residual, *_ = clustered(deviation=0.1, noise=1.0, n_images=len(ids))
+    residual = residual + 0.3 * ids.unsqueeze(1) * (q + 1)
+    expected = shrunk_deviations(q.numpy(), residual.numpy(), ids.numpy(), 5, share, keep_slope)
+    found = fit_deviations(q, residual, ids, 5, share=share, keep_slope=keep_slope)
+    for part, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(part, torch.from_numpy(reference), atol=1e-9, rtol=1e-9)
+        assert part[[1, 2, 4]].all()
+        assert not part[[0, 3]].any()
 
 
 def test_deviations_without_noise_are_least_squares():
@@ -139,3 +151,36 @@ def test_mean_slope_is_kept_on_request():
     power = torch.stack([q[ids == k].var(dim=0, correction=0) * (ids == k).sum() for k in range(4)])
     assert ((power * plain).sum(0) / power.sum(0) - 0.7).abs().max() < 0.3
     assert ((power * kept).sum(0) / power.sum(0)).abs().max() < 0.05
+
+
+def halves(sums, *rows):
+    """The sums after all rows at once, and after those from the 40th on, none, and the first 40."""
+    parts = [[part[chosen] for part in rows] for chosen in (slice(40, None), slice(0, 0), slice(40))]
+    whole, pieces = (made.add(*first) for made, first in zip((sums(), sums()), (rows, parts[0]), strict=True))
+    for part in parts[1:]:
+        pieces.add(*part)
+    return whole, pieces
+
+
+@pytest.mark.parametrize("kind", ["affine", "shared", "deviations"])
+def test_sums_of_chunks_in_any_order_are_those_of_all_rows(kind):
+    q, residual, ids, *_ = clustered(deviation=0.2, noise=1.0)
+    if kind == "affine":
+        found = halves(lambda: AffineSums(q[0], residual[0]), q, residual)
+    elif kind == "shared":
+        found = halves(lambda: SharedSums(5, 5), q, residual)
+    else:
+        found = halves(lambda: DeviationSums(4, q[0]), q, residual, ids)
+    for whole, pieces in zip(*(sums.solve() for sums in found), strict=True):
+        torch.testing.assert_close(pieces, whole, atol=1e-9, rtol=1e-9)
+        assert whole.abs().max() > 0.01
+
+
+def test_affine_sums_equal_the_fit_with_one_cluster_wherever_they_count_from():
+    q, f = paired_logits(200, 7)
+    expected = fit_affine(q, f, torch.zeros(200, dtype=torch.int64), 1)
+    for move in (0.0, 1e6):
+        near = q.mean(dim=0) + move + 0.5, f.mean(dim=0) + move - 0.5
+        gamma, beta = AffineSums(*near).add(q + move, f + move).solve()
+        torch.testing.assert_close(gamma, expected[0], rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(beta, expected[1] + move * (1 - expected[0]), rtol=1e-8, atol=1e-8 * max(move, 1))

@@ -1,0 +1,60 @@
+"""Command line: `python -m benchmarks report` makes the tables of runs again, without running models."""
+
+import argparse
+from pathlib import Path
+from types import ModuleType
+
+from benchmarks import BenchmarkError
+from benchmarks.commands import ablate, compare, robustness
+from benchmarks.commands.exit_codes import command_line
+from benchmarks.commands.parsers import parse_report
+from benchmarks.measure.accuracy import Measurement
+from benchmarks.reports.comparison_plots import plot_comparison
+from benchmarks.reports.comparison_report import title, to_markdown, write_report
+from benchmarks.runs.folders import read_settings
+
+KINDS: dict[str, ModuleType] = {module.NAME: module for module in (compare, ablate, robustness)}
+
+
+def _report(args: argparse.Namespace) -> None:
+    """Every figure is computed from predictions of single images; a row that says otherwise is an error."""
+    compared: list[tuple[str | None, list[Measurement]]] = []
+    for folder in args.runs:
+        settings = read_settings(folder)
+        kind = settings.get("kind", compare.NAME)  # runs of earlier versions do not say
+        if kind not in KINDS or "grid" not in settings:
+            raise BenchmarkError(f"{folder} is no run of {', '.join(KINDS)}")
+        if kind == compare.NAME:
+            measured = compare.rows_of(folder).stored(settings["grid"])
+            weights = compare.weights_of(settings)
+            files = write_report(folder, measured, weights) | plot_comparison(folder, measured, settings.get("classes"))
+            _join(compared, measured, weights)
+        else:
+            text, files = KINDS[kind].recompute(folder, settings)
+            print(f"{text}\n")
+        _print_files(folder, files)
+    for weights, measured in compared:
+        print(f"\n{to_markdown(measured, weights)}")
+
+
+main = command_line("report", parse_report, _report, resumes=False)
+
+
+def _join(tables: list[tuple[str | None, list[Measurement]]], measured: list[Measurement], weights: str | None) -> None:
+    """Runs of one network, its weights and one protocol go into one table, unless both have measured the same."""
+    for theirs, table in tables:
+        alike = title([each.row for each in table], theirs) == title([each.row for each in measured], weights)
+        if alike and not {_cell(each) for each in table} & {_cell(each) for each in measured}:
+            table += measured
+            return
+    tables.append((weights, list(measured)))
+
+
+def _cell(measurement: Measurement) -> tuple[str, int, int, int]:
+    row = measurement.row
+    return row.method, row.w_bits, row.a_bits, row.seed
+
+
+def _print_files(folder: Path, files: dict[str, bool]) -> None:
+    states = [f"{name} ({'the same' if same else 'written'})" for name, same in files.items()]
+    print(f"{folder}: {', '.join(states)}")

@@ -1,0 +1,54 @@
+"""What is known of a data set before it is loaded, and how it is asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.datasets.dataset import Dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """How images are to be had; every data set takes of it what concerns it.
+
+    `data` is a folder or an archive, None where the original comes with a library or is downloaded to `cache`, which
+    `download` may forbid. Of images in files, `transform` makes an RGB image what the network takes, and `workers`
+    processes decode.
+    """
+
+    data: Path | None
+    cache: Path
+    download: bool = True
+    transform: Callable[[Any], Tensor] | None = None
+    workers: int = 0
+    progress: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """A data set, called `title` in messages, and what it means for options that are not given.
+
+    `load` gives its images and `count_classes` the outputs of a network for those of a folder, or of the original
+    where that is None. `image_shape` is `(channels, height, width)`; `iters` are iterations a unit of the network.
+
+    Three qualities decide which options it takes: it comes with the library `bundled_with` and has no `--data`; it is
+    `in_files`, a folder whose images are decoded when they are needed; there are `published` networks for it whose
+    accuracy is known. Where no weights are given and none are published, its `network_is_trained`, or else it is asked
+    for weights.
+    """
+
+    name: str
+    title: str
+    load: Callable[[Request], Dataset]
+    count_classes: Callable[[Path | None], int]
+    image_shape: tuple[int, int, int]
+    iters: int
+    n_calib: int
+    n_cat: int = 1024
+    bundled_with: str | None = None
+    in_files: bool = False
+    published: bool = False
+    network_is_trained: bool = False

@@ -1,0 +1,55 @@
+"""Keeps test images out of all that is quantized, fitted or chosen."""
+
+import torch
+from torch import Tensor
+
+from benchmarks import BenchmarkError
+from benchmarks.datasets.images import Images, digests, shown
+from cat_plugin import CATConfig, ClusterAffine, fit_cluster_affine
+
+
+class LeakGuard:
+    """Knows test images, or the outputs for them, by digest, and refuses them elsewhere."""
+
+    def __init__(self, test: Images) -> None:
+        """`test`: `M` test images, in memory or as files, or outputs `(M, ...)` of them."""
+        self._test = test
+        self._places = {digest: place for place, digest in enumerate(digests(test))}
+
+    def check(self, given: Images, role: str) -> None:
+        """Refuse `given`, `N` of the same kind, called `role` in the message, if a test image is among it.
+
+        Raises:
+            BenchmarkError: one is.
+        """
+        found = [(row, self._places[key]) for row, key in enumerate(digests(given)) if key in self._places]
+        if found:
+            row, place = found[0]
+            raise BenchmarkError(
+                f"leak: {len(found):,} of {len(given):,} {role} are test images, such as number {shown(given, row)}, "
+                f"which is test image {shown(self._test, place)}; figures would be better than they are. Take them out "
+                "of one of the two"
+            )
+
+
+def fit_guarded(
+    q: Tensor, f: Tensor, config: CATConfig, guard: LeakGuard, features: Tensor | None = None
+) -> ClusterAffine:
+    """`fit_cluster_affine`, the only call of it in the benchmarks: nothing is fitted that `guard` has not passed.
+
+    Args:
+        q: `(N, C)` logits of the low-bit network, and `f` of the full-precision one.
+        config: what to fit.
+        guard: of `joined` logits of the test images.
+        features: `(N, D)` features of the low-bit network.
+
+    Raises:
+        BenchmarkError: one of the images is a test image.
+    """
+    guard.check(joined(q, f), "images that a correction is to be fitted on")
+    return fit_cluster_affine(q, f, config, features)
+
+
+def joined(q: Tensor, f: Tensor) -> Tensor:
+    """`(N, 2 C)`: what tells images apart where only the logits `(N, C)` of both networks are known."""
+    return torch.cat([q, f], dim=1)

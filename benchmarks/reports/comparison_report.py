@@ -1,0 +1,88 @@
+"""A run of `compare` as CSV, JSON and a Markdown table with means and standard deviations over seeds."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.measure.accuracy import Measurement, Row
+from benchmarks.measure.comparisons import Summary, by_setting, compare, modes_in, summarize
+from benchmarks.measure.corrections import MODES
+from benchmarks.reports import published
+from benchmarks.reports.tables import markdown_table, to_csv, write_texts
+from benchmarks.wording import bits_name, signed
+
+
+def write_report(folder: Path, measured: Sequence[Measurement], weights: str | None = None) -> dict[str, bool]:
+    """Write all tables, each whole or not at all; which files there are, and whether each was there just the same.
+
+    `results.csv` has a line a network, `comparisons.csv` one a network and correction, `summary.csv` one a
+    method, bit setting and correction, over seeds; `results.json` holds all three, `results.md` the table to read,
+    whose title says which full-precision `weights` there were.
+    """
+    parts = {
+        "results": [measurement.row for measurement in measured],
+        "comparisons": compare(measured),
+        "summary": summarize(measured),
+    }
+    texts = {f"{name}.csv": to_csv(lines) for name, lines in parts.items() if lines}
+    plain = {name: [asdict(line) for line in lines] for name, lines in parts.items()}
+    texts["results.json"] = json.dumps(plain, indent=2) + "\n"
+    texts["results.md"] = to_markdown(measured, weights) + "\n"
+    return write_texts(folder, texts)
+
+
+def to_markdown(measured: Sequence[Measurement], weights: str | None = None) -> str:
+    """Title and table; then the published figures for the same networks, where there are some."""
+    found = published.beside(measured)
+    table = ["Beside published figures:", markdown_table(found.lines)] if found and found.lines else []
+    parts = [title([measurement.row for measurement in measured], weights), to_table(measured), *table]
+    return "\n\n".join([*parts, found.notes] if found else parts)
+
+
+def title(rows: Sequence[Row], weights: str | None = None) -> str:
+    """One sentence that says what the table shows; `weights` are those of the full-precision network."""
+    first, seeds = rows[0], sorted({row.seed for row in rows})
+    return (
+        f"Top-1 in percent on {first.n_eval:,} test images: {first.model} on {first.dataset}, "
+        f"{'' if weights is None else f'full-precision weights: {weights}, '}"
+        f"{first.n_calib:,} images for quantization, {first.n_cat:,} others for the corrections, "
+        f"{first.iters:,} iterations a unit, {'seed' if len(seeds) == 1 else 'mean ± standard deviation of seeds'} "
+        f"{', '.join(map(str, seeds))}."
+    )
+
+
+def to_table(measured: Sequence[Measurement]) -> str:
+    """Markdown table, padded so that it also reads well on a console; one line a method and bit setting.
+
+    Gain, interval and p are those of the library's default, or of the last correction where that is not there, see
+    `benchmarks.measure.comparisons.Summary`.
+    """
+    modes = modes_in(measured)
+    shown = f"gain of {MODES[modes[-1]]}", "95 % interval", "p"
+    lines = [("method", "bits", "FP", "low-bit", *(f"+ {MODES[mode]}" for mode in modes), *shown)]
+    for found in by_setting(measured):
+        any_line, last = next(iter(found.values())), found.get(modes[-1])
+        scores = [
+            spread(any_line.fp_top1, any_line.fp_std),
+            spread(any_line.lq_top1, any_line.lq_std),
+            *(spread(found[mode].top1, found[mode].top1_std) if mode in found else "-" for mode in modes),
+        ]
+        gain = ("-", "-", "-") if last is None else _gain(last)
+        lines.append((any_line.method, bits_name(any_line.w_bits, any_line.a_bits), *scores, *gain))
+    return markdown_table(lines)
+
+
+def _gain(line: Summary) -> tuple[str, str, str]:
+    interval = f"{signed(line.ci_low)} to {signed(line.ci_high)}"
+    return spread(line.delta, line.delta_std, sign="+"), interval, readable_p(line.p_value)
+
+
+def readable_p(p_value: float) -> str:
+    """Three decimals."""
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def spread(mean: float, std: float | None, sign: str = "") -> str:
+    """`mean ± std`, the latter where it is known."""
+    return f"{mean:{sign}.2f}" if std is None else f"{mean:{sign}.2f} ± {std:.2f}"

@@ -1,0 +1,97 @@
+import csv
+import io
+import json
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks.measure.comparisons import compare, summarize
+from benchmarks.measure.protocol import Setting
+from benchmarks.reports.comparison_report import title, to_markdown, to_table, write_report
+from benchmarks.reports.tables import to_csv, write_texts
+from benchmarks.wording import signed
+from tests.benchmarks.rows import make_measurement
+
+COLUMNS = (
+    "dataset,model,method,w_bits,a_bits,seed,iters,n_calib,n_cat,n_eval,"
+    "fp_top1,lq_top1,plain_affine_top1,cat_paper_top1,cat_top1,cat_delta"
+)
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_csv_has_exactly_the_columns_and_leaves_unknown_values_empty():
+    text = to_csv([make_measurement().row, make_measurement(cat_paper=False).row])
+    assert text.splitlines()[0] == COLUMNS
+    assert text.splitlines()[1] == "digits,resnet8,rtn,2,2,0,9,16,1024,500,99.0,90.0,91.0,92.6,93.0,3.0"
+    assert [line["cat_paper_top1"] for line in csv.DictReader(io.StringIO(text))] == ["92.6", ""]
+
+
+def test_table_has_mean_and_standard_deviation_over_seeds():
+    """Gains of 1, 2 and 6 points: mean 3, standard deviation sqrt(7)."""
+    won = (10, 15, 35)
+    seeds = [make_measurement(Setting("qdrop", 2, 4, seed), won=won[seed]) for seed in range(3)]
+    header, _, qdrop, rtn = cells(to_table([*seeds, make_measurement(won=1, lost=2, cat_paper=False)]))
+    scores = ["FP", "low-bit", "+ plain affine", "+ CAT (paper)", "+ CAT"]
+    assert header == ["method", "bits", *scores, "gain of CAT", "95 % interval", "p"]
+    assert qdrop[:5] == ["qdrop", "W2A4", "99.00 ± 0.00", "90.00 ± 0.00", "91.00 ± 0.00"]
+    assert qdrop[6:8] == ["93.00 ± 2.65", "+3.00 ± 2.65"]
+    assert rtn[:8] == ["rtn", "W2A2", "99.00", "90.00", "91.00", "-", "89.80", "-0.20"]
+    assert rtn[-1] == "1.000"
+
+
+def test_table_is_padded():
+    lines = to_table([make_measurement(), make_measurement(Setting("pd_quant", 4, 4, 0))]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_without_the_default_the_gain_is_that_of_the_last_correction():
+    measurement = make_measurement()
+    del measurement.predictions["cat"]
+    header, _, line = cells(to_table([measurement]))
+    assert header[-3:] == ["gain of CAT (paper)", "95 % interval", "p"]
+    assert line[-3] == "+2.60"
+
+
+def test_table_groups_seeds_that_are_not_neighbours():
+    measured = [make_measurement(Setting(method, 2, 2, seed)) for seed in (0, 1) for method in ("rtn", "qdrop")]
+    assert [line.split()[1] for line in to_table(measured).splitlines()[2:]] == ["rtn", "qdrop"]
+    assert "mean ± standard deviation of seeds 0, 1" in title([measurement.row for measurement in measured])
+
+
+def test_small_p_values_are_not_zero():
+    assert cells(to_table([make_measurement(won=40, lost=0)]))[2][-1] == "<0.001"
+
+
+@pytest.mark.parametrize(("points", "text"), [(-0.001, "+0.00"), (-0.006, "-0.01"), (1.0, "+1.00")])
+def test_gains_have_a_sign_and_zero_has_one_only(points, text):
+    assert signed(points) == text
+
+
+def test_all_files_hold_the_same(tmp_path):
+    measured = [make_measurement(), make_measurement(Setting("qdrop", 4, 4, 1), cat_paper=False)]
+    parts = {"results": [each.row for each in measured], "comparisons": compare(measured)}
+    parts["summary"] = summarize(measured)
+    files = write_report(tmp_path, measured)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files) and not any(files.values())
+    for name, lines in parts.items():
+        assert (tmp_path / f"{name}.csv").read_text() == to_csv(lines)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found == {name: [asdict(line) for line in lines] for name, lines in parts.items()}
+    assert (tmp_path / "results.md").read_text() == to_markdown(measured) + "\n"
+
+
+def test_files_that_are_there_are_left_alone(tmp_path):
+    write_texts(tmp_path, {"a": "one", "b": "two"})
+    before = (tmp_path / "a").stat()
+    assert write_texts(tmp_path, {"a": "one", "b": "three", "c": "new"}) == {"a": True, "b": False, "c": False}
+    assert (tmp_path / "a").stat() == before
+    assert (tmp_path / "b").read_text() == "three"
+
+
+def test_title_says_which_weights_there_were():
+    measured = [make_measurement()]
+    assert "resnet8 on digits, full-precision weights: V1 of it, 16 images" in to_markdown(measured, "V1 of it")
+    assert "weights" not in to_markdown(measured)
