@@ -67,6 +67,7 @@ def quantize(
     Args:
         fp_model: the full-precision network, any classification network made of convolutions, linear layers and
             attention; or `nn.DataParallel`, `DistributedDataParallel` or what `torch.compile` gives, which hold one.
+            Layers that inherit from torch's keep their own forward pass, computed weights become plain ones.
         calib_loader: calibration inputs: a stacked tensor (N, ...) or an iterable of batches (labels unused).
         method: `"rtn"` (round to nearest), `"adaround"`, `"brecq"`, `"qdrop"` or `"pd_quant"`.
         w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The weights of
@@ -94,15 +95,17 @@ def quantize(
     Returns:
         A new network of the same class (that of the network inside, where `fp_model` holds one), device and type, in
         eval mode, without gradients and without the hooks of `fp_model`. Its `state_dict` holds the hardened weights,
-        scales, zero points and bits; it loads into networks of the same bits only. A network in half precision is made
-        in float32 and rounded at the end, scales too: its weights lie beside their grid by as much. What is quantized,
-        and what stays in floating point, says `baselines.summarize`.
+        scales, zero points and bits; it loads into networks of the same bits only. A network in half precision,
+        or with some layers in it, is made in float32 and rounded at the end to the types that it had, scales too: its
+        weights lie beside their grid by as much. What is quantized, and what stays in floating point, says
+        `baselines.summarize`. Outputs that are random, by dropout that is left on, stay so, which is logged.
 
     Raises:
         ValueError: an unknown method or bit width, no calibration inputs, fewer of them than one batch, inputs that
             the network does not take, nothing to quantize, blocks that cannot be used, control flow that depends on
-            data and hides a layer, gradients that are switched off inside of the network, values that are not finite,
-            an unknown place or type of the cache, or a checkpoint of another run.
+            data and hides a layer, a network that cannot be copied without becoming another one (which module parts),
+            gradients that are switched off inside of the network, values that are not finite, an unknown place or type
+            of the cache, or a checkpoint of another run.
         OverflowError: values that a cache of float16 cannot hold.
         TypeError: no network, one in TorchScript, no loader, or `blocks` that are not names.
         FloatingPointError: a loss that is not finite during reconstruction (which unit, which step).
