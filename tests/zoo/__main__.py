@@ -1,26 +1,18 @@
-"""`python -m tests.zoo [FAMILY ...]`: examines all families, or those named, in two processes, and prints the table."""
+"""`python -m tests.zoo [FAMILY ...]`: examines all families, or those named, and prints the table."""
 
 import argparse
 import logging
 import multiprocessing
 import sys
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
 
 from .examine import Row, examine, table
 from .families import FAMILIES
-
-
-def row_of(family: str) -> Row:
-    """The row of one family, quietly: the table says what is left."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    one = FAMILIES[family]
-    return examine(family, one.name, one.size, one.build)
 
 
 def main() -> None:
@@ -34,18 +26,45 @@ def main() -> None:
         parser.error(f"unknown families {unknown}; there are {', '.join(FAMILIES)}")
     names = args.families or list(FAMILIES)
     rows: dict[str, Row] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.processes, mp_context=context, max_tasks_per_child=8) as pool:
-        for future in as_completed([pool.submit(row_of, name) for name in names]):
-            row = future.result()
-            rows[row.family] = row
-            print(
-                f"{len(rows)}/{len(names)} {row.family}: {row.failure or 'done'}, {row.seconds:.0f} s", file=sys.stderr
-            )
+    for row in examined(names, args.processes):
+        rows[row.family] = row
+        print(f"{len(rows)}/{len(names)} {row.family}: {row.failure or 'done'}, {row.seconds:.0f} s", file=sys.stderr)
     lines = list(table([rows[name] for name in names]))
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
     print("\n".join(lines))
+
+
+def examined(names: list[str], processes: int) -> Iterator[Row]:
+    """Rows as they are finished; each family has a process of its own, so that one that dies is but a row."""
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+    waiting, running = list(names), {}
+    while waiting or running:
+        while waiting and len(running) < processes:
+            name = waiting.pop(0)
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_send, args=(name, sender))
+            process.start()
+            sender.close()
+            running[receiver] = name, process
+        for receiver in wait(list(running)):
+            name, process = running.pop(receiver)
+            try:
+                row = receiver.recv()
+            except EOFError:
+                one = FAMILIES[name]
+                row = Row(family=name, name=one.name, size=one.size, failure="its process died (out of memory?)")
+            process.join()
+            yield row
+
+
+def _send(family: str, sender: Connection) -> None:
+    """Examines quietly: the table says what is left."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    one = FAMILIES[family]
+    sender.send(examine(family, one.name, one.size, one.build))
 
 
 if __name__ == "__main__":

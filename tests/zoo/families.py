@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-import pytest
+import timm
 import torchvision
 from torch import nn
 
@@ -24,7 +24,7 @@ class Family:
         """With ten classes and random weights."""
         if self.of_torchvision:
             return getattr(torchvision.models, self.name)(num_classes=10, **self.options)
-        return pytest.importorskip("timm").create_model(self.name, num_classes=10, **self.options)
+        return timm.create_model(self.name, num_classes=10, **self.options)
 
 
 def _timm(name: str, size: int = 64, **options: object) -> Family:

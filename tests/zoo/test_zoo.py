@@ -3,11 +3,8 @@
 import math
 
 import pytest
-import torch
-from torch import nn
-from torch.nn import functional
 
-from .examine import IMAGES, examine, lively, plain_quantized, quantized_share, table
+from .examine import examine
 from .families import FAMILIES, ORDINARY
 
 
