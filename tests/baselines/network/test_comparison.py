@@ -112,6 +112,26 @@ def test_unit_that_writes_into_what_its_layer_has_read_is_reconstructed(method):
     assert learned < nearest
 
 
+class FlatShortcut(nn.Module):
+    """No module around layer, activation and shortcut but the network itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.activation, self.conv = nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((self.conv(self.activation(x)) + x).mean((2, 3)))
+
+
+def test_layer_before_an_activation_in_place_is_reconstructed_with_predictions():
+    model, x = randomized(FlatShortcut()), images(64)
+    network = quantize(model, x, method="pd_quant", w_bits=8, a_bits=8, iters=3)
+    with torch.no_grad():
+        assert (network(x) - model(x)).norm() < 0.1 * model(x).norm()
+
+
 class Counting(nn.Module):
     """Gives something else after its first passes."""
 
