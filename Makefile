@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 INTEGRATION_BIN := $(abspath $(INTEGRATION_VENV))/bin
 INTEGRATION_STAMP := $(INTEGRATION_VENV)/.installed
 
-.PHONY: demo test integration perf lint check bench clean
+.PHONY: demo test integration zoo perf lint check bench clean
 
 demo: $(STAMP)  ## quantize a small network on real data and show what CAT wins back; ARGS="..." adds options
 	$(BIN)/python -m benchmarks compare $(ARGS)
@@ -20,6 +20,9 @@ test: $(STAMP)  ## all tests but the slow ones; ARGS="-m slow" runs those
 # In an environment of its own, with pinned toolkits. Two of them compile kernels: ninja, installed there, must be found.
 integration: $(INTEGRATION_STAMP)  ## other toolkits' models, corrected; writes results/integration/results.md
 	PATH="$(INTEGRATION_BIN):$$PATH" $(INTEGRATION_BIN)/python -m pytest -m integration --disable-warnings tests/integration $(ARGS)
+
+zoo: $(STAMP)  ## a network of each architecture family, quantized (half an hour); writes results/zoo/table.md
+	$(BIN)/python -m tests.zoo $(ARGS)
 
 perf: $(STAMP)  ## what applying, fitting and collecting cost, and how that grows; writes results/perf/growth.md
 	$(BIN)/python -m pytest benchmarks/perf $(ARGS)

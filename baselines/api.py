@@ -18,8 +18,10 @@ from baselines.files import digest_tensors
 from baselines.inputs import check_network, gather_inputs, whole_number
 from baselines.network.batch_norm_folding import folded_copy
 from baselines.network.blocks import find_blocks, named_blocks
-from baselines.network.plain_copy import HALF, plain_copy
+from baselines.network.floating_point import unseen_products
+from baselines.network.plain_copy import plain_copy
 from baselines.network.quantizable import quantizable_layers
+from baselines.network.reference_copy import HALF, held_network, holds_half, restore_types
 from baselines.network.trace import EXAMPLES, called_as_recorded, trace
 from baselines.network.units import find_units, per_image, warn_of_repeated
 from baselines.quantization.convert import quantized_copy, set_activation_ranges
@@ -39,6 +41,7 @@ METHODS = tuple(RECIPES)
 CACHE_DEVICES = ("model", "cpu")
 
 _RANGE_IMAGES = 256
+_CHECK_IMAGES = 8
 
 
 def quantize(
@@ -63,11 +66,13 @@ def quantize(
 
     Args:
         fp_model: the full-precision network, any classification network made of convolutions, linear layers and
-            attention.
+            attention; or `nn.DataParallel`, `DistributedDataParallel` or what `torch.compile` gives, which hold one.
+            Layers that inherit from torch's keep their own forward pass, computed weights become plain ones.
         calib_loader: calibration inputs: a stacked tensor (N, ...) or an iterable of batches (labels unused).
         method: `"rtn"` (round to nearest), `"adaround"`, `"brecq"`, `"qdrop"` or `"pd_quant"`.
-        w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The first
-            layer's weights and the last layer's weights and input have 8.
+        w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The weights of
+            every layer that reads the images, and weights and input of every layer whose output reaches the network's
+            without another layer between, have 8.
         iters: optimiser steps a unit and stage; by default the method's published number (5,000 to 20,000). Fewer
             steps raise the learning rate of the roundings in proportion, so that they still settle.
         batch_size: images a step.
@@ -88,18 +93,21 @@ def quantize(
         progress: show a progress bar.
 
     Returns:
-        A new network of the same class, device and type, in eval mode, without gradients and without the hooks of
-        `fp_model`. Its `state_dict` holds the hardened weights, scales and zero points. A network in half precision
-        is made in float32 and rounded at the end, scales too: its weights lie beside their grid by as much. What is
-        quantized, and what stays in floating point, says `baselines.summarize`.
+        A new network of the same class (that of the network inside, where `fp_model` holds one), device and type, in
+        eval mode, without gradients and without the hooks of `fp_model`. Its `state_dict` holds the hardened weights,
+        scales, zero points and bits; it loads into networks of the same bits only. A network in half precision,
+        or with some layers in it, is made in float32 and rounded at the end to the types that it had, scales too: its
+        weights lie beside their grid by as much. What is quantized, and what stays in floating point, says
+        `baselines.summarize`. Outputs that are random, by dropout that is left on, stay so, which is logged.
 
     Raises:
         ValueError: an unknown method or bit width, no calibration inputs, fewer of them than one batch, inputs that
             the network does not take, nothing to quantize, blocks that cannot be used, control flow that depends on
-            data and hides a layer, gradients that are switched off inside of the network, values that are not finite,
-            an unknown place or type of the cache, or a checkpoint of another run.
+            data and hides a layer, a network that cannot be copied without becoming another one (which module parts),
+            gradients that are switched off inside of the network, values that are not finite, an unknown place or type
+            of the cache, or a checkpoint of another run.
         OverflowError: values that a cache of float16 cannot hold.
-        TypeError: no network, no loader, or `blocks` that are not names.
+        TypeError: no network, one in TorchScript, no loader, or `blocks` that are not names.
         FloatingPointError: a loss that is not finite during reconstruction (which unit, which step).
 
     >>> import torch
@@ -119,6 +127,8 @@ def quantize(
     spec = QuantSpec(w_bits=w_bits, a_bits=a_bits, range_method=range_method)
     iters = None if iters is None else whole_number("iters", iters, 0)
     batch_size, seed = whole_number("batch_size", batch_size, 1), whole_number("seed", seed)
+    if isinstance(fp_model, nn.Module):
+        fp_model = held_network(fp_model)
     check_network(fp_model)
     device, dtype = _placement(fp_model)
     plan = _cache_plan(cache_device, cache_dtype, device)
@@ -126,7 +136,8 @@ def quantize(
         inputs = gather_inputs(calib_loader)
     if recipe.stages and len(inputs) < batch_size:
         raise ValueError(f"{len(inputs)} calibration inputs are fewer than one batch of {batch_size}")
-    with _own_context(device):
+    with _own_context(device), _random_state_kept():
+        torch.manual_seed(seed)  # networks that draw in eval mode, too
         settings = RunSettings(iters=iters, batch_size=batch_size, capture_batch_size=max(batch_size, 64))
         cached = Cached(_placed(inputs, plan.device, dtype), plan)
         job = prepare(fp_model, cached, recipe, spec, settings, seed, blocks)
@@ -136,12 +147,15 @@ def quantize(
         reconstruct(job, progress=progress)
         _set_layout(job.network, torch.contiguous_format)
         network = job.network.eval().requires_grad_(False)
+        if holds_half(fp_model):
+            restore_types(network, fp_model)
+            network.eval()  # what `train(False)` keeps is kept anew, in the types of now
     network.calibration_digests = frozenset(_image_digests(inputs))
     logger.info("quantized %s", summarize(network).headline)
     steps = f"{'published' if iters is None else iters} steps a unit" if recipe.stages else "no reconstruction"
     elapsed = time.perf_counter() - started
     logger.info("%s W%dA%d: %d images, %s, %.1f s", method, w_bits, a_bits, len(inputs), steps, elapsed)
-    return network.to(dtype) if dtype in HALF else network
+    return network
 
 
 def _image_digests(images: Tensor) -> list[str]:
@@ -162,9 +176,11 @@ def prepare(
     """Everything up to reconstruction: the FP twin, the quantized network with its ranges, and the units."""
     generator = torch.Generator(inputs.plan.compute_device).manual_seed(seed)
     example, sample = inputs.batch(0, EXAMPLES), inputs.batch(0, _RANGE_IMAGES)
-    folded = folded_copy(fp_model, example)
+    _say_tied(fp_model)
+    folded = folded_copy(fp_model, example, inputs.batch(0, _CHECK_IMAGES))
     _set_layout(folded, torch.channels_last)  # convolutions run faster so
     record = trace(folded, example)
+    record.unseen = unseen_products(folded, example)
     blocks = find_blocks(folded, record) if blocks is None else named_blocks(folded, record, blocks)
     started = time.perf_counter()
     network = quantized_copy(folded, record, blocks, spec)
@@ -184,6 +200,18 @@ def prepare(
         _set_layout(unfolded, torch.channels_last)
         corrector = Corrector(unfolded, example, recipe.correction)
     return Job(folded, network, units, inputs, recipe, settings, generator, range_seconds, corrector)
+
+
+def _say_tied(model: nn.Module) -> None:
+    """Log which weights of layers are one and the same: each layer is rounded for itself."""
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(name, recurse=False):
+            holders.setdefault(parameter, []).append(parameter_name)
+    layers = {model.get_submodule(name).weight for name in quantizable_layers(model)}
+    tied = [names for parameter, names in holders.items() if len(names) > 1 and parameter in layers]
+    if tied:
+        logger.warning("tied weights are no longer tied in the quantized network, each is rounded for itself: %s", tied)
 
 
 def _cache_plan(cache_device: str, cache_dtype: torch.dtype | None, device: torch.device) -> CachePlan:
@@ -243,7 +271,8 @@ def _own_context(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Shuffling and augmenting loaders draw from the global generators; these are put back."""
+    """Shuffling and augmenting loaders, and networks with dropout that is left on, draw from the global generators;
+    these are put back."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

@@ -1,10 +1,12 @@
 """What the user gives, checked: the network, the calibration inputs, whole numbers."""
 
+import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset, IterableDataset
 
 from baselines.quantization.layers import quantized_layers
@@ -17,19 +19,44 @@ def check_network(model: nn.Module) -> None:
     """See that `model` is a network in floating point with values that can be used.
 
     Raises:
-        TypeError: no `nn.Module`.
-        ValueError: it is quantized already, or a parameter or buffer is not finite; infinite buffers are masks.
+        TypeError: no `nn.Module`, or one that is scripted, whose layers cannot be replaced.
+        ValueError: it is quantized already, or a parameter or buffer has no data or is not finite; infinite buffers are
+            masks.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"fp_model is a {type(model).__name__}; expected a torch.nn.Module")
+    scripted = [
+        name or "itself" for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)
+    ]
+    if scripted:
+        raise TypeError(
+            f"fp_model, a {type(model).__name__}, is TorchScript ({scripted[0]}), whose layers cannot be replaced; "
+            "give the torch.nn.Module that it was scripted or traced from"
+        )
+    without_data = [name for name, value in _named_values(model) if value.is_meta]
+    if without_data:
+        raise ValueError(
+            f"{type(model).__name__} has {len(without_data)} parameters or buffers on the meta device, such as "
+            f"{without_data[0]}, which hold no data; call its to_empty and load its weights first"
+        )
+    lazy = [name for name, value in _named_values(model) if is_lazy(value)]
+    if lazy:
+        raise ValueError(
+            f"{type(model).__name__} has parameters or buffers that its first batch is to make, such as {lazy[0]}; run "
+            "one, and load or train its weights, first"
+        )
     if quantized_layers(model):
         raise ValueError(
             f"{type(model).__name__} is quantized already; give the full-precision network that it was made from"
         )
-    bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
-    bad += [name for name, value in model.named_buffers() if torch.isnan(value).any()]
+    bad = [name for name, value in model.named_parameters() if not torch.isfinite(value.detach()).all()]
+    bad += [name for name, value in model.named_buffers() if torch.isnan(value.detach()).any()]
     if bad:
         raise ValueError(f"{type(model).__name__} holds NaN or infinite values in {', '.join(bad)}; load other weights")
+
+
+def _named_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 def whole_number(name: str, value: object, least: int | None = None) -> int:

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from baselines.network.plain_copy import hooked_modules, plain_copy, replace_module, same_outputs
+from baselines.network.comparison import check_same_network, same_outputs, warn_of_random_outputs
+from baselines.network.layer_subclasses import trials
+from baselines.network.plain_copy import first_pass, made_plain, replace_module
 from baselines.network.quantizable import is_quantizable
+from baselines.network.reference_copy import hooked_modules, reference_copy
 from baselines.network.trace import Call, Trace, trace
 
 logger = logging.getLogger(__name__)
@@ -16,31 +19,52 @@ logger = logging.getLogger(__name__)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def folded_copy(model: nn.Module, example: Tensor) -> nn.Module:
+def folded_copy(model: nn.Module, example: Tensor, images: Tensor | None = None) -> nn.Module:
     """A plain copy of `model` (`plain_copy`) with batch norm folded.
 
-    A batch norm is folded into the convolution or linear layer whose output it alone reads; others stay. Of the norms
-    with an activation inside that timm has, the activation stays as a module of its own.
+    A batch norm is folded into the convolution or linear layer whose output it alone reads, if that scales with the
+    layer's weight; others stay. Of the norms with an activation inside that timm has, the activation stays as a module
+    of its own.
+
+    Args:
+        model: the user's network, which stays as it is.
+        example: inputs (N, ...) that show how it computes.
+        images: inputs on which the copy is compared with the network, by default `example`.
+
+    Raises:
+        ValueError: as `plain_copy`, or the copy gives other outputs than the network.
     """
     hooked = hooked_modules(model)
     if hooked:
         logger.warning("hooks are not taken over, whether or not they change what the network computes: %s", hooked)
-    twin = plain_copy(model, example)
+    reference = reference_copy(model)
+    first_pass(reference, model, example)
+    warn_of_random_outputs(reference, example)
+    folded, layers = _folded(made_plain(reference, example), example)
+    check_same_network(reference, folded, example if images is None else images, layers)
+    return folded
+
+
+def _folded(twin: nn.Module, example: Tensor) -> tuple[nn.Module, list[str]]:
+    """`twin` with batch norm folded where outputs stay the same, and names of the layers that took one in."""
     record = trace(twin, example)
+    scaling = {name: trial.scales for name, trial in trials(twin, example).items()}
     pairs = [(call.name, _foldable_source(call, record)) for call in record.calls]
-    pairs = [(norm, layer) for norm, layer in pairs if layer is not None]
+    pairs = [(norm, layer) for norm, layer in pairs if layer is not None and scaling.get(layer, True)]
     folded = _with_folded(twin, pairs)
     if same_outputs(twin, folded, example):
-        return folded
+        return folded, [layer for _, layer in pairs]
+    absorbing = []
     for norm, layer in pairs:  # some layer's output is also read by a function: find it
         folded = _with_folded(twin, [(norm, layer)])
         if same_outputs(twin, folded, example):
             twin = folded
+            absorbing.append(layer)
         else:
             kind = type(twin.get_submodule(norm))
             reason = f"the output of {layer} is used elsewhere, too" if kind in BATCH_NORMS else "its class does more"
             logger.warning("batch norm %s (%s) stays: %s", norm, kind.__name__, reason)
-    return twin
+    return twin, absorbing
 
 
 def _foldable_source(norm: Call, record: Trace) -> str | None:

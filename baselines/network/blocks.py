@@ -21,7 +21,8 @@ def find_blocks(model: nn.Module, record: Trace) -> list[str]:
     block, with whatever blocks are on its branches) or else the innermost candidate is the block.
     """
     modules = dict(model.named_modules())
-    candidates = [name for name in modules if name and _may_be_block(modules[name], record.of(name))]
+    layers = {id(modules[name]) for name in record.started if is_quantizable(modules[name])}
+    candidates = [name for name in modules if name and _may_be_block(modules[name], record.of(name), layers)]
     stacked = [name for name in candidates if _is_container(modules[name.rpartition(".")[0]])]
     blocks = [name for name in stacked if len(_inside(name, stacked)) < 2]
     blocks = [name for name in blocks if not any(name in _inside(other, blocks) for other in blocks)]
@@ -88,14 +89,15 @@ def _adds_activations(operation: Operation) -> bool:
     return first.shape == second.shape and not any(isinstance(tensor, nn.Parameter) for tensor in operation.inputs)
 
 
-def _may_be_block(module: nn.Module, calls: list[Call]) -> bool:
-    if len(calls) != 1 or not calls[0].simple or calls[0].output is None:
+def _may_be_block(module: nn.Module, calls: list[Call], layers: set[int]) -> bool:
+    """`layers` are the identities of all layers that are called."""
+    if len(calls) != 1 or not calls[0].simple or calls[0].output is None or id(module) in layers:
         return False
     if type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.TransformerEncoderLayer):
         return False
     # a class of the user's that is a Sequential may be an MLP block, or just a stage of blocks
     parts = module.children() if _is_container(module) else module.modules()
-    return sum(is_quantizable(part) for part in parts) >= 2
+    return sum(id(part) in layers for part in parts) >= 2
 
 
 def _is_container(module: nn.Module) -> bool:

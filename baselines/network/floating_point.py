@@ -1,21 +1,29 @@
 """What of a network stays in floating point."""
 
+import contextlib
+import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from baselines.network.attention import Product
 from baselines.network.quantizable import is_quantizable, looks_quantizable
 from baselines.network.routing import NUMBERED
-from baselines.network.trace import Operation, Trace
+from baselines.network.trace import Operation, Trace, tensors_in, uncompiled
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTED = {
     *NUMBERED,
     *(functional.linear, functional.bilinear, functional.multi_head_attention_forward),
+    *(functional.embedding, functional.embedding_bag),
     *(functional.conv1d, functional.conv2d, functional.conv3d),
     *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
     *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
@@ -23,6 +31,15 @@ _WEIGHTED = {
     *(Tensor.inner, Tensor.mv, Tensor.dot),
 }
 """Functions whose factors a user would expect to be quantized."""
+
+_KERNELS = {
+    *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "linear", "_trilinear", "convolution"),
+    *("_convolution", "mkldnn_convolution", "cudnn_convolution", "mkldnn_rnn_layer", "_cudnn_rnn"),
+    *("embedding", "_embedding_bag", "native_multi_head_attention", "_transformer_encoder_layer_fwd"),
+}
+"""What torch's own functions, and scripted ones, end in where they multiply."""
+
+_TORCHS_OWN = {"aten", "prim", "prims", "profiler", "quantized", "inductor", "higher_order"}
 
 _MOVING = {
     *("contiguous", "clone", "detach", "to", "type", "float", "double", "half", "bfloat16", "copy"),
@@ -69,14 +86,15 @@ def _computes(operation: Operation) -> bool:
     """Whether there are new values, not the old ones elsewhere or in another shape."""
     if _plain_name(operation) in _MOVING or _plain_name(operation).startswith("new_"):
         return False
-    if operation.function.__name__.endswith("_") and not operation.function.__name__.endswith("__"):
+    spelled = getattr(operation.function, "__name__", "")
+    if spelled.endswith("_") and not spelled.endswith("__"):
         return True  # in place
     old = {tensor.untyped_storage().data_ptr() for tensor in operation.inputs}
     return any(tensor.untyped_storage().data_ptr() not in old for tensor in operation.outputs)
 
 
 def _plain_name(operation: Operation) -> str:
-    name = operation.function.__name__.strip("_")
+    name = getattr(operation.function, "__name__", type(operation.function).__name__).strip("_")
     return _SAME.get(name, name)
 
 
@@ -91,6 +109,86 @@ def _unquantized(folded: nn.Module, record: Trace) -> tuple[str, ...]:
     ]
     for operation in record.operations:
         module = modules[operation.owner]
-        if operation.function in _WEIGHTED and not isinstance(module, Product) and not looks_quantizable(module):
+        if operation.function in _WEIGHTED and not isinstance(module, Product) and not _is_own(operation, module):
             names.append(f"{operation.function.__name__} in {operation.owner or type(folded).__name__}")
+    names += [f"{function} in {owner or type(folded).__name__}" for owner, function in record.unseen]
     return tuple(dict.fromkeys(names))
+
+
+def _is_own(operation: Operation, module: nn.Module) -> bool:
+    """Whether the operation is what `module`, which is listed by itself, is there for."""
+    if not looks_quantizable(module):
+        return False
+    shape = getattr(getattr(module, "weight", None), "shape", None)
+    return not is_quantizable(module) or any(tensor.shape in (shape, shape[::-1]) for tensor in operation.inputs)
+
+
+@torch.no_grad()
+def unseen_products(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
+    """What multiplies, or may, in a pass of `example` without being a function that the trace can name and lead: inside
+    of scripted and custom functions. Names of the innermost module that is running, and of the function."""
+    found: list[tuple[str, str]] = []
+    modules, running = dict(model.named_modules()), [""]
+
+    def report(name: str) -> None:
+        if not isinstance(modules[running[-1]], Product) and not is_quantizable(modules[running[-1]]):
+            found.append((running[-1], name))
+
+    def enter(name: str):
+        return lambda module, args: running.append(name)
+
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(module.register_forward_pre_hook(enter(name)))
+            stack.enter_context(module.register_forward_hook(lambda *args: running.pop() and None))
+        kernels = _Kernels(report)
+        for context in (uncompiled(), _Functions(kernels), kernels):
+            stack.enter_context(context)
+        try:
+            model(example)
+        except NotImplementedError:  # something does not take being watched from so near
+            logger.debug("not watched to the end: %s", type(model).__name__, exc_info=True)
+    return list(dict.fromkeys(found))
+
+
+class _Kernels(TorchDispatchMode):
+    """Reports what multiplies outside of the functions that are known, and what no part of torch is."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        super().__init__()
+        self.report, self.function = report, None
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        kernel, name = function._overloadpacket.__name__, getattr(self.function, "__name__", "")
+        if function.namespace not in _TORCHS_OWN:
+            if any(tensor.is_floating_point() for tensor in tensors_in(result)):
+                self.report(f"{function.namespace}::{kernel}")
+        elif kernel in _KERNELS or kernel.startswith(("_scaled_dot_product", "_flash_", "_efficient_")):
+            if self.function is None:
+                self.report(f"scripted {kernel}")
+            elif self.function not in _WEIGHTED:
+                self.report(name)
+        return result
+
+
+class _Functions(TorchFunctionMode):
+    """Tells `kernels` which function runs."""
+
+    def __init__(self, kernels: _Kernels) -> None:
+        super().__init__()
+        self._kernels = kernels
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if isinstance(function, HigherOrderOperator):  # such as flex_attention
+            self._kernels.report(function.__name__)
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+        if isinstance(function, OpOverload):  # a kernel on its way back
+            return function(*args, **kwargs)
+        before, self._kernels.function = self._kernels.function, function
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._kernels.function = before

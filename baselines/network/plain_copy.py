@@ -1,101 +1,100 @@
 """A private copy of a network in which all that can be quantized is a module."""
 
 import copy
-import itertools
 import logging
 
-import torch
 from torch import Tensor, nn
 
 from baselines.network.attention import MultiheadAttention
+from baselines.network.comparison import same_outputs
+from baselines.network.layer_subclasses import settle
+from baselines.network.reference_copy import holds_half, reference_copy
 from baselines.network.routing import Routes, find_routes, route
 from baselines.network.trace import Trace, tensors_in, trace
 
 logger = logging.getLogger(__name__)
 
-HALF = (torch.float16, torch.bfloat16)
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def plain_copy(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of `model` in eval mode, without gradients, hooks and in-place activations, in which all that can be
-    quantized is a module: linear layers and products of two activations, inside of attention, too.
-
-    Half precision becomes float32: reconstruction moves scales by less than half precision can hold.
+    """A copy of `model` (`reference_copy`) without in-place activations, in which all that can be quantized is a
+    module: linear layers and products of two activations, inside of attention, too.
 
     Raises:
         ValueError: `model` cannot be copied, does not take `example`, or gives no tensor that was found.
     """
-    twin = _deep_copy(model).eval().requires_grad_(False)
-    for module in twin.modules():
-        _remove_hooks(module)
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False
-    for tensor in itertools.chain(twin.parameters(), twin.buffers()):
-        if tensor.dtype in HALF:
-            tensor.data = tensor.data.float()
-    record = _first_pass(twin, example)
-    opened = _with_open_attention(twin, record, example)
-    return _with_routes(opened, record if opened is twin else trace(opened, example), example)
+    reference = reference_copy(model)
+    first_pass(reference, model, example)
+    return made_plain(reference, example)
 
 
-def _deep_copy(model: nn.Module) -> nn.Module:
+def made_plain(reference: nn.Module, example: Tensor) -> nn.Module:
+    """`plain_copy` of what `reference_copy` gave; `reference` stays as it is."""
+    twin = _without_inplace(reference, example)
+    settle(twin, example, replace_module)
+    opened = _with_open_attention(twin, trace(twin, example), example)
+    return _with_routes(opened, trace(opened, example), example)
+
+
+def _without_inplace(reference: nn.Module, example: Tensor) -> nn.Module:
+    """A copy of `reference` whose activations work in place only where others read what they have written.
+
+    Where a shortcut, or anything else, reads the tensor that was written into, the network would be another one.
+    """
+    twin = copy.deepcopy(reference)
+    names = [name for name, module in twin.named_modules() if getattr(module, "inplace", False) is True]
+    modules = [twin.get_submodule(name) for name in names]
+
+    def set_all(group: list[nn.Module], value: bool) -> None:
+        for module in group:
+            module.inplace = value
+
+    def switch_off(group: list[nn.Module]) -> None:
+        set_all(group, False)
+        if not group or same_outputs(reference, twin, example):
+            return
+        set_all(group, True)
+        if len(group) > 1:
+            half = len(group) // 2
+            switch_off(group[:half])
+            switch_off(group[half:])
+
+    switch_off(modules)
+    stay = [name for name, module in zip(names, modules, strict=True) if module.inplace]
+    if stay:
+        logger.info("work in place, since what they write is read elsewhere, too: %s", stay)
+    return twin
+
+
+def first_pass(reference: nn.Module, model: nn.Module, example: Tensor) -> None:
+    """See that `reference`, made from `model`, takes inputs as `example`, and gives something.
+
+    Raises:
+        ValueError: it does not; where half precision that became float32 is the reason, that is said.
+    """
     try:
-        return copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        computed = [name for name, module in model.named_modules() if any(map(_computes_a_weight, _hooks(module)))]
-        advice = (
-            f"make the computed weights of {computed} plain ones first: torch.nn.utils.remove_weight_norm, "
-            "torch.nn.utils.prune.remove or the like"
-            if computed
-            else "remove what copy.deepcopy does not take"
-        )
-        raise ValueError(f"{type(model).__name__} cannot be copied ({error}); {advice}") from error
-
-
-def _hooks(module: nn.Module) -> list[object]:
-    return [hook for kind in _HOOKS for hook in getattr(module, kind).values()]
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    for hooks in (getattr(module, kind) for kind in _HOOKS):
-        for key in [key for key, hook in hooks.items() if not _computes_a_weight(hook)]:
-            del hooks[key]
-
-
-def _computes_a_weight(hook: object) -> bool:
-    """Whether `hook` is one of torch's own, of weight or spectral normalisation or pruning: a part of the network."""
-    return type(hook).__module__.startswith("torch.nn.utils.")
-
-
-def hooked_modules(model: nn.Module) -> list[str]:
-    """Names of the modules whose hooks a plain copy does not take over."""
-    modules = model.named_modules()
-    return [
-        name or type(model).__name__ for name, module in modules if not all(map(_computes_a_weight, _hooks(module)))
-    ]
-
-
-def _first_pass(model: nn.Module, example: Tensor) -> Trace:
-    try:
-        record = trace(model, example)
+        record = trace(reference, example)
     except Exception as error:  # the user's code, which may raise anything
+        advice = ""
+        if holds_half(model) and ("dtype" in str(error) or "scalar type" in str(error)):
+            advice = (
+                "; the network is quantized in float32: let its forward pass cast to the type of a weight or of its "
+                "input (x.to(self.conv.weight.dtype)) where it names a type of half precision, or give it in float32"
+            )
         raise ValueError(
             f"{type(model).__name__} does not take calibration inputs of shape {tuple(example.shape)} and type "
-            f"{example.dtype}: {type(error).__name__}: {error}"
+            f"{example.dtype}: {type(error).__name__}: {error}{advice}"
         ) from error
     if not tensors_in(record.output):
         raise ValueError(
             f"{type(model).__name__} gives a {type(record.output).__name__}, in which no tensor was found; a network "
             "gives a tensor, or tensors in tuples, lists, dicts or dataclasses"
         )
-    return record
 
 
 def _with_open_attention(model: nn.Module, record: Trace, example: Tensor) -> nn.Module:
     """A copy of `model` with each `nn.MultiheadAttention` in parts."""
-    names = [name for name, module in model.named_modules() if type(module) is nn.MultiheadAttention and name]
+    modules = model.named_modules()
+    names = [name for name, module in modules if name and type(module).forward is nn.MultiheadAttention.forward]
     if not names:
         return model
     twin = copy.deepcopy(model)
@@ -129,21 +128,6 @@ def _routed(model: nn.Module, routes: list[Routes]) -> nn.Module:
     for one in routes:
         route(twin, one)
     return twin
-
-
-@torch.no_grad()
-def same_outputs(model: nn.Module, other: nn.Module, example: Tensor) -> bool:
-    """Whether both give the same outputs, compared in float64: faster formats of a GPU would blur the difference."""
-    tolerance = 1e-4
-    try:
-        results = [copy.deepcopy(m).double()(example.double()) for m in (model, other)]
-    except (RuntimeError, TypeError):  # a network or a device that insists on its own type
-        tolerance = 2e-2
-        results = [m(example) for m in (model, other)]
-    for first, second in zip(*map(tensors_in, results), strict=True):
-        if not (first - second).abs().max() <= tolerance * first.abs().max().clamp(min=1e-6):
-            return False
-    return True
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from baselines.network.attention import DotProductAttention, Product
-from baselines.network.quantizable import is_quantizable
+from baselines.network.quantizable import QUANTIZABLE, is_quantizable
 from baselines.network.trace import Operation, Trace
 
 _MATMULS = {
@@ -30,6 +30,11 @@ _PRODUCTS = {*_MATMULS, *_ADDED_MATMULS, torch.einsum}
 _ATTENTION = functional.scaled_dot_product_attention
 NUMBERED = {*_PRODUCTS, _ATTENTION}
 """Functions whose calls are numbered, to be led through modules."""
+_OF_LAYERS = dict(
+    zip((functional.conv1d, functional.conv2d, functional.conv3d, functional.linear), QUANTIZABLE, strict=True)
+)
+"""Functions that compute what torch's layers do."""
+_CONV_SETTINGS = ("stride", "padding", "dilation", "groups")
 
 
 @dataclass(frozen=True)
@@ -82,21 +87,63 @@ def _kind(operation: Operation, constants: set[int]) -> str | None:
 
 
 def _layers_used(module: nn.Module, operations: list[Operation]) -> tuple[str, ...]:
-    """Names of the linear layers inside of `module` whose weights these operations use."""
+    """Names of the layers inside of `module` whose weights these operations use as the layer would."""
+    plain = {name: layer for name, layer in module.named_modules() if type(layer) in QUANTIZABLE}
+    layers = {name: layer for name, layer in plain.items() if is_quantizable(layer)}
     found = []
     for operation in operations:
-        weight = _weight(operation.function, operation.args, operation.kwargs)
-        for name, layer in module.named_modules() if weight is not None else ():
-            if isinstance(layer, nn.Linear) and is_quantizable(layer) and layer.weight is weight:
-                found.append(name)
-                break
+        call = _LayerCall.of(operation.function, operation.args, operation.kwargs)
+        found += [name for name, layer in layers.items() if call is not None and call.is_as_of(layer)][:1]
     return tuple(dict.fromkeys(found))
 
 
-def _weight(function: Callable, args: tuple, kwargs: dict) -> Tensor | None:
-    if function is not functional.linear:
-        return None
-    return args[1] if len(args) > 1 else kwargs["weight"]
+@dataclass(frozen=True)
+class _LayerCall:
+    """A call of a function that computes what a layer does."""
+
+    kind: type[nn.Module]
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    settings: dict[str, object]
+
+    @classmethod
+    def of(cls, function: Callable, args: tuple, kwargs: dict) -> "_LayerCall | None":
+        if function not in _OF_LAYERS:
+            return None
+        given = dict(zip(("input", "weight", "bias", *_CONV_SETTINGS), args, strict=False)) | kwargs
+        parts = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+        return cls(_OF_LAYERS[function], *parts, given)
+
+    def is_as_of(self, layer: nn.Module) -> bool:
+        """Whether this is what `layer` computes, its bias aside."""
+        if not isinstance(layer, self.kind) or layer.weight is not self.weight:
+            return False
+        if self.kind is nn.Linear:
+            return True
+        size = len(layer.kernel_size)
+        given = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | self.settings
+        return layer.padding_mode == "zeros" and all(
+            _spelled_out(given[name], size) == _spelled_out(getattr(layer, name), size) for name in _CONV_SETTINGS
+        )
+
+    def led_through(self, layer: nn.Module) -> Tensor:
+        """What the call gives, computed by `layer` or its quantized twin."""
+        output = layer(self.input)
+        if self.bias is layer.bias:
+            return output
+        shape = (-1,) if self.kind is nn.Linear else (-1, *(1,) * len(layer.kernel_size))
+        if layer.bias is not None:
+            output = output - layer.bias.view(shape)
+        return output if self.bias is None else output + self.bias.view(shape)
+
+
+def _spelled_out(setting: object, size: int) -> object:
+    """A setting of a convolution with one number for each axis."""
+    if isinstance(setting, str):
+        return setting
+    values = tuple(setting) if isinstance(setting, (tuple, list)) else (setting,)
+    return values * size if len(values) == 1 else values
 
 
 def _factors(function: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Callable] | None:
@@ -177,7 +224,7 @@ class _Router(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _innermost.router is not self or not (function in NUMBERED or function is functional.linear):
+        if _innermost.router is not self or not (function in NUMBERED or function in _OF_LAYERS):
             return function(*args, **kwargs)
         _innermost.router = None
         try:
@@ -186,10 +233,10 @@ class _Router(TorchFunctionMode):
             _innermost.router = self
 
     def _lead(self, function: Callable, args: tuple, kwargs: dict) -> Tensor:
-        if function is functional.linear:
-            weight = _weight(function, args, kwargs)
-            layer = next((layer for layer in self._layers if layer.weight is weight), None)
-            return function(*args, **kwargs) if layer is None else _called(layer, *args, **kwargs)
+        if function in _OF_LAYERS:
+            call = _LayerCall.of(function, args, kwargs)
+            layer = next((layer for layer in self._layers if call.is_as_of(layer)), None)
+            return function(*args, **kwargs) if layer is None else call.led_through(layer)
         target = self._next_target()
         if target is None:
             return function(*args, **kwargs)
@@ -206,13 +253,3 @@ class _Router(TorchFunctionMode):
             )
         self._count += 1
         return self._targets[self._count - 1]
-
-
-def _called(layer: nn.Linear, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`layer(input)`, with `bias` instead of its own."""
-    output = layer(input)
-    if bias is layer.bias:
-        return output
-    if layer.bias is not None:
-        output = output - layer.bias
-    return output if bias is None else output + bias

@@ -8,6 +8,7 @@ no symbolic tracing is needed, and any control flow will do.
 import contextlib
 import dataclasses
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 EXAMPLES = 2
 """So many images are enough to see how a network computes."""
@@ -82,14 +84,19 @@ class Trace:
     """All calls of one forward pass; a module comes after the modules that it called.
 
     Attributes:
+        images: what the network was given.
         reads: what torch functions took, as it was then, with the name of the innermost module that was running.
+        unseen: what multiplies without being one of the operations, as in scripted code (`unseen_products`): name of
+            the innermost module that was running, and of the function.
     """
 
     calls: list[Call] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
     operations: list[Operation] = field(default_factory=list)
     reads: list[tuple[str, Value]] = field(default_factory=list)
+    images: Tensor | None = None
     output: object = None
+    unseen: list[tuple[str, str]] = field(default_factory=list)
 
     def of(self, name: str) -> list[Call]:
         """The calls of the module called `name`."""
@@ -123,16 +130,37 @@ def tensors_in(*values: object) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def by_signature(forward: Callable[..., object], kwargs: dict[str, object]) -> dict[str, object]:
+    """`kwargs` in the order in which `forward` names them, not in that of the call."""
+    if len(kwargs) < 2:
+        return kwargs
+    order = list(inspect.signature(forward).parameters)
+    return dict(sorted(kwargs.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+def with_first_tensor(
+    function: Callable[[Tensor], Tensor], args: tuple, kwargs: dict[str, object]
+) -> tuple[tuple, dict[str, object]]:
+    """The arguments of a call, named ones by signature, with `function` of the first tensor among them in its place."""
+    if args and isinstance(args[0], Tensor):
+        return (function(args[0]), *args[1:]), kwargs
+    leaves, structure = tree_flatten((args, kwargs))
+    place = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
+    if place is not None:
+        leaves[place] = function(leaves[place])
+    return tree_unflatten(leaves, structure)
+
+
 @torch.no_grad()
 def trace(model: nn.Module, x: Tensor) -> Trace:
     """Run `model(x)` and record every module call and every torch function. The model's hooks are as before
     afterwards."""
-    record = Trace()
+    record = Trace(images=x)
     running: list[_Running] = []
 
     def enter(name: str):
         def hook(module, args, kwargs):
-            values = tuple(map(Value.of, tensors_in(args, kwargs)))
+            values = tuple(map(Value.of, tensors_in(args, by_signature(module.forward, kwargs))))
             running.append(_Running(name, len(record.started), values, _is_simple(module, args, kwargs)))
             record.started.append(name)
 
@@ -148,9 +176,19 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         for name, module in model.named_modules():
             hooks.enter_context(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
-        with _Watch(record, running):
+        with uncompiled(), _Watch(record, running):
             record.output = model(x)
     return record
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within, compiled functions run as they are written, where they can be watched."""
+    if not {"torch._dynamo", "torch.nn.attention.flex_attention"} & sys.modules.keys():
+        yield  # nothing can be compiled, and loading the compiler takes seconds
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from baselines.network.quantizable import quantizable_layers
+from baselines.network.quantizable import is_subclass, quantizable_layers
 from baselines.network.trace import Call, Trace
 
 logger = logging.getLogger(__name__)
@@ -39,11 +39,13 @@ class Unit:
 
 def find_units(model: nn.Module, record: Trace, blocks: Iterable[str], kind: str) -> list[Unit]:
     """The units of `model` in calling order. `kind` is `"block"` (layers outside of blocks are units of their
-    own) or `"layer"`. Layers that are called more than once, or never, belong to no unit."""
+    own) or `"layer"`. Layers that are called more than once, never, or otherwise than from one tensor to one tensor,
+    belong to no unit."""
     known, blocks = list(blocks), list(blocks) if kind == "block" else []
     layers = record.order(quantizable_layers(model))
-    once = [name for name in layers if len(record.of(name)) == 1]
+    once = [name for name in layers if len(record.of(name)) == 1 and _one_to_one(record.of(name)[0])]
     members = {block: tuple(name for name in layers if name.startswith(f"{block}.")) for block in blocks}
+    members = {block: names for block, names in members.items() if names}
     in_blocks = {name for names in members.values() for name in names}
     members |= {name: (name,) for name in once if name not in in_blocks}
     modules = dict(model.named_modules())
@@ -52,14 +54,22 @@ def find_units(model: nn.Module, record: Trace, blocks: Iterable[str], kind: str
 
 
 def warn_of_repeated(model: nn.Module, record: Trace, units: Iterable[Unit]) -> None:
-    """Say which layers of `model` are in none of `units`, since they are called more than once."""
+    """Say which layers of `model` are in none of `units`, and why."""
     known = {layer for unit in units for layer in unit.layers}
     left = [name for name in record.order(quantizable_layers(model)) if name not in known]
-    if left:
+    odd = [name for name in left if len(record.of(name)) == 1]
+    repeated = [name for name in left if name not in odd]
+    if repeated:
         logger.warning(
             "only rounded, not reconstructed, since they are called more than once: %s; name blocks around all of "
             "their calls",
-            left,
+            repeated,
+        )
+    if odd:
+        logger.warning(
+            "only rounded, not reconstructed, since they are not called from one tensor to one tensor: %s; name blocks "
+            "around them",
+            odd,
         )
 
 
@@ -89,6 +99,11 @@ def per_image(
     return kept
 
 
+def _one_to_one(call: Call) -> bool:
+    """Torch's own layers are never called otherwise."""
+    return not is_subclass(call.module) or (call.simple and call.output is not None)
+
+
 def _rows(call: Call, images: int) -> tuple[object, ...] | None:
     """Rows an image, the same before and behind the unit, and shapes of a row; `None` if that is no whole number."""
     before, behind = call.inputs[0].tensor, call.output.tensor
@@ -112,5 +127,7 @@ def _activation_behind(name: str, record: Trace) -> str | None:
     readers = [] if output is None else record.readers(output)
     readers = [call for call in readers if not isinstance(call.module, (nn.Identity, nn.Sequential, nn.ModuleList))]
     if len(readers) != 1 or not isinstance(readers[0].module, ACTIVATIONS):
+        return None
+    if getattr(readers[0].module, "inplace", False):  # others read the output, too, once it was written into
         return None
     return readers[0].name if record.functions_reading(output) <= {readers[0].name} else None

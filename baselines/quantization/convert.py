@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from baselines.network.attention import Product
+from baselines.network.edges import Edges, find_edges
 from baselines.network.floating_point import floating_point
 from baselines.network.plain_copy import replace_module
 from baselines.network.quantizable import QUANTIZABLE, is_quantizable
-from baselines.network.trace import Trace, Value, tensors_in
-from baselines.quantization.layers import TWINS, quantize_on_entry, quantized_layers
+from baselines.network.trace import Trace, Value, by_signature, tensors_in
+from baselines.quantization.layers import quantize_on_entry, quantized_layers, quantized_twin
 from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from baselines.quantization.specs import OFF, QuantSpec
 
@@ -24,7 +25,8 @@ def quantized_copy(folded: nn.Module, record: Trace, blocks: list[str], spec: Qu
 
     An activation is quantized where quantized layers read it: on entry to a block if one of the block's layers reads
     the block's own input (the shortcut then sees the quantized tensor, too), else at the layer; layers that read the
-    same tensor share a quantizer. The network's input stays as it is: images already lie on a grid of 256 values.
+    same tensor with the same bits share a quantizer. Where readers of a block's own input need different bits, each
+    quantizes it for itself. The network's input stays as it is: images already lie on a grid of 256 values.
 
     Raises:
         ValueError: there is no layer to quantize.
@@ -40,45 +42,44 @@ def quantized_copy(folded: nn.Module, record: Trace, blocks: list[str], spec: Qu
     left = list(network.floating_point.unquantized)
     if left:
         logger.warning("left in floating point, since not called or of a kind that is not quantized: %s", left)
+    edges = find_edges(folded, record.images)
     for name in names:
-        is_edge = name in (names[0], names[-1])
-        bits = spec.weight_bits(is_edge)
-        layer = TWINS[type(modules[name])].of(modules[name])
+        bits = spec.weight_bits(is_edge=name in edges.first | edges.last)
+        layer = quantized_twin(modules[name])
         layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
         if bits != OFF:
             layer.weight_quantizer = WeightQuantizer(layer.weight, bits, spec.range_method)
         replace_module(network, name, layer)
     if spec.a_bits != OFF:
-        _place_input_quantizers(network, record, blocks, names, spec)
+        _place_input_quantizers(network, record, blocks, names, spec, edges)
     return network
 
 
 def _place_input_quantizers(
-    network: nn.Module, record: Trace, blocks: list[str], names: list[str], spec: QuantSpec
+    network: nn.Module, record: Trace, blocks: list[str], names: list[str], spec: QuantSpec, edges: Edges
 ) -> None:
     layers = quantized_layers(network)
-    entries = [(block, record.of(block)[0].inputs[0]) for block in blocks]
-    network_input = record.of(names[0])[0].inputs[0]
+    values = {name: [call.inputs[0] for call in record.of(name) if call.inputs] for name in names}
+    # Some layers make what they read for themselves.
+    read = [name for name in names if values[name] and name not in edges.fed_images]
+    bits_of = {name: spec.activation_bits(name in edges.last) for name in read}
+    entered = _entered_blocks(record, blocks, values, bits_of)
     made: list[tuple[Value, ActivationQuantizer]] = []
-    for name in names:
-        values = [call.inputs[0] for call in record.of(name)]
-        if all(value.same(network_input) for value in values):
+    for name, bits in bits_of.items():
+        value = values[name][0]
+        if len(values[name]) > 1:  # not all of its inputs enter the block, or go to the same readers
+            layers[name].input_quantizer = _quantizer_for(value, bits)
             continue
-        bits = spec.activation_bits(name == names[-1])
-        layers[name].input_bits = bits
-        if len(values) > 1:  # not all of its inputs enter the block, or go to the same readers
-            layers[name].input_quantizer = _quantizer_for(values[0], bits)
-            continue
-        value = values[0]
-        quantizer = next((quantizer for other, quantizer in made if value.same(other)), None)
+        quantizer = next((q for other, q in made if value.same(other) and q.bits == bits), None)
         if quantizer is None:
             quantizer = _quantizer_for(value, bits)
             made.append((value, quantizer))
-        entered = [block for block, entry in entries if value.same(entry) and name.startswith(f"{block}.")]
-        if not entered:
+        if name not in entered:
             layers[name].input_quantizer = quantizer
-        elif not hasattr(network.get_submodule(entered[0]), "input_quantizer"):
-            block = network.get_submodule(entered[0])
+            continue
+        layers[name].entry_quantizer = (quantizer,)
+        block = network.get_submodule(entered[name])
+        if not hasattr(block, "input_quantizer"):
             block.input_quantizer = quantizer
             block.register_forward_pre_hook(quantize_on_entry)
     for name, module in network.named_modules():
@@ -86,6 +87,20 @@ def _place_input_quantizers(
             left, right = record.of(name)[0].inputs[:2]
             module.left_quantizer = _quantizer_for(left, spec.a_bits)
             module.right_quantizer = _quantizer_for(right, spec.a_bits)
+
+
+def _entered_blocks(
+    record: Trace, blocks: list[str], values: dict[str, list[Value]], bits_of: dict[str, int]
+) -> dict[str, str]:
+    """The block on entry to which the input of a layer is quantized, for the layers that have one."""
+    entered: dict[str, str] = {}
+    for block in blocks:
+        entry = record.of(block)[0].inputs[0]
+        inside = [name for name in bits_of if name.startswith(f"{block}.") and name not in entered]
+        readers = [name for name in inside if len(values[name]) == 1 and values[name][0].same(entry)]
+        if len({bits_of[name] for name in readers}) == 1:
+            entered |= dict.fromkeys(readers, block)
+    return entered
 
 
 def _quantizer_for(value: Value, bits: int) -> ActivationQuantizer:
@@ -116,7 +131,7 @@ def set_activation_ranges(
 
     def watch(place: int, position: int):
         def hook(module, args, kwargs):
-            flat = tensors_in(args, kwargs)[position].flatten()
+            flat = tensors_in(args, by_signature(module.forward, kwargs))[position].flatten()
             if flat.numel() > share:
                 chosen = torch.randint(flat.numel(), (share,), generator=generator, device=flat.device)
                 flat = torch.cat([flat[chosen], *(end.view(1) for end in flat.aminmax())])

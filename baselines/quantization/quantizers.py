@@ -10,21 +10,61 @@ from baselines.quantization.operations import coin_flips, inner_product
 from baselines.quantization.range_search import activation_range, weight_range
 
 
-class WeightQuantizer(nn.Module):
-    """Grid of one layer's weights: `scale` and `zero_point`, both buffers of shape (channels, 1, ...)."""
+class _Quantizer(nn.Module):
+    """What quantizers share: bits, which travel with the `state_dict` although they are no tensor."""
 
-    def __init__(self, weight: Tensor, bits: int, range_method: str = "mse") -> None:
+    kind: str
+
+    def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
-        shape = (-1,) + (1,) * (weight.dim() - 1)
-        scale, zero_point = weight_range(weight, bits, range_method)
-        self.register_buffer("scale", scale.to(weight.dtype).view(shape))
-        self.register_buffer("zero_point", zero_point.to(weight.dtype).view(shape))
 
     @property
     def levels(self) -> int:
         """The largest integer of the grid."""
         return 2**self.bits - 1
+
+    def get_extra_state(self) -> Tensor:
+        """The bits as a tensor (), of the network's type: files of tensors hold nothing else."""
+        return torch.tensor(self.bits, dtype=self.scale.dtype, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """See that the state is of a quantizer of as many bits.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if int(state) != self.bits:
+            raise ValueError(
+                f"the state is that of a network whose {self.kind} have {int(state)} bits where this one has "
+                f"{self.bits}; load it into a network that is quantized at the same bits"
+            )
+
+    def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
+        """Layers may share a quantizer, but entries of a state share no memory, which safetensors would refuse."""
+        names = "scale", "zero_point"
+        before = {value.data_ptr() for name, value in destination.items() if name.endswith(names)}
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in names:
+            value = destination[f"{prefix}{name}"]
+            if not keep_vars and value.data_ptr() in before:
+                destination[f"{prefix}{name}"] = value.clone()
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class WeightQuantizer(_Quantizer):
+    """Grid of one layer's weights: `scale` and `zero_point`, both buffers of shape (channels, 1, ...)."""
+
+    kind = "weights"
+
+    def __init__(self, weight: Tensor, bits: int, range_method: str = "mse") -> None:
+        super().__init__(bits)
+        shape = (-1,) + (1,) * (weight.dim() - 1)
+        scale, zero_point = weight_range(weight, bits, range_method)
+        self.register_buffer("scale", scale.to(weight.dtype).view(shape))
+        self.register_buffer("zero_point", zero_point.to(weight.dtype).view(shape))
 
     def dequantize(self, integers: Tensor) -> Tensor:
         """Weights for integers of the grid; those outside are clipped to it."""
@@ -39,10 +79,10 @@ class WeightQuantizer(nn.Module):
         return self.dequantize((weight / self.scale).round() + self.zero_point)
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, channels={self.scale.numel()}"
+        return f"{super().extra_repr()}, channels={self.scale.numel()}"
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(_Quantizer):
     """Quantizer of one activation tensor: `scale` is a parameter (it can be learned), `zero_point` a buffer.
 
     While a unit is being reconstructed (`training_with`), `keep` may hold the probability that an element
@@ -50,20 +90,16 @@ class ActivationQuantizer(nn.Module):
     others pass in floating point. `bypass` passes everything.
     """
 
+    kind = "activations"
+
     def __init__(self, bits: int) -> None:
-        super().__init__()
-        self.bits = bits
+        super().__init__(bits)
         self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
         self.register_buffer("zero_point", torch.zeros(()))
         self.bypass = False
         self.keep = 1.0
         self.generator: torch.Generator | None = None
         self._learning, self._lowest = False, 0.0
-
-    @property
-    def levels(self) -> int:
-        """The largest integer of the grid."""
-        return 2**self.bits - 1
 
     def set_range(self, values: Tensor, method: str = "mse") -> None:
         """Choose scale and zero point for a sample of the tensor."""
@@ -97,9 +133,6 @@ class ActivationQuantizer(nn.Module):
         finally:
             self._learning = False
             self.keep, self.bypass, self.generator = before
-
-    def extra_repr(self) -> str:
-        return f"bits={self.bits}"
 
 
 @contextlib.contextmanager

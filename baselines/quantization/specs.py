@@ -21,7 +21,7 @@ class QuantSpec:
     | field | meaning |
     |---|---|
     | `w_bits`, `a_bits` | bits of weights and activations: 2 to 8, or 32 to leave them in floating point |
-    | `edge_bits` | bits of the first layer's weights and of the last layer's weights and input |
+    | `edge_bits` | bits of the weights of first layers and of the weights and inputs of last layers |
     | `range_method` | `"mse"` (smallest p-norm error, p = 2.4) or `"minmax"` |
 
     Quantizers are uniform and asymmetric; weights have one range per output channel, activations one per tensor.
@@ -47,9 +47,9 @@ class QuantSpec:
             raise ValueError(f"range_method={self.range_method!r} should be one of {', '.join(RANGE_METHODS)}")
 
     def weight_bits(self, is_edge: bool) -> int:
-        """Bits of a layer's weights; `is_edge` for the first and the last layer."""
+        """Bits of a layer's weights; `is_edge` for first and last layers, see `baselines.network.edges`."""
         return self.edge_bits if is_edge and self.w_bits != OFF else self.w_bits
 
     def activation_bits(self, is_last: bool) -> int:
-        """Bits of a layer's input; `is_last` for the last layer."""
+        """Bits of a layer's input; `is_last` for last layers."""
         return self.edge_bits if is_last and self.a_bits != OFF else self.a_bits

@@ -17,6 +17,9 @@ from baselines.reconstruction.streams import forward_replaced, returning
 
 logger = logging.getLogger(__name__)
 
+_MASKED = -1e4
+"""A logit of masked classes: their probability is zero in every type."""
+
 
 @torch.no_grad()
 def predictions(network: nn.Module, inputs: Cached, batch_size: int) -> Tensor:
@@ -25,7 +28,7 @@ def predictions(network: nn.Module, inputs: Cached, batch_size: int) -> Tensor:
     Raises:
         ValueError: the network gives no scores of classes.
     """
-    found = torch.cat([prediction_of(network(batch)) for batch in inputs.batches(batch_size)])
+    found = torch.cat([_for_losses(prediction_of(network(batch))) for batch in inputs.batches(batch_size)])
     if found.dim() < 2 or not found.is_floating_point():
         raise ValueError(
             f"the network's outputs, {tuple(found.shape)} of {found.dtype}, are no class scores (N, C), so predictions "
@@ -38,6 +41,11 @@ def prediction_of(output: object) -> Tensor:
     """The first tensor of whatever a network returns, or of what it calls `logits`."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     return tensors_in(output if logits is None else logits)[0]
+
+
+def _for_losses(prediction: Tensor) -> Tensor:
+    """`prediction` with a number that losses can take for minus infinity, by which a network masks classes."""
+    return prediction.nan_to_num(torch.nan, torch.inf, _MASKED) if prediction.is_floating_point() else prediction
 
 
 class RestOfNetwork:
@@ -104,7 +112,7 @@ class RestOfNetwork:
                 stack.enter_context(forward_replaced(self._activation, instead))
                 value = before
             stack.enter_context(forward_replaced(self._unit, returning(value)))
-            return prediction_of(self._network(self._inputs.rows(chosen)))
+            return _for_losses(prediction_of(self._network(self._inputs.rows(chosen))))
 
 
 def _nans(like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -10,6 +10,8 @@ from cat_plugin.errors import CATError
 
 BUFFERS = ("weight", "bias", "scale", "shift", "project", "mix")
 REQUIRED = BUFFERS[:4]
+_OUTSIDE = torch.inference_mode(False)
+"""Buffers that are made, moved or rounded inside of inference mode could never be part of a pass with gradients."""
 
 
 class ClusterAffine(nn.Module):
@@ -57,6 +59,7 @@ class ClusterAffine(nn.Module):
     project: Tensor | None
     mix: Tensor | None
 
+    @_OUTSIDE
     def __init__(
         self,
         weight: Tensor,
@@ -85,7 +88,9 @@ class ClusterAffine(nn.Module):
             )
         for name in BUFFERS:
             tensor = buffers.get(name)
-            self.register_buffer(name, None if tensor is None else tensor.detach())
+            if tensor is not None:
+                tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
+            self.register_buffer(name, tensor)
 
     @classmethod
     def identity(cls, num_classes: int) -> "ClusterAffine":
@@ -177,6 +182,7 @@ class ClusterAffine(nn.Module):
         if q.device != self.scale.device:
             raise CATError(f"logits are on {q.device}, the correction on {self.scale.device}; move it with .to(...)")
 
+    @_OUTSIDE
     def _stored(self, dtype: torch.dtype) -> "ClusterAffine":
         buffers = dict(self.named_buffers())
         rounded = {
@@ -190,6 +196,7 @@ class ClusterAffine(nn.Module):
             setattr(self, name, buffer)
         return self
 
+    @_OUTSIDE
     def _apply(self, fn, recurse: bool = True):
         # half() of a model that holds this module must move the buffers but not round them.
         def keep_dtype(tensor: Tensor) -> Tensor:

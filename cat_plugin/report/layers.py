@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 
 from cat_plugin.report.size import MAX_BITS, bits_per_number
 
@@ -50,7 +51,10 @@ def inspect_models(quantized_model: nn.Module, fp_model: nn.Module) -> tuple[Lay
     in each other's place."""
     found = []
     for name, model in (("quantized_model", quantized_model), ("fp_model", fp_model)):
-        left = [type(module).__name__ for module in model.modules() if module.training and _behaves(module)]
+        modules = (
+            module for module in model.modules() if getattr(module, "training", False)
+        )  # frozen scripts have none
+        left = [type(module).__name__ for module in modules if _behaves(module)]
         if left:
             found.append(
                 f"{len(left)} modules of {name} that behave differently in training, such as {left[0]}, were left in "
@@ -72,20 +76,30 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _is_packed(module: nn.Module) -> bool:
-    """Whether the weights come out of a method, as in `torch.ao.nn.quantized`."""
-    return callable(getattr(module, "weight", None))
+    """Whether the weights come out of a method, as in `torch.ao.nn.quantized`, not out of a child of that name."""
+    weight = getattr(module, "weight", None) if "weight" not in module._modules else None
+    return callable(weight)
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
-    """What of the module's own tensors is a matrix or a filter."""
+    """What of the module's own tensors, and of those that a parametrization keeps for it, is a matrix or a filter."""
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    for name, kept in _parametrizations(module).items():
+        own += [(f"{name}.{key}", tensor) for key, tensor in kept.named_parameters(recurse=False)]
+        own += [(f"{name}.{key}", tensor) for key, tensor in kept.named_buffers(recurse=False)]
     return [tensor for name, tensor in own if tensor.ndim >= 2 and "weight" in name and "mask" not in name]
+
+
+def _parametrizations(module: nn.Module) -> dict[str, nn.Module]:
+    """Those of torch (`torch.nn.utils.parametrize`), by the name of the tensor that they compute."""
+    return dict(module.parametrizations.items()) if parametrize.is_parametrized(module) else {}
 
 
 def _looks_quantized(layer: nn.Module) -> bool:
     names = [*vars(layer), *(name for name, _ in layer.named_children())]
     if (
         _is_packed(layer)
+        or any(_is_named_so(part) for kept in _parametrizations(layer).values() for part in kept)
         or _is_named_so(layer)
         or any(MARK in name.lower() for name in names if getattr(layer, name, None) is not None)
     ):

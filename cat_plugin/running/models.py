@@ -17,8 +17,14 @@ def unwrap(model: Any, name: str) -> nn.Module:
     `QuantizationSimModel`.
 
     Raises:
-        CATError: `model` is no module and does not hold exactly one as `model` or `module`.
+        CATError: `model` is no module and does not hold exactly one as `model` or `module`; or it is to be corrected
+            and is TorchScript, which takes no hooks.
     """
+    if isinstance(model, torch.jit.ScriptModule) and name == "quantized_model":
+        raise CATError(
+            f"{name} is TorchScript ({type(model).__name__}), which takes no hooks; give it inside of a module that "
+            "does, torch.nn.Sequential(model), and call that from then on"
+        )
     if isinstance(model, nn.Module):
         return model
     inner = {attribute: getattr(model, attribute, None) for attribute in WRAPPED}

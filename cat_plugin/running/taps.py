@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cat_plugin.errors import CATError
@@ -59,6 +60,10 @@ def captured(model: nn.Module, name: str, layer: str | None, output: Output) -> 
     """A `Capture` on `model`, which is called `name` in errors, inside the block."""
     capture = Capture(name, layer, output)
     target = model if layer is None else find_layer(model, layer, "layer")
+    if isinstance(target, torch.jit.ScriptModule):
+        raise CATError(
+            f"{capture.name} is TorchScript, which takes no hooks; give the torch.nn.Module that it was made from"
+        )
     handle = target.register_forward_hook(capture)
     try:
         yield capture

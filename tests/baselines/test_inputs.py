@@ -69,6 +69,38 @@ def test_values_of_the_network_that_are_not_finite_are_named(name, value, method
         quantize(model, images(40), method=method, iters=1)
 
 
+def scripted(model):
+    return torch.jit.script(model)
+
+
+def without_data(model):
+    return model.to("meta")
+
+
+def holding_scripted(model):
+    return torch.nn.Sequential(torch.jit.script(model))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (scripted, TypeError, r"is TorchScript \(itself\), whose layers cannot be replaced; give the torch.nn.Module"),
+        (holding_scripted, TypeError, r"a Sequential, is TorchScript \(0\)"),
+        (without_data, ValueError, r"on the meta device, such as conv1.weight, which hold no data; call its to_empty"),
+        (
+            lambda model: torch.nn.Sequential(torch.nn.LazyLinear(3)),
+            ValueError,
+            "first batch is to make, such as 0.weight",
+        ),
+    ],
+    ids=["scripted", "scripted-inside", "meta", "lazy"],
+)
+def test_networks_whose_layers_cannot_be_had_are_clear_errors(make, error, message):
+    with pytest.raises(error, match=message):
+        quantize(make(randomized(SmallResNet())), images(8), method="rtn", batch_size=8)
+
+
 def test_infinite_masks_are_no_error():
     model = randomized(SmallResNet())
     model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import threading
 from types import MappingProxyType
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from baselines import quantize, summarize
 from baselines.network.batch_norm_folding import folded_copy
 
 from ..networks import ReadByFunction, SmallResNet, images, randomized
@@ -68,26 +70,48 @@ def test_hooks_are_not_taken_over_and_that_is_said(register, caplog):
     assert seen
 
 
-def test_hooks_that_compute_a_weight_are_part_of_the_network():
-    model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 1)), nn.Flatten(), nn.Linear(256, 3)).eval()
-    folded = folded_copy(model, images(2))
-    with torch.no_grad():
-        model[0].weight_orig.mul_(3)
-        folded[0].weight_orig.mul_(3)
-    assert torch.equal(folded(images(3)), model(images(3)))
+class Symmetric(nn.Module):
+    """A parametrization of a user's own."""
+
+    def forward(self, weight):
+        return (weight + weight.flip(0)) / 2
 
 
-@pytest.mark.parametrize(
-    "make",
-    [nn.utils.weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)],
-    ids=["weight-norm", "pruned"],
-)
+COMPUTED = {
+    "weight-norm": nn.utils.weight_norm,
+    "spectral-norm": nn.utils.spectral_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "pruned-twice": lambda layer: prune.random_unstructured(prune.l1_unstructured(layer, "weight", 2), "weight", 2),
+    "parametrized-weight-norm": nn.utils.parametrizations.weight_norm,
+    "parametrized-spectral-norm": nn.utils.parametrizations.spectral_norm,
+    "parametrized-by-the-user": lambda layer: nn.utils.parametrize.register_parametrization(
+        layer, "weight", Symmetric()
+    ),
+}
+
+
+@pytest.mark.parametrize("make", COMPUTED.values(), ids=COMPUTED)
 @pytest.mark.filterwarnings("ignore")
-def test_network_that_cannot_be_copied_is_a_clear_error(make):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), make(nn.Conv2d(4, 4, 1)), nn.Flatten(), nn.Linear(256, 3))
-    with pytest.raises(ValueError, match=r"make the computed weights of \['1'\] plain ones first"):
-        folded_copy(model, images(2))
-    model[1] = nn.Conv2d(4, 4, 1)
+def test_computed_weights_become_plain_ones_and_the_users_stay(make, caplog):
+    layer = make(nn.Conv2d(4, 4, 1))
+    layer(torch.zeros(1, 4, 1, 1))  # keeps a weight that was computed with gradients
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), layer, nn.Flatten(), nn.Linear(256, 3)).eval()
+    kinds, state, expected = [type(m) for m in model], copy.deepcopy(model.state_dict()), model(images(3))
+    folded = folded_copy(model, images(2))
+    assert type(folded[1]) is nn.Conv2d
+    assert sorted(name for name, _ in folded[1].named_parameters()) == ["bias", "weight"]
+    assert not folded[1]._forward_pre_hooks and not dict(folded[1].named_buffers())
+    torch.testing.assert_close(folded(images(3)), expected)
+    network = quantize(model, images(8), method="rtn", w_bits=3, a_bits=32)
+    assert all(len(channel.unique()) <= 8 for channel in network[1].weight)
+    assert summarize(network).floating_point.unquantized == ()
+    assert "hooks are not taken over" not in caplog.text
+    assert [type(m) for m in model] == kinds and torch.equal(model(images(3)), expected)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+
+
+def test_network_that_cannot_be_copied_is_a_clear_error():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(256, 3))
     model.lock = threading.Lock()
     with pytest.raises(ValueError, match=r"Sequential cannot be copied .* remove what copy.deepcopy does not take"):
         folded_copy(model, images(2))

@@ -89,13 +89,49 @@ def test_layer_registered_under_two_names_is_replaced_under_both():
     assert network.inner is network.mirror and network.mirror.weight_quantizer is not None
 
 
-def test_what_stays_in_floating_point_is_said(caplog):
-    class Own(nn.Conv2d):
-        pass
+class Twice(nn.Module):
+    """Gives its input to both sides of a bilinear layer."""
 
-    _, network = converted(randomized(nn.Sequential(nn.Conv2d(3, 4, 1), Own(4, 4, 1), nn.Flatten(), nn.Linear(256, 3))))
-    assert isinstance(network[1], Own)
-    assert "left in floating point" in caplog.text and "['1']" in caplog.text
+    def __init__(self):
+        super().__init__()
+        self.bilinear = nn.Bilinear(8, 8, 8)
+
+    def forward(self, x):
+        return self.bilinear(x, x)
+
+
+class Positions(nn.Module):
+    """Adds an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(8, 8)
+
+    def forward(self, x):
+        return x + self.table(torch.arange(8))
+
+
+def with_own_forward():
+    layer = nn.Conv2d(4, 4, 1)
+    layer.forward = lambda x: x
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: nn.ConvTranspose2d(4, 4, 1), "1"),
+        (with_own_forward, "1"),
+        (Twice, "1.bilinear"),
+        (Positions, "1.table"),
+    ],
+    ids=["transposed", "own-forward", "bilinear", "embedding"],
+)
+def test_what_stays_in_floating_point_is_said(make, name, caplog):
+    model = randomized(nn.Sequential(nn.Conv2d(3, 4, 1), make(), nn.Flatten(), nn.Linear(256, 3)))
+    _, network = converted(model)
+    assert type(network[1]) is type(model[1])
+    assert "left in floating point" in caplog.text and f"['{name}']" in caplog.text
 
 
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(OFF, 4), (4, OFF)])
