@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from baselines.files import digest_tensors
+from baselines.graphs import GraphNetwork
 from baselines.inputs import check_network, gather_inputs, whole_number
 from baselines.network.batch_norm_folding import folded_copy
 from baselines.network.blocks import find_blocks, named_blocks
-from baselines.network.containers import held_network
 from baselines.network.floating_point import unseen_products
-from baselines.network.graphs import GraphNetwork
 from baselines.network.plain_copy import plain_copy
 from baselines.network.quantizable import quantizable_layers
-from baselines.network.reference_copy import HALF, holds_half, restore_types
+from baselines.network.reference_copy import HALF, held_network, holds_half, restore_types
 from baselines.network.trace import EXAMPLES, called_as_recorded, trace
 from baselines.network.units import find_units, per_image, warn_of_repeated
 from baselines.quantization.convert import quantized_copy, set_activation_ranges
@@ -69,6 +68,7 @@ def quantize(
     Args:
         fp_model: the full-precision network, any classification network made of convolutions, linear layers and
             attention; or `nn.DataParallel`, `DistributedDataParallel` or what `torch.compile` gives, which hold one.
+            Layers that inherit from torch's keep their own forward pass, computed weights become plain ones.
         calib_loader: calibration inputs: a stacked tensor (N, ...) or an iterable of batches (labels unused).
         method: `"rtn"` (round to nearest), `"adaround"`, `"brecq"`, `"qdrop"` or `"pd_quant"`.
         w_bits, a_bits: bits of weights and activations, 2 to 8, or 32 to leave them in floating point. The weights of
@@ -97,15 +97,17 @@ def quantize(
         A new network of the same class (that of the network inside, where `fp_model` holds one; a plain module that
         runs the graph, where it is a `torch.fx.GraphModule`), device and type, in
         eval mode, without gradients and without the hooks of `fp_model`. Its `state_dict` holds the hardened weights,
-        scales, zero points and bits; it loads into networks of the same bits only. A network in half precision is made
-        in float32 and rounded at the end, scales too: its weights lie beside their grid by as much. What is quantized,
-        and what stays in floating point, says `baselines.summarize`.
+        scales, zero points and bits; it loads into networks of the same bits only. A network in half precision,
+        or with some layers in it, is made in float32 and rounded at the end to the types that it had, scales too: its
+        weights lie beside their grid by as much. What is quantized, and what stays in floating point, says
+        `baselines.summarize`. Outputs that are random, by dropout that is left on, stay so, which is logged.
 
     Raises:
         ValueError: an unknown method or bit width, no calibration inputs, fewer of them than one batch, inputs that
             the network does not take, nothing to quantize, blocks that cannot be used, control flow that depends on
-            data and hides a layer, gradients that are switched off inside of the network, values that are not finite,
-            an unknown place or type of the cache, or a checkpoint of another run.
+            data and hides a layer, a network that cannot be copied without becoming another one (which module parts),
+            gradients that are switched off inside of the network, values that are not finite, an unknown place or type
+            of the cache, or a checkpoint of another run.
         OverflowError: values that a cache of float16 cannot hold.
         TypeError: no network, one in TorchScript, no loader, or `blocks` that are not names.
         FloatingPointError: a loss that is not finite during reconstruction (which unit, which step).

@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from benchmarks.commands import ablate, compare, report, robustness, speed
+from benchmarks.commands import ablate, compare, nulls, report, robustness, speed
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "compare": (compare.main, "quantize, attach CAT, and compare accuracy with and without it; the default"),
     "ablate": (ablate.main, "change one setting of CAT at a time: clusters, alpha, PCA dimension, images..."),
     "robustness": (robustness.main, "fit corrections on many small draws of images and show how they spread"),
+    "nulls": (nulls.main, "how often a correction is accepted where nothing can be gained"),
     "report": (report.main, "make the tables of a run again from its stored predictions, without running models"),
     "speed": (speed.main, "time reconstruction against plain training steps"),
 }

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -90,64 +91,72 @@ def apply_cat(
         >>> cat_model.remove() is quantized_model
         True
     """
-    config = CATConfig.resolve(config)
-    quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
-    refuse_attached(quantized_model)
-    layers, found = inspect_models(quantized_model, fp_model)
-    if eval_loader is not None and config.kind is not SOFTMAX:
-        raise CATError(
-            f"eval_loader= with output_kind={config.output_kind!r}: accuracy is measured on one class an image; leave "
-            "it out and evaluate as you do without CAT"
-        )
-    running = {"forward_fn": forward_fn, "batch_size": batch_size, "progress": progress}
-    reading = {"output": output, "class_axis": config.class_axis}
-    processes = Processes.all(model_device(quantized_model))
-    cat_model = None
-    try:
+    processes = Processes.all(model_device(quantized_model) if isinstance(quantized_model, nn.Module) else None)
+    with ExitStack() as undo:
         with processes.together(), LogitStore() as store:
+            config = CATConfig.resolve(config)
+            _check_alike(processes, config, layer, eval_loader)
+            quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
+            refuse_attached(quantized_model)
+            layers, found = inspect_models(quantized_model, fp_model)
+            running = {"forward_fn": forward_fn, "batch_size": batch_size, "progress": progress}
             start = time.perf_counter()
             reused = _collect(store, processes, quantized_model, fp_model, calib_loader, config, layer, output, running)
             collected = time.perf_counter()
             store.match(processes)
             fit = (fit_and_score if layer is None else fit_layer)(store, config, processes)
             fitted = time.perf_counter()
-            sizes = _cluster_sizes(store, fit.correction, processes)
-            share = processes.sum(torch.tensor([sum(reused), float(bool(reused))], dtype=torch.float64))
             cat_model = CATWrapper(quantized_model, fit.correction, None, config, output=output, layer=layer)
+            undo.callback(cat_model.remove)
             accuracy = None
             if eval_loader is not None:
-                # Of a layer's output, `reading` tells nothing about the model's.
-                how = {**running, **({} if layer else reading), "processes": processes}
+                # Of a layer's output, these tell nothing about the model's.
+                reading = {} if layer else {"output": output, "class_axis": config.class_axis}
+                how = {**running, **reading, "processes": processes}
                 accuracy = measure_accuracy(fp_model, quantized_model, cat_model, eval_loader, **how)
-    except BaseException:
-        if cat_model is not None:
-            cat_model.remove()
-        raise
-    correction = fit.correction
-    # Where nothing changes there is nothing to show.
-    profiled = fit.out is not None and (fit.evidence is None or fit.evidence.accepted)
-    cat_model.report = CATReport(
-        images=fit.images,
-        positions=fit.positions,
-        num_clusters=correction.num_clusters,
-        cluster_sizes=sizes,
-        held_out=fit.scores,
-        layer=layer,
-        evidence=fit.evidence,
-        warnings=(*found, *_output_warnings(fit, layer, config, share[0].item() / fit.images if share[1] else None)),
-        quantized_layers=layers,
-        added_parameters=correction.num_parameters,
-        added_bytes=correction.num_bytes,
-        model_bytes=model_bytes(quantized_model),
-        collect_seconds=collected - start,
-        fit_seconds=fitted - collected,
-        accuracy=accuracy,
-        clusters=profile_clusters(correction, fit.q, fit.f, fit.out, config.kind) if profiled else (),
-    )
+            # Where nothing changes there is nothing to show.
+            profiled = fit.out is not None and (fit.evidence is None or fit.evidence.accepted)
+            cat_model.report = CATReport(
+                images=fit.images,
+                positions=fit.positions,
+                num_clusters=fit.correction.num_clusters,
+                cluster_sizes=_cluster_sizes(store, fit.correction, processes),
+                held_out=fit.scores,
+                layer=layer,
+                evidence=fit.evidence,
+                warnings=(*found, *_output_warnings(fit, layer, config, _reused_share(reused, fit, processes))),
+                quantized_layers=layers,
+                added_parameters=fit.correction.num_parameters,
+                added_bytes=fit.correction.num_bytes,
+                model_bytes=model_bytes(quantized_model),
+                collect_seconds=collected - start,
+                fit_seconds=fitted - collected,
+                accuracy=accuracy,
+                clusters=profile_clusters(fit.correction, fit.q, fit.f, fit.out, config.kind) if profiled else (),
+            )
+        undo.pop_all()
     logger.info("%s", cat_model.report)
     for warning in cat_model.report.warnings:
         logger.warning("%s", warning)
     return cat_model
+
+
+def _check_alike(processes: Processes, config: CATConfig, layer: str | None, eval_loader: Loader | None) -> None:
+    """Raises a `CATError` where labelled images are of no use, or processes were asked for different things."""
+    if eval_loader is not None and config.kind is not SOFTMAX:
+        raise CATError(
+            f"eval_loader= with output_kind={config.output_kind!r}: accuracy is measured on one class an image; leave "
+            "it out and evaluate as you do without CAT"
+        )
+    asked = processes.gather((config, layer, eval_loader is not None))
+    if len(set(asked)) > 1:
+        given = (
+            f"{config}, layer={layer!r}, eval_loader {'given' * has or 'left out'}" for config, layer, has in asked
+        )
+        raise CATError(
+            f"the processes were asked for different things: {'; '.join(given)}; give all of them the same (an empty "
+            "eval_loader where one has no labelled images)"
+        )
 
 
 def _collect(
@@ -185,6 +194,12 @@ def _cluster_sizes(store: LogitStore, correction: ClusterAffine, processes: Proc
     for q, _ in store.chunks():
         sizes += torch.bincount(correction.assign(q.to(store.dtype)), minlength=correction.num_clusters)
     return tuple(processes.sum(sizes).tolist())
+
+
+def _reused_share(reused: list[float], fit: Fit, processes: Processes) -> float | None:
+    """Share of the images of all processes that the quantized model was calibrated on; None if it does not tell."""
+    known, told = processes.sum(torch.tensor([sum(reused), float(bool(reused))], dtype=torch.float64)).tolist()
+    return known / fit.images if told else None
 
 
 def _output_warnings(fit: Fit, layer: str | None, config: CATConfig, reused: float | None) -> list[str]:

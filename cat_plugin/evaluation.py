@@ -96,7 +96,7 @@ def measure_accuracy(
     models = {name: unwrap(model, name) for name, model in models.items()}
     check_where(output)
     check_forward(models, forward_fn)
-    draw = PositionDraw(class_axis, EVALUATED_POSITIONS, seed)
+    draw = PositionDraw(class_axis, EVALUATED_POSITIONS, seed, binary=True)
     seen: list[_Seen] = []
     with inference(models):
         batches = iterate_inputs(loader, batch_size, whole=forward_fn is not None)

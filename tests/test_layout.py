@@ -14,7 +14,7 @@ MAY_IMPORT = {"cat_plugin": set(), "baselines": set(), "benchmarks": {"cat_plugi
 ROOMS = {
     "cat_plugin": "api wrapper evaluation | report | saving fitting | correction | running "
     "| config metrics checks kinds errors",
-    "baselines": "api | summary inputs | reconstruction | quantization | network | recipes versions files",
+    "baselines": "api | summary inputs | reconstruction | quantization | network | recipes versions files graphs",
     "benchmarks": "__main__ perf | commands | reports | measure | networks | datasets | runs | anchors wording",
 }
 """Folders and modules of each package, from those that use to those that are used: a room imports its own modules and

@@ -54,18 +54,20 @@ def check_same_network(
     """
     if same_outputs(reference, network, images):
         return
+    name = type(reference).__name__
     if not same_outputs(reference, reference, images):
         logger.warning(
-            "%s gives other outputs each time for the same images, so that its quantized copy cannot be compared with "
-            "it: %s",
-            type(reference).__name__,
-            "its first module that does is " + _parting(reference, reference, images, ()),
+            "%s gives other outputs for the same images each time, first in %s, so that its copy, which is quantized, "
+            "cannot be compared with it",
+            name,
+            _parting(reference, reference, images, ()),
         )
         return
+    where = _parting(reference, network, images, absorbing)
     raise ValueError(
-        f"the copy of {type(reference).__name__} that would be quantized gives other outputs than the network itself; "
-        f"the first module where they part is {_parting(reference, network, images, absorbing)}: look there for values that are "
-        "kept from one pass to the next, or that are written into while others still read them"
+        f"the copy of {name} that would be quantized gives other outputs than the network itself; the first module "
+        f"where they part is {where}: look there for values that are kept from one pass to the next, or that are "
+        "written into while others still read them"
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from baselines.network.quantizable import looks_quantizable
-from baselines.network.trace import tensors_in
+from baselines.network.trace import tensors_in, uncompiled
 
 _IMAGES, _PARAMETER, _FUNCTION = "images", "parameter", "function with a parameter"
 _PRODUCTS = {
@@ -62,7 +62,7 @@ def find_edges(model: nn.Module, example: Tensor) -> Edges:
         for module in layers:
             hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
-        with origins:
+        with uncompiled(), origins:
             given = origins.of(tensors_in(model(images)))
     of_images = {name: [origin == {_IMAGES} for origin in found] for name, found in reads.items()}
     return Edges(

@@ -13,12 +13,14 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from baselines.network.containers import open_containers
-from baselines.network.graphs import with_modules
+from baselines.graphs import with_modules
 
 logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
+
+_HELD_AS = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+"""By the name of torch's class, since that of compiled modules is private."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -34,7 +36,7 @@ def reference_copy(model: nn.Module) -> nn.Module:
         ValueError: `model` cannot be copied.
     """
     twin = _deep_copy(model).requires_grad_(False)
-    open_containers(twin)
+    _open_containers(twin)
     twin = with_modules(twin)
     for module in twin.modules():
         module.training = False  # torch's own hooks compute another weight in training
@@ -43,6 +45,14 @@ def reference_copy(model: nn.Module) -> nn.Module:
             hooks.clear()
     cast_(twin, HALF, torch.float32)
     return twin.eval().requires_grad_(False)  # what `train(False)` keeps is kept anew, in float32
+
+
+def held_network(model: nn.Module) -> nn.Module:
+    """The network inside of `nn.DataParallel`, `DistributedDataParallel` and what `torch.compile` gives; `model` itself
+    where it is none of these."""
+    while (name := _held_as(model)) is not None:
+        model = getattr(model, name)
+    return model
 
 
 def cast_(model: nn.Module, old: tuple[torch.dtype, ...], new: torch.dtype) -> nn.Module:
@@ -97,6 +107,19 @@ def hooked_modules(model: nn.Module) -> list[str]:
     return [
         name or type(model).__name__ for name, module in modules if not all(map(_computes_a_weight, _hooks(module)))
     ]
+
+
+def _open_containers(model: nn.Module) -> None:
+    """Put the networks that containers inside of `model` hold in their place."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = held_network(child)
+
+
+def _held_as(model: nn.Module) -> str | None:
+    name = _HELD_AS.get(type(model).__name__)
+    return name if name is not None and type(model).__module__.startswith("torch.") else None
 
 
 def _deep_copy(model: nn.Module) -> nn.Module:

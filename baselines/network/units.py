@@ -128,4 +128,6 @@ def _activation_behind(name: str, record: Trace) -> str | None:
     readers = [call for call in readers if not isinstance(call.module, (nn.Identity, nn.Sequential, nn.ModuleList))]
     if len(readers) != 1 or not isinstance(readers[0].module, ACTIVATIONS):
         return None
+    if getattr(readers[0].module, "inplace", False):  # others read the output, too, once it was written into
+        return None
     return readers[0].name if record.functions_reading(output) <= {readers[0].name} else None

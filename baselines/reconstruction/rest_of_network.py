@@ -28,7 +28,7 @@ def predictions(network: nn.Module, inputs: Cached, batch_size: int) -> Tensor:
     Raises:
         ValueError: the network gives no scores of classes.
     """
-    found = torch.cat([prediction_of(network(batch)) for batch in inputs.batches(batch_size)])
+    found = torch.cat([_for_losses(prediction_of(network(batch))) for batch in inputs.batches(batch_size)])
     if found.dim() < 2 or not found.is_floating_point():
         raise ValueError(
             f"the network's outputs, {tuple(found.shape)} of {found.dtype}, are no class scores (N, C), so predictions "
@@ -38,10 +38,13 @@ def predictions(network: nn.Module, inputs: Cached, batch_size: int) -> Tensor:
 
 
 def prediction_of(output: object) -> Tensor:
-    """The first tensor of whatever a network returns, or of what it calls `logits`; minus infinity, by which a network
-    masks classes, becomes a number that losses can take."""
+    """The first tensor of whatever a network returns, or of what it calls `logits`."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    prediction = tensors_in(output if logits is None else logits)[0]
+    return tensors_in(output if logits is None else logits)[0]
+
+
+def _for_losses(prediction: Tensor) -> Tensor:
+    """`prediction` with a number that losses can take for minus infinity, by which a network masks classes."""
     return prediction.nan_to_num(torch.nan, torch.inf, _MASKED) if prediction.is_floating_point() else prediction
 
 
@@ -109,7 +112,7 @@ class RestOfNetwork:
                 stack.enter_context(forward_replaced(self._activation, instead))
                 value = before
             stack.enter_context(forward_replaced(self._unit, returning(value)))
-            return prediction_of(self._network(self._inputs.rows(chosen)))
+            return _for_losses(prediction_of(self._network(self._inputs.rows(chosen))))
 
 
 def _nans(like: Tensor, shape: tuple[int, ...]) -> Tensor:

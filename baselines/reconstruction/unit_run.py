@@ -100,15 +100,20 @@ class UnitRun:
         if not groups:
             return
         optimizer = _adam(groups)
-        with self._training(rounding, scales):
+        with self._training(rounding, scales), contextlib.ExitStack() as stack:
             for step, chosen in enumerate(self._batches(len(self.data.target))):
-                error = self._error(chosen)
-                if not error.requires_grad:
-                    raise ValueError(
-                        f"no gradient reaches what is learned in {self.unit.name} ({type(self.module).__name__}); take "
-                        "torch.no_grad and detach out of its forward pass, or name other blocks"
-                    )
-                error.backward()
+                state = self._generator.get_state() if step == 0 else None
+                try:
+                    error = self._error_with_gradients(chosen)
+                except RuntimeError as failure:
+                    if step > 0 or "modified by an inplace operation" not in str(failure):
+                        raise
+                    # The unit writes into what a layer has read: keep copies, at a price that other units do not pay.
+                    stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
+                    self._generator.set_state(state)
+                    for leaf in (*scales, *(rounding.weights if rounding is not None else ())):
+                        leaf.grad = None
+                    error = self._error_with_gradients(chosen)
                 if rounding is not None:
                     rounding.backward(recipe.penalty_weight, annealed_beta(step, iters, recipe.warm_up, *recipe.beta))
                 if scales:
@@ -123,6 +128,16 @@ class UnitRun:
         if rounding is not None:
             for layer, weight in zip(self._layers, rounding.hard(), strict=True):
                 layer.harden(weight)
+
+    def _error_with_gradients(self, chosen: Tensor) -> Tensor:
+        error = self._error(chosen)
+        if not error.requires_grad:
+            raise ValueError(
+                f"no gradient reaches what is learned in {self.unit.name} ({type(self.module).__name__}); take "
+                "torch.no_grad and detach out of its forward pass, or name other blocks"
+            )
+        error.backward()
+        return error
 
     def _error(self, chosen: Tensor) -> Tensor:
         x, unmixed = self._inputs(chosen)

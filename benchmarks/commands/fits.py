@@ -18,7 +18,7 @@ from benchmarks.runs.environment import code_digest, versions
 from benchmarks.runs.files import digest_text
 from benchmarks.runs.folders import environment, open_run, write_environment
 from benchmarks.runs.processes import refuse_several, this_process
-from benchmarks.runs.resume import Rows
+from benchmarks.runs.resume import AnyCell, AnyRecord, Rows
 
 Report = Callable[[Path, dict[str, Any]], tuple[str, dict[str, bool]]]
 """Makes the tables and the files of a run from its folder and settings: the text, and which files there are."""
@@ -47,7 +47,6 @@ def load_sources(args: argparse.Namespace, most: int | None = None) -> list[Sour
             n_cat=rest if most is None else min(rest, most),
             batch_size=args.batch_size,
             device=args.device,
-            features=args.features,
         )
         grid = settings_grid(args.methods, args.bits, args.seeds)
         kept = {"cache": args.cache, "cache_device": args.cache_device, "progress": not args.no_progress}
@@ -75,26 +74,48 @@ def run_fits(
     }
     networks = [] if args.dataset is None else [f"{args.dataset}-{args.model}"]
     subject = "-".join([kind, *(folder.resolve().name for folder in args.logits), *networks])
-    folder = open_run(args.results, subject, settings, name=args.run, fresh=args.fresh)
-    draws = _fit_draws(args, folder, grid)
-    about = environment(args.command, args.seeds, args.device, sum(draw.seconds for draw in draws))
-    write_environment(folder, about | settings)
-    text, written = report(folder, settings)
-    print(f"\n{text}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
+    # The grid goes source by source, one of which is in memory at a time.
+    load = lru_cache(maxsize=1)(lambda source: source.load())
+    shared = args.cache / "fits" / fits_digest()
+    run_grid(
+        args,
+        subject,
+        settings,
+        grid,
+        lambda cell: measure(cell, load(cell.source)),
+        lambda folder: draw_rows(folder, shared),
+        report,
+        args.seeds,
+        args.device,
+    )
 
 
-def _fit_draws(args: argparse.Namespace, folder: Path, grid: Sequence[Cell]) -> list[Draw]:
-    """The fits of `grid`, source by source, one of which is in memory at a time.
+def run_grid(
+    args: argparse.Namespace,
+    subject: str,
+    settings: dict[str, Any],
+    grid: Sequence[AnyCell],
+    measure: Callable[[AnyCell], AnyRecord],
+    rows_in: Callable[[Path], Rows[AnyRecord]],
+    report: Report,
+    seeds: Sequence[int],
+    device: str = "cpu",
+) -> None:
+    """Measure what is not finished of `grid` in the folder of a run, then write and print what `report` makes of it.
 
-    Finished ones are taken from the folder, or from the cache, where runs of other grids have left theirs.
+    `rows_in` gives the stored rows of a run's folder, with those in the cache, where runs of other grids have left
+    theirs. `subject` and `settings` are as in `open_run`; `seeds` and `device` are noted with the run.
     """
-    rows = draw_rows(folder, args.cache / "fits" / fits_digest())
-    names = [cell.name for cell in grid]
+    folder = open_run(args.results, subject, settings, name=args.run, fresh=args.fresh)
+    rows, names = rows_in(folder), [cell.name for cell in grid]
     if args.fresh:
         rows.forget(names)
     print(f"{len(rows.finished(names))} of {len(grid)} rows are finished already", flush=True)
-    load = lru_cache(maxsize=1)(lambda source: source.load())
-    return rows.complete(grid, lambda cell: measure(cell, load(cell.source)), progress=not args.no_progress)
+    measured = rows.complete(grid, measure, progress=not args.no_progress)
+    about = environment(args.command, seeds, device, sum(record.seconds for record in measured))
+    write_environment(folder, about | settings)
+    text, written = report(folder, settings)
+    print(f"\n{text}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
 
 
 def draw_rows(folder: Path, shared: Path | None = None) -> Rows[Draw]:

@@ -93,7 +93,7 @@ def apply_preset(args: argparse.Namespace) -> None:
 
 
 def model_for(args: argparse.Namespace) -> str:
-    known = list(NETWORKS[args.dataset])
+    known = NETWORKS[args.dataset]
     model = args.model or known[0]
     if not is_for(model, DATASETS[args.dataset]):
         raise BenchmarkError(f"--model {model} is not for {args.dataset}; choose from {', '.join(known)}")

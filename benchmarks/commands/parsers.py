@@ -24,15 +24,17 @@ from benchmarks.commands.option_groups import (
     add_run_options,
     add_source_options,
 )
-from benchmarks.commands.option_types import factor, network, one_width, positive
+from benchmarks.commands.option_types import factor, network, one_width, positive, seed
 from benchmarks.datasets.cifar10 import CIFAR10
 from benchmarks.datasets.registry import DATASETS, DEFAULT_DATASET
 from benchmarks.measure.corrections import MODES
 from benchmarks.measure.factors import FACTORS
-from benchmarks.networks.catalogue import ALL_NETWORKS, features_of
+from benchmarks.measure.nulls import CASES
+from benchmarks.networks.catalogue import ALL_NETWORKS
 
 IMAGES = 256, 512, 1024, 4096
 MAX_DRAWS = 5
+NULLS = "positions", "plain"
 
 
 def parse_compare(argv: list[str]) -> argparse.Namespace:
@@ -58,8 +60,6 @@ def parse_ablate(argv: list[str]) -> argparse.Namespace:
     args = _ablate_parser().parse_args(argv)
     args.factors = dict(args.factors)
     complete_sources(args)
-    if args.dataset is not None and args.features is None:
-        args.features = features_of(args.model)
     return args
 
 
@@ -68,6 +68,13 @@ def parse_robustness(argv: list[str]) -> argparse.Namespace:
     args = _robustness_parser().parse_args(argv)
     args.images = sorted(set(args.images))
     complete_sources(args)
+    return args
+
+
+def parse_nulls(argv: list[str]) -> argparse.Namespace:
+    """The options of `python -m benchmarks nulls`; `cases` are names of `CASES`, in its order."""
+    args = _nulls_parser().parse_args(argv)
+    args.cases = [name for name in CASES if name in args.cases]
     return args
 
 
@@ -121,7 +128,6 @@ def _ablate_parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--n-cat", type=positive, default=1024, help="images for the corrections (default: 1024)")
     how.add_argument("--max-draws", type=positive, default=3, metavar="N", help="of as many images (default: 3)")
-    how.add_argument("--features", metavar="LAYER", help="of the networks, for the factor features; default: the last")
     add_run_options(parser)
     return parser
 
@@ -131,7 +137,6 @@ def _robustness_parser() -> argparse.ArgumentParser:
         "robustness", "Fit corrections on many disjoint draws of few images and report how much each gains or loses."
     )
     add_source_options(parser)
-    parser.set_defaults(features=None)
     how = parser.add_argument_group("draws")
     sizes = " ".join(map(str, IMAGES))
     how.add_argument(
@@ -140,6 +145,22 @@ def _robustness_parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--max-draws", type=positive, default=MAX_DRAWS, metavar="N", help=f"of each size (default: {MAX_DRAWS})"
     )
+    add_run_options(parser)
+    return parser
+
+
+def _nulls_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "nulls", "Fit the default on generated logits where nothing can be gained, and count how often it is accepted."
+    )
+    how = parser.add_argument_group("draws")
+    how.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(NULLS), help=f"of logits (default: {' '.join(NULLS)})"
+    )
+    how.add_argument(
+        "--draws", type=positive, default=40, metavar="N", help="of each case and number of images (default: 40)"
+    )
+    how.add_argument("--seed", type=seed, default=0, help="of all draws (default: 0)")
     add_run_options(parser)
     return parser
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 
 from benchmarks import BenchmarkError
-from benchmarks.commands import ablate, compare, robustness
+from benchmarks.commands import ablate, compare, nulls, robustness
 from benchmarks.commands.exit_codes import command_line
 from benchmarks.commands.parsers import parse_report
 from benchmarks.measure.accuracy import Measurement
@@ -13,7 +13,7 @@ from benchmarks.reports.comparison_plots import plot_comparison
 from benchmarks.reports.comparison_report import title, to_markdown, write_report
 from benchmarks.runs.folders import read_settings
 
-KINDS: dict[str, ModuleType] = {module.NAME: module for module in (compare, ablate, robustness)}
+KINDS: dict[str, ModuleType] = {module.NAME: module for module in (compare, ablate, robustness, nulls)}
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from benchmarks.measure.accuracy import Measurement, Row
 from benchmarks.measure.corrections import MODES
+from benchmarks.measure.intervals import figures_over_seeds
 from benchmarks.measure.protocol import LowBitNetwork
 from benchmarks.runs.row_files import change
-from cat_plugin.metrics import bootstrap_interval, paired_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(LowBitNetwork):
     """A line of `comparisons.csv`: one correction of one low-bit network; accuracies in percent, deltas in points.
 
-    `ci_low` to `ci_high` is the 95 % paired bootstrap interval of `delta` over test images, `p_value` that of
-    McNemar's exact test; `won` and `lost` count the test images that became right and wrong.
+    `won` and `lost` count the test images that became right and wrong. See `figures_over_seeds` for intervals and
+    p-values: those of this network, and those over seeds, which of one seed are the same.
     """
 
     seed: int
@@ -30,9 +30,12 @@ class Comparison(LowBitNetwork):
     lq_top1: float
     top1: float
     delta: float
-    ci_low: float
-    ci_high: float
-    p_value: float
+    networks_ci_low: float
+    networks_ci_high: float
+    networks_p_value: float
+    seeds_ci_low: float
+    seeds_ci_high: float
+    seeds_p_value: float
     won: int
     lost: int
 
@@ -41,9 +44,9 @@ class Comparison(LowBitNetwork):
 class Summary(LowBitNetwork):
     """A line of `summary.csv`: means over `seeds` and, from two seeds on, their standard deviations `*_std`.
 
-    The interval is a paired bootstrap over test images, of each image's mean over the seeds. `won` and `lost` count
-    the test images that more seeds put right than wrong, and the reverse; `p_value` is that of the exact sign test
-    on these, which for one seed is McNemar's.
+    `won` and `lost` count the test images that more seeds put right than wrong, and the reverse. See
+    `figures_over_seeds` for intervals and p-values: of these networks, on new images, and over seeds, on new images and
+    with new seeds.
     """
 
     seeds: int
@@ -57,9 +60,12 @@ class Summary(LowBitNetwork):
     top1_std: float | None
     delta: float
     delta_std: float | None
-    ci_low: float
-    ci_high: float
-    p_value: float
+    networks_ci_low: float
+    networks_ci_high: float
+    networks_p_value: float
+    seeds_ci_low: float
+    seeds_ci_high: float
+    seeds_p_value: float
     won: int
     lost: int
 
@@ -74,8 +80,8 @@ def compare(measured: Iterable[Measurement]) -> list[Comparison]:
             n_eval=measurement.row.n_eval,
             lq_top1=measurement.row.lq_top1,
             top1=getattr(measurement.row, f"{mode}_top1"),
-            delta=_mean(_points([measurement], mode)),
-            **paired_figures(_difference([measurement], mode)),
+            delta=_mean(_points(_changes([measurement], mode))),
+            **figures_over_seeds(_changes([measurement], mode)),
         )
         for measurement in measured
         for mode in modes_of([measurement])
@@ -93,8 +99,8 @@ def summarize(measured: Sequence[Measurement]) -> list[Summary]:
             **_over_seeds("fp_top1", "fp_std", [each.row.fp_top1 for each in group]),
             **_over_seeds("lq_top1", "lq_std", [each.row.lq_top1 for each in group]),
             **_over_seeds("top1", "top1_std", [getattr(each.row, f"{mode}_top1") for each in group]),
-            **_over_seeds("delta", "delta_std", _points(group, mode)),
-            **paired_figures(_difference(group, mode)),
+            **_over_seeds("delta", "delta_std", _points(_changes(group, mode))),
+            **figures_over_seeds(_changes(group, mode)),
         )
         for group in over_seeds(measured)
         for mode in modes_of(group)
@@ -117,19 +123,6 @@ def modes_in(measured: Sequence[Measurement]) -> list[str]:
     return [mode for mode in MODES if any(mode in each.predictions for each in measured)]
 
 
-def paired_figures(difference: Tensor) -> dict[str, float | int]:
-    """Interval, p-value, won and lost of the gains of images `(n_eval,)`, each the mean over seeds, from -1 to 1."""
-    paired = paired_statistics(difference < 0, difference > 0)
-    low, high = bootstrap_interval(100.0 * difference)
-    return {
-        "ci_low": round(low, 4),
-        "ci_high": round(high, 4),
-        "p_value": float(f"{paired.p_value:.4g}"),
-        "won": paired.won,
-        "lost": paired.lost,
-    }
-
-
 def over_seeds(measured: Sequence[Measurement]) -> Iterator[list[Measurement]]:
     """The seeds of every method and bit setting."""
     for setting in dict.fromkeys(each.row.setting for each in measured):
@@ -140,14 +133,14 @@ def _network(row: Row) -> dict[str, Any]:
     return {field.name: getattr(row, field.name) for field in fields(LowBitNetwork)}
 
 
-def _difference(group: Sequence[Measurement], mode: str) -> Tensor:
-    """`(n_eval,)` float64: how often an image became right less how often it became wrong, a seed."""
-    return torch.stack([change(each.predictions, mode) for each in group]).mean(0)
+def _changes(group: Sequence[Measurement], mode: str) -> Tensor:
+    """`(seeds, n_eval)`, see `change`."""
+    return torch.stack([change(each.predictions, mode) for each in group])
 
 
-def _points(group: Sequence[Measurement], mode: str) -> list[float]:
+def _points(changes: Tensor) -> list[float]:
     """The gain of every seed in percentage points."""
-    return [100.0 * _difference([each], mode).mean().item() for each in group]
+    return (100.0 * changes.mean(1)).tolist()
 
 
 def _mean(values: Sequence[float]) -> float:

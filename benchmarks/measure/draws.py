@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from benchmarks.measure.accuracy import top1
-from benchmarks.measure.comparisons import paired_figures
 from benchmarks.measure.corrections import corrections
+from benchmarks.measure.intervals import paired_figures
 from benchmarks.measure.paired_logits import FRESH, PairedLogits, Source
 from benchmarks.runs.files import digest_text
 from benchmarks.runs.row_files import Record, change

@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cat_plugin.fitting.criteria import CRITERIA
-
 from benchmarks.measure.corrections import corrections
 from benchmarks.measure.draws import FIT_SEED, Cell
 from benchmarks.measure.paired_logits import ORIGINS, Source
@@ -57,28 +55,14 @@ def _from(cell: Cell, origin: str) -> Cell | None:
     return _possible(replace(cell, images=images, origin=origin)) if images else None
 
 
-def _featured(cell: Cell, features: str) -> Cell | None:
-    if features == "without":
-        return cell
-    known = cell.source.features and cell.config.mode == "auto"
-    return replace(cell, config=replace(cell.config, features=features)) if known else None
-
-
-def _judged(cell: Cell, criterion: str) -> Cell | None:
-    """Paper mode judges nothing."""
-    return _configured("criterion")(cell, criterion) if cell.config.mode == "auto" else None
-
-
 def _possible(cell: Cell) -> Cell | None:
     """The paper's recipe refuses fewer images than clusters."""
-    config = cell.config
-    isolated = config.mode == "paper" and config.min_cluster_size is None
-    return None if isolated and cell.images < config.num_clusters else cell
+    return None if cell.config.mode == "paper" and cell.images < cell.config.num_clusters else cell
 
 
 FACTORS: dict[str, Factor] = {
     "clusters": Factor(
-        label="clusters (the default's largest number)",
+        label="clusters",
         values=(1, 4, 8, 16, 32, 64, 128, 256),
         change=_configured("num_clusters"),
     ),
@@ -92,19 +76,12 @@ FACTORS: dict[str, Factor] = {
     ),
     "pca-dim": Factor(label="PCA dimension", values=(2, 5, 10, 25, 50, 100), change=_configured("pca_dim")),
     "images": Factor(label="images for the correction", values=(64, 128, 256, 512, 1024, 2048, 4096), change=_sized),
-    "cluster-size": Factor(
-        label="least images a cluster, on average",
-        values=(4, 8, 16, 32, 64, 128),
-        change=_configured("min_cluster_size"),
-    ),
     "origin": Factor(
         label="images for the correction: fresh, or those of the quantization",
         values=ORIGINS,
         change=_from,
         scale="names",
     ),
-    "features": Factor(label="features of a layer", values=("without", "with"), change=_featured, scale="names"),
-    "criterion": Factor(label="selection criterion", values=tuple(CRITERIA), change=_judged, scale="names"),
     "seed": Factor(
         label="seed of clustering and folds",
         values=(0, 1, 2, 3, 4),

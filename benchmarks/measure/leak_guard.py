@@ -6,6 +6,10 @@ from torch import Tensor
 from benchmarks import BenchmarkError
 from benchmarks.datasets.images import Images, digests, shown
 from cat_plugin import CATConfig, ClusterAffine, fit_cluster_affine
+from cat_plugin.fitting.fit import Fit, fit_and_score
+from cat_plugin.fitting.store import LogitStore
+
+FITTED = "images that a correction is to be fitted on"
 
 
 class LeakGuard:
@@ -32,24 +36,44 @@ class LeakGuard:
             )
 
 
-def fit_guarded(
-    q: Tensor, f: Tensor, config: CATConfig, guard: LeakGuard, features: Tensor | None = None
-) -> ClusterAffine:
+def fit_guarded(q: Tensor, f: Tensor, config: CATConfig, guard: LeakGuard) -> ClusterAffine:
     """`fit_cluster_affine`, the only call of it in the benchmarks: nothing is fitted that `guard` has not passed.
 
     Args:
         q: `(N, C)` logits of the low-bit network, and `f` of the full-precision one.
         config: what to fit.
         guard: of `joined` logits of the test images.
-        features: `(N, D)` features of the low-bit network.
 
     Raises:
         BenchmarkError: one of the images is a test image.
     """
-    guard.check(joined(q, f), "images that a correction is to be fitted on")
-    return fit_cluster_affine(q, f, config, features)
+    guard.check(joined(q, f), FITTED)
+    return fit_cluster_affine(q, f, config)
+
+
+def fit_positions_guarded(q: Tensor, f: Tensor, config: CATConfig, guard: LeakGuard) -> Fit:
+    """`fit_and_score`, the only call of it in the benchmarks, of outputs that may have positions.
+
+    Args:
+        q: `(N, P, C)` logits of `P` positions of the low-bit network, and `f` of the full-precision one; where `P` is
+            1, outputs are taken to have no positions.
+        config: what to fit.
+        guard: of the `position_rows` of the test images.
+
+    Raises:
+        BenchmarkError: one of the positions is a test image's.
+    """
+    guard.check(position_rows(q, f), f"positions of {FITTED}")
+    images, positions = q.shape[:2]
+    owners = torch.arange(images).repeat_interleave(positions) if positions > 1 else None
+    return fit_and_score(LogitStore.of(q.flatten(0, 1), f.flatten(0, 1), owners), config)
 
 
 def joined(q: Tensor, f: Tensor) -> Tensor:
     """`(N, 2 C)`: what tells images apart where only the logits `(N, C)` of both networks are known."""
     return torch.cat([q, f], dim=1)
+
+
+def position_rows(q: Tensor, f: Tensor) -> Tensor:
+    """`(N P, 2 C)`: `joined` of every position of logits `(N, P, C)`."""
+    return joined(q.flatten(0, 1), f.flatten(0, 1))

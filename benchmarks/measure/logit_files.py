@@ -14,7 +14,6 @@ from benchmarks.measure.paired_logits import PairedLogits, Source
 from cat_plugin.checks import check_finite
 
 LOGITS = ("q_calib", "f_calib", "q_test", "f_test")
-FEATURES = ("h_calib", "h_test")
 LABELS = "y_test"
 
 
@@ -38,8 +37,7 @@ def file_sources(folders: Sequence[Path], skip: int) -> list[Source]:
 def read_npz(path: Path, skip: int) -> PairedLogits:
     """Logits from a file with the arrays `q_calib, f_calib (N, C)`, `q_test, f_test (M, C)` and `y_test (M,)`.
 
-    The first `skip` rows of `*_calib` are the images that quantization was tuned on. Features `h_calib (N, D)`
-    and `h_test (M, D)` of the low-bit network may be there, too.
+    The first `skip` rows of `*_calib` are the images that quantization was tuned on. Other arrays are not read.
 
     Raises:
         BenchmarkError: no readable file of arrays (pickled objects are refused), arrays that are missing or do not
@@ -48,8 +46,7 @@ def read_npz(path: Path, skip: int) -> PairedLogits:
     """
     try:
         with np.load(path, allow_pickle=False) as opened:
-            features = FEATURES if all(name in opened for name in FEATURES) else ()
-            arrays = {name: opened[name] for name in (*LOGITS, *features, LABELS)}
+            arrays = {name: opened[name] for name in (*LOGITS, LABELS)}
     except KeyError as error:
         raise BenchmarkError(f"{path}: {error.args[0]}; expected {', '.join(LOGITS)} and {LABELS}") from error
     except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -89,7 +86,7 @@ def _refuse_misfit(arrays: dict[str, np.ndarray], path: Path) -> None:
         found = ", ".join(f"{name} {shape} {arrays[name].dtype}" for name, shape in shapes.items())
         raise BenchmarkError(
             f"{path}: the arrays do not fit together: {found}; expected floating-point q_calib and f_calib (N, C), "
-            "q_test and f_test (M, C), integer y_test (M,), and of features h_calib (N, D) and h_test (M, D)"
+            "q_test and f_test (M, C), and integer y_test (M,)"
         )
     low, high, classes = arrays[LABELS].min(), arrays[LABELS].max(), shapes["q_test"][1]
     if low < 0 or high >= classes:

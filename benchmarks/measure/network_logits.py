@@ -24,7 +24,7 @@ from cat_plugin.running.collect import PairedOutputs, collect_outputs
 logger = logging.getLogger(__name__)
 
 SCORING_BATCH = 256
-LOGITS_FORMAT = "with those of the images that quantization was tuned on"  # changes with what is stored of a network
+LOGITS_FORMAT = "q and f: fresh images, those tuned on, test images"  # changes with what is stored of a network
 
 
 def paired_logits(
@@ -51,15 +51,15 @@ def paired_logits(
     quantized = quantized_model(fp_model, images, cache, cache_device=cache_device, progress=progress, **options)
 
     def outputs(images: Images, title: str) -> PairedOutputs:
-        options = {"features": protocol.features, "batch_size": SCORING_BATCH}
-        return collect_outputs(quantized, fp_model, batches(images, title if progress else None), **options)
+        loader = batches(images, title if progress else None)
+        return collect_outputs(quantized, fp_model, loader, batch_size=SCORING_BATCH)
 
     parts = {
         "tuned": outputs(images, "images for quantization"),
         "fit": outputs(dataset.train_images[cat], "images for corrections"),
         "test": outputs(dataset.test_images, "test images"),
     }
-    logits = {f"{part}_{name}": getattr(found, name) for part, found in parts.items() for name in "qfh"}
+    logits = {f"{part}_{name}": getattr(found, name) for part, found in parts.items() for name in "qf"}
     return PairedLogits(**logits, labels=dataset.test_labels)
 
 
@@ -90,7 +90,7 @@ def network_sources(
             fresh = dataset.train_images[cat]
             # The digest of the data knows training images that are files by their names and sizes alone.
             read = digests(fresh) if isinstance(fresh, ImageFiles) else []
-            parts = key, data, digest_tensors({"cat": cat}), str(protocol.features), LOGITS_FORMAT, *read
+            parts = key, data, digest_tensors({"cat": cat}), LOGITS_FORMAT, *read
             path = cache / "logits" / f"{digest_text(*parts)}.safetensors"
             pairs = _stored(path)
             if pairs is None:

@@ -22,7 +22,7 @@ class PairedLogits:
 
     `fit_*` `(N, C)` are of fresh training images, for corrections, and `tuned_*` `(T, C)` of those that
     quantization was tuned on; `test_*` `(M, C)` and the int64 `labels` `(M,)` are of the test images and only
-    score. `*_h` `(., D)` are features of the low-bit network for the same images. What is not known is None.
+    score. What is not known is None.
     """
 
     fit_q: Tensor
@@ -32,9 +32,6 @@ class PairedLogits:
     labels: Tensor
     tuned_q: Tensor | None = None
     tuned_f: Tensor | None = None
-    fit_h: Tensor | None = None
-    tuned_h: Tensor | None = None
-    test_h: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is known, by name."""
@@ -58,32 +55,22 @@ class PairedLogits:
     def fit(self, config: CATConfig, rows: slice = slice(None), origin: str = FRESH) -> ClusterAffine:
         """A correction fitted on images for fitting alone: `rows` of the fresh ones, or of the `"tuned"` ones.
 
-        Features feed it where `config.features` is not None.
-
         Raises:
             BenchmarkError: a test image is among them.
         """
-        q, f, h = (
-            (self.fit_q, self.fit_f, self.fit_h) if origin == FRESH else (self.tuned_q, self.tuned_f, self.tuned_h)
-        )
-        features = None if config.features is None else h[rows]
-        return fit_guarded(q[rows], f[rows], config, self._guard, features)
+        q, f = (self.fit_q, self.fit_f) if origin == FRESH else (self.tuned_q, self.tuned_f)
+        return fit_guarded(q[rows], f[rows], config, self._guard)
 
     def score(self, corrections: dict[str, ClusterAffine]) -> dict[str, Tensor]:
         """Classes that are predicted for the test images, int16 `(M,)`: `labels`, `fp`, `lq` and corrected."""
         logits = {"fp": self.test_f, "lq": self.test_q}
-        logits |= {name: self._corrected(correction) for name, correction in corrections.items()}
+        logits |= {name: correction(self.test_q) for name, correction in corrections.items()}
         predictions = {name: values.argmax(1).to(torch.int16) for name, values in logits.items()}
         return {"labels": self.labels.to(torch.int16), **predictions}
 
     def profile(self, correction: ClusterAffine) -> tuple[ClusterProfile, ...]:
         """What the correction does to the logits of the test images, cluster by cluster."""
-        return profile_clusters(correction, self.test_q, self.test_f, self._corrected(correction))
-
-    def _corrected(self, correction: ClusterAffine) -> Tensor:
-        """`(M, C)` logits of the test images."""
-        takes_features = correction.feature_mix is not None
-        return correction(self.test_q, self.test_h) if takes_features else correction(self.test_q)
+        return profile_clusters(correction, self.test_q, self.test_f, correction(self.test_q))
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,7 @@ class Source:
     """A low-bit network beside its full-precision one: their logits, which `load` reads when they are needed.
 
     `digest` changes with any of the logits; `fresh` is the number of images to draw from, `tuned` that of the
-    images known that quantization was tuned on, and `features` whether features are known.
+    images known that quantization was tuned on.
     """
 
     name: str
@@ -99,14 +86,12 @@ class Source:
     fresh: int
     load: Callable[[], PairedLogits]
     tuned: int = 0
-    features: bool = False
 
     @classmethod
     def of(cls, name: str, pairs: PairedLogits, load: Callable[[], PairedLogits]) -> "Source":
         """Of `pairs`, which are let go: many of them do not fit into memory together."""
         tuned = 0 if pairs.tuned_q is None else len(pairs.tuned_q)
-        known = {"fresh": len(pairs.fit_q), "tuned": tuned, "features": pairs.test_h is not None}
-        return cls(name=name, digest=digest_tensors(pairs.tensors()), load=load, **known)
+        return cls(name=name, digest=digest_tensors(pairs.tensors()), load=load, fresh=len(pairs.fit_q), tuned=tuned)
 
     def draws(self, images: int, most: int, origin: str = FRESH) -> int:
         """How many disjoint draws of so many images there are, up to `most`."""

@@ -29,7 +29,6 @@ class Protocol:
 
     `iters` and `batch_size` are those of the reconstruction, `n_calib` the training images that quantization
     sees and `n_cat` the fresh ones that corrections are fitted on; `device` is where the networks run.
-    `features` names a layer of the low-bit network whose features are collected, too.
     """
 
     iters: int
@@ -37,7 +36,6 @@ class Protocol:
     n_cat: int
     batch_size: int = 32
     device: str = "cpu"
-    features: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

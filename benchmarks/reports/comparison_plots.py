@@ -46,7 +46,8 @@ def plot_comparison(folder: Path, measured: Sequence[Measurement], classes: Sequ
 
 
 def draw_gains(measured: Sequence[Measurement]) -> "Figure | None":
-    """A panel a method, a group of bars a bit setting, a bar a correction: mean gain over seeds, 95 % interval."""
+    """A panel a method, a group of bars a bit setting, a bar a correction: mean gain over seeds, 95 % interval
+    over seeds and images."""
     methods = [(method, list(lines)) for method, lines in groupby(summarize(measured), key=lambda line: line.method)]
     drawing = new_figure(GAINS, len(methods), panel_width=2.4)
     if drawing is None:
@@ -61,8 +62,9 @@ def draw_gains(measured: Sequence[Measurement]) -> "Figure | None":
             shift = (index - (len(modes) - 1) / 2) * width
             places = [settings.index(bits_name(line.w_bits, line.a_bits)) + shift for line in found]
             gains = [line.delta for line in found]
-            below = [max(line.delta - line.ci_low, 0) for line in found]  # an interval may end at the gain, but for
-            above = [max(line.ci_high - line.delta, 0) for line in found]  # rounding
+            # An interval may end at the gain, but for rounding.
+            below = [max(line.delta - line.seeds_ci_low, 0) for line in found]
+            above = [max(line.seeds_ci_high - line.delta, 0) for line in found]
             panel.bar(
                 places, gains, width, color=STYLES[mode][0], hatch=HATCHES[mode], edgecolor="white", label=MODES[mode]
             )

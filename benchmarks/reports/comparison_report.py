@@ -1,7 +1,7 @@
 """A run of `compare` as CSV, JSON and a Markdown table with means and standard deviations over seeds."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,11 +55,14 @@ def title(rows: Sequence[Row], weights: str | None = None) -> str:
 def to_table(measured: Sequence[Measurement]) -> str:
     """Markdown table, padded so that it also reads well on a console; one line a method and bit setting.
 
-    Gain, interval and p are those of the library's default, or of the last correction where that is not there, see
-    `benchmarks.measure.comparisons.Summary`.
+    Gain, interval and p are those of the library's default, or of the last correction where that is not there. Where
+    there are several seeds, they are given over seeds and of these networks, see `figures_over_seeds`.
     """
     modes = modes_in(measured)
-    shown = f"gain of {MODES[modes[-1]]}", "95 % interval", "p"
+    several = len({each.row.seed for each in measured}) > 1
+    kinds = {"seeds": " over seeds", "networks": " of these networks"} if several else {"networks": ""}
+    worth = [f"{figure}{kind}" for kind in kinds.values() for figure in ("95 % interval", "p")]
+    shown = [f"gain of {MODES[modes[-1]]}", *worth]
     lines = [("method", "bits", "FP", "low-bit", *(f"+ {MODES[mode]}" for mode in modes), *shown)]
     for found in by_setting(measured):
         any_line, last = next(iter(found.values())), found.get(modes[-1])
@@ -68,14 +71,18 @@ def to_table(measured: Sequence[Measurement]) -> str:
             spread(any_line.lq_top1, any_line.lq_std),
             *(spread(found[mode].top1, found[mode].top1_std) if mode in found else "-" for mode in modes),
         ]
-        gain = ("-", "-", "-") if last is None else _gain(last)
+        gain = ["-"] * len(shown) if last is None else _gain(last, kinds)
         lines.append((any_line.method, bits_name(any_line.w_bits, any_line.a_bits), *scores, *gain))
     return markdown_table(lines)
 
 
-def _gain(line: Summary) -> tuple[str, str, str]:
-    interval = f"{signed(line.ci_low)} to {signed(line.ci_high)}"
-    return spread(line.delta, line.delta_std, sign="+"), interval, readable_p(line.p_value)
+def _gain(line: Summary, kinds: Iterable[str]) -> list[str]:
+    """Gain, and of every kind interval and p."""
+    texts = [spread(line.delta, line.delta_std, sign="+")]
+    for kind in kinds:
+        low, high, p_value = (getattr(line, f"{kind}_{name}") for name in ("ci_low", "ci_high", "p_value"))
+        texts += [f"{signed(low)} to {signed(high)}", readable_p(p_value)]
+    return texts
 
 
 def readable_p(p_value: float) -> str:

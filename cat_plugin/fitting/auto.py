@@ -70,7 +70,8 @@ def select(store: LogitStore, config: CATConfig, processes: Processes = ALONE) -
 
     distinct = drawn.images - drawn.repeated
     if distinct < MIN_IMAGES:
-        reason = f"{distinct} different images are too few to learn from and to check; give at least {MIN_IMAGES}"
+        kind = "different images" if drawn.repeated else "images"
+        reason = f"{distinct} {kind} are too few to learn from and to check; give at least {MIN_IMAGES}"
         return leave_alone(Evidence(0, 0.0, 0.0, 0.0, False, reason))
     shared = Shared.of(q, f, config, effective_share(q, f, owners))
     sample = Sample(shared.rows(q, f), owners, shared, config.seed)

@@ -136,9 +136,10 @@ def _put_back(tensor: Tensor, copies: list[Tensor]) -> bool:
     for leaf, copy in zip(storage_leaves(tensor), copies, strict=True):
         if not _same_bytes(leaf, copy):
             with torch.inference_mode(leaf.is_inference()), torch.no_grad():
-                if leaf.shape != copy.shape:
-                    leaf.resize_(copy.shape)
-                leaf.copy_(copy)
+                if leaf.shape == copy.shape:
+                    leaf.copy_(copy)
+                else:
+                    tensor.data = copy.to(leaf.device)
             changed = True
     return changed
 

@@ -97,7 +97,7 @@ class PositionDraw:
     binary: whether a single logit is that of the second of two classes.
     """
 
-    def __init__(self, class_axis: int | None, budget: int | None, seed: int, binary: bool = True) -> None:
+    def __init__(self, class_axis: int | None, budget: int | None, seed: int, binary: bool = False) -> None:
         self._binary = binary
         self._class_axis, self._budget = class_axis, budget
         self._generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Measurements that cost nothing."""
+"""Measurements that cost nothing, and the cells of tables."""
 
 from collections.abc import Sequence
 
@@ -51,3 +51,8 @@ def same(one: Measurement, other: Measurement) -> bool:
         torch.equal(one.predictions[k], other.predictions[k]) for k in keys
     )
     return one.row == other.row and tensors
+
+
+def cells(table: str) -> list[list[str]]:
+    """The texts of a Markdown table, its rule included."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]

@@ -147,13 +147,13 @@ def test_ablation_and_robustness_draw_files_too(tiny_imagenet, tmp_path, capsys)
     assert [line["draw"] for line in lines if line["mode"] == "cat"] == ["0", "1"]
     (logits,) = (tmp_path / "cache" / "logits").iterdir()
     assert load_file(logits)["fit_q"].shape == (16, 3)
-    options = ["--factors", "features", "--n-cat", "16", "--max-draws", "1", "--results", str(tmp_path / "ablated")]
+    options = ["--factors", "alpha=0.5,1", "--n-cat", "16", "--max-draws", "1", "--results", str(tmp_path / "ablated")]
     assert ablate.main([*tiny_imagenet, *options]) == 0
-    lines = list(csv.DictReader((results(tmp_path / "ablated") / "features.csv").open()))
-    assert [line["value"] for line in lines] == ["without", "with"]
+    lines = list(csv.DictReader((results(tmp_path / "ablated") / "alpha.csv").open()))
+    assert [line["value"] for line in lines] == ["0.5", "1.0"]
     capsys.readouterr()
     assert report.main([str(results(tmp_path / "ablated"))]) == 0
-    assert "features.csv (the same)" in capsys.readouterr().out
+    assert "alpha.csv (the same)" in capsys.readouterr().out
 
 
 @pytest.mark.slow

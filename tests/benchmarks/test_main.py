@@ -28,6 +28,7 @@ def called(monkeypatch):
         (["compare", "--seeds", "3"], ("compare", ["--seeds", "3"])),
         (["ablate", "--help"], ("ablate", ["--help"])),
         (["robustness"], ("robustness", [])),
+        (["nulls", "--draws", "2"], ("nulls", ["--draws", "2"])),
         (["report", "results/a"], ("report", ["results/a"])),
         (["speed", "--steps", "9"], ("speed", ["--steps", "9"])),
     ],

@@ -48,7 +48,7 @@ def ablation(tmp_path, monkeypatch):
     """An ablation of two cells, which are fitted with one cluster to cost next to nothing."""
     real = leak_guard.fit_cluster_affine
 
-    def cheap(q, f, config, features):
+    def cheap(q, f, config):
         return real(q, f, CATConfig.paper(1, alpha=config.alpha))
 
     monkeypatch.setattr(leak_guard, "fit_cluster_affine", cheap)

@@ -1,6 +1,7 @@
 """Data, models, and a full picture of the state that running a model must not touch."""
 
 import copy
+import dataclasses
 import random
 
 import numpy as np
@@ -21,6 +22,11 @@ def paired_logits(n_images, n_classes, seed=0, dtype=torch.float64, noise=0.5):
     distortion = 0.7 + 0.1 * torch.randn(n_classes, generator=generator, dtype=torch.float64)
     q = f * distortion + 0.3 + noise * torch.randn(n_images, n_classes, generator=generator, dtype=torch.float64)
     return q.to(dtype), f.to(dtype)
+
+
+def in_use(shared):
+    """`shared` with the clusters that were asked for in use."""
+    return dataclasses.replace(shared, clusters=shared.tried[0]) if shared.tried else shared
 
 
 def held_out_scores(q, f, config=None, images=None):

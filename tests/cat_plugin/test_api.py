@@ -148,3 +148,10 @@ def test_failure_between_batches_leaves_nothing_behind(pair, monkeypatch):
         assert "no space left" in str(error)
     else:
         pytest.fail("nothing was raised")
+
+
+def test_attached_model_is_refused_before_it_is_run(pair):
+    quantized, fp = pair
+    apply_cat(quantized, fp, images())
+    with pytest.raises(CATError, match="already attached"):
+        apply_cat(quantized, fp, (1 / 0 for _ in range(3)))

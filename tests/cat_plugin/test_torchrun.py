@@ -27,12 +27,16 @@ def tell(**what):
     open(f"{folder}/{rank}.json", "w").write(json.dumps(what))
 def digest(cat_model):
     return [float(buffer.double().sum()) for buffer in cat_model.correction.buffers()]
-def expect(*texts):
-    return next((text for text in texts if text is not None), None)
+def models():
+    return (model.eval() for model in model_pair())
+"""
+END = """
+distributed.barrier()
+distributed.destroy_process_group()
 """
 
 
-def run(code, folder, limit=60):
+def run(code, folder, limit=120):
     """Runs `code` in two processes; what each told, and how many seconds it took."""
     import json
 
@@ -40,7 +44,7 @@ def run(code, folder, limit=60):
     start = time.monotonic()
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", START + code, str(rank), str(folder)],
+            [sys.executable, "-c", START + code + END, str(rank), str(folder)],
             env=environment,
             cwd=ROOT,
             stderr=subprocess.PIPE,
@@ -127,39 +131,47 @@ FAILURES = {
     "while collecting": "apply_cat(quantized, fp, x if rank == 0 else x / 0)",
     "before the first batch": "apply_cat(quantized, fp, x if rank == 0 else 5)",
     "in evaluation": "apply_cat(quantized, fp, x[200 * rank:][:200], eval_loader=[(x, labels(x) + 100 * rank)])",
-    "by the user's loader": """apply_cat(quantized, fp, x if rank == 0 else (1 / 0 for _ in range(3)))""",
-    "while fitting": """
-import cat_plugin.api as api
-if rank == 1:
-    real = api.fit_and_score
-    def broken(store, *args):
-        store.take = lambda rows: 1 / 0
-        return real(store, *args)
-    api.fit_and_score = broken
-apply_cat(quantized, fp, x[200 * rank:][:200])
-""",
+    "by the user's loader": "apply_cat(quantized, fp, x if rank == 0 else (1 / 0 for _ in range(3)))",
+    "at the first look at the models": "apply_cat(quantized, fp if rank == 0 else quantized, x)",
+    "before that": "apply_cat(quantized, fp if rank == 0 else 5, x)",
+    "while fitting": "apply_cat(quantized, fp, x[200 * rank:][:200])",
+    "after that": "apply_cat(quantized, fp, x[200 * rank:][:200])",
 }
 
 
-@pytest.mark.parametrize("code", FAILURES.values(), ids=FAILURES)
-def test_an_error_of_one_process_ends_all_within_seconds(tmp_path, code):
-    body = "\n".join("    " + line for line in code.strip().splitlines())
+def test_an_error_of_one_process_ends_all_within_seconds(tmp_path):
+    """One after the other, in the same two processes, so that each also shows that the one before left them in step."""
     first, second = run(
         f"""
-start = time.monotonic()
-try:
-{body}
-except Exception as error:
-    tell(error=f"{{type(error).__name__}}: {{error}}", seconds=time.monotonic() - start,
-         hooks=len(quantized._forward_hooks))
-distributed.barrier()
-distributed.destroy_process_group()
+import cat_plugin.api as api
+failures = {FAILURES}
+def breaking(name):
+    return lambda *args, **kwargs: 1 / 0
+told = {{}}
+for when, code in failures.items():
+    quantized, fp = models()
+    start, broken = time.monotonic(), {{"while fitting": "fit_and_score", "after that": "CATReport"}}.get(when)
+    real = getattr(api, broken) if broken else None
+    if broken and rank == 1:
+        setattr(api, broken, breaking(broken))
+    try:
+        exec(code)
+    except Exception as error:
+        told[when] = f"{{type(error).__name__}}: {{error}}", time.monotonic() - start, len(quantized._forward_hooks)
+    if broken:
+        setattr(api, broken, real)
+quantized, fp = models()
+tell(told=told, images=apply_cat(quantized, fp, x[200 * rank:][:200]).report.images)
 """,
         tmp_path,
     )
-    assert first["error"].startswith("CATError: 1 other processes failed")
-    assert "other processes" not in second["error"]
-    assert first["hooks"] == second["hooks"] == 0
+    assert first["images"] == second["images"] == 400
+    for when in FAILURES:
+        (ours, seconds, hooks), (theirs, _, other_hooks) = first["told"][when], second["told"][when]
+        assert ours.startswith("CATError: 1 other processes failed"), when
+        assert "other processes" not in theirs, when
+        assert seconds < 60, when
+        assert hooks == other_hooks == 0, when
 
 
 def test_outputs_of_other_kinds_are_an_error_of_both(tmp_path):
@@ -174,3 +186,22 @@ except CATError as error:
         tmp_path,
     ):
         assert "outputs of several kinds: 10 classes" in told["error"]
+
+
+def test_processes_that_are_asked_for_different_things(tmp_path):
+    differing = "{'config': CATConfig(seed=rank)}, {'layer': [None, 'first'][rank]}, {'eval_loader': [None, []][rank]}"
+    for told in run(
+        f"""
+errors = []
+for options in ({differing}):
+    try:
+        apply_cat(quantized, fp, x, **options)
+    except CATError as error:
+        errors.append(str(error))
+tell(errors=errors, hooks=len(quantized._forward_hooks))
+""",
+        tmp_path,
+    ):
+        assert told["hooks"] == 0
+        assert len(told["errors"]) == 3
+        assert all(error.startswith("the processes were asked for different things: CATC") for error in told["errors"])

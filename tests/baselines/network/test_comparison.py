@@ -46,6 +46,15 @@ def preactivated(block, activation):
     return randomized(nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
 
 
+class WritesIntoWhatWasRead(Shortcut):
+    """By a function, behind the layer that read it: nothing that could be trained."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        self.activation(x)
+        return y.sigmoid_() + x
+
+
 ACTIVATIONS = {
     "relu": lambda: nn.ReLU(inplace=True),
     "hardswish": lambda: nn.Hardswish(inplace=True),
@@ -81,6 +90,46 @@ def test_network_with_aliases_is_quantized_as_well_as_the_same_without(block, me
             expected = model(x)
             errors.append(((network(x) - expected).norm() / (expected - expected.mean(0)).norm()).item())
     assert 0 < errors[0] < 2 * errors[1] < 0.3
+
+
+@pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop"])
+def test_unit_that_writes_into_what_its_layer_has_read_is_reconstructed(method):
+    class Block(nn.Sequential):
+        pass
+
+    def network(*blocks):
+        parts = [nn.Conv2d(3, 8, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+        return randomized(nn.Sequential(*parts))
+
+    activation = nn.LeakyReLU(0.3, inplace=True)
+    inner = [WritesIntoWhatWasRead(activation), WritesIntoWhatWasRead(activation)]
+    model, x = network(nn.Sequential(Block(*inner))), images(64)
+    results = [
+        quantize(model, x, method=how, w_bits=4, a_bits=4, iters=iters) for how, iters in ((method, 20), ("rtn", 0))
+    ]
+    with torch.no_grad():
+        learned, nearest = ((network(x) - model(x)).norm() for network in results)
+    assert learned < nearest
+
+
+class FlatShortcut(nn.Module):
+    """No module around layer, activation and shortcut but the network itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.activation, self.conv = nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((self.conv(self.activation(x)) + x).mean((2, 3)))
+
+
+def test_layer_before_an_activation_in_place_is_reconstructed_with_predictions():
+    model, x = randomized(FlatShortcut()), images(64)
+    network = quantize(model, x, method="pd_quant", w_bits=8, a_bits=8, iters=3)
+    with torch.no_grad():
+        assert (network(x) - model(x)).norm() < 0.1 * model(x).norm()
 
 
 class Counting(nn.Module):

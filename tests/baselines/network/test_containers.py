@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from baselines import quantize
-from baselines.network.containers import held_network
+from baselines.network.reference_copy import held_network
 
 from ..networks import SmallResNet, images, randomized, same
 

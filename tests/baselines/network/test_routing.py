@@ -219,3 +219,60 @@ def test_attribute_of_the_users_called_products_is_no_obstacle():
     summary = summarize(network)
     assert [product.name for product in summary.products] == ["3.routed_products.0", "3.routed_products.1"]
     assert [layer.name for layer in summary.layers if "products" in layer.name] == ["3.products"]
+
+
+class Convolving(nn.Module):
+    """Hands the weights of its layers to functions, in a block with a shortcut."""
+
+    def __init__(self, bias=True, **settings):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1, bias=bias), nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=bias)
+        self.settings = {"padding": (1, 1), "groups": 2} | settings
+
+    def forward(self, x):
+        y = functional.conv2d(x, self.a.weight).relu()
+        return functional.conv2d(y, self.b.weight, bias=self.b.bias, **self.settings) + x
+
+
+def convolving(**settings):
+    return randomized(nn.Sequential(nn.Conv2d(3, 4, 1), Convolving(**settings), nn.Flatten(), nn.Linear(256, 3)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolutions_by_function_are_led_through_their_layers(bias):
+    model = convolving(bias=bias)
+    torch.testing.assert_close(plain_copy(model, images(2))(images(5)), model(images(5)), rtol=1e-4, atol=1e-5)
+    network = quantize(model, images(16), method="rtn", w_bits=3, a_bits=3)
+    assert [(row.name, row.weight_bits, row.input_bits) for row in summarize(network).layers] == [
+        *(("0", 8, 32), ("1.a", 3, 3), ("1.b", 3, 3), ("3", 8, 8))
+    ]
+    assert summarize(network).floating_point.unquantized == ()
+    state, x = network.state_dict(), network[0](images(4))
+
+    def on_grid(x, name):
+        scale, zero_point = state[f"{name}.scale"], state[f"{name}.zero_point"]
+        return ((x / scale).round() + zero_point).clamp(0, 7).sub(zero_point) * scale
+
+    x = on_grid(x, "1.input_quantizer")  # read by the block's first layer, and so by the shortcut
+    y = on_grid(functional.conv2d(x, state["1.a.weight"]).relu(), "1.b.input_quantizer")
+    expected = functional.conv2d(y, state["1.b.weight"], state.get("1.b.bias"), padding=1, groups=2) + x
+    torch.testing.assert_close(network[1](network[0](images(4))), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop"])
+def test_roundings_of_convolutions_by_function_are_learned(method):
+    nearest, learned = (
+        quantize(convolving(), images(32), method=how, w_bits=2, a_bits=4, iters=30, batch_size=16)
+        for how in ("rtn", method)
+    )
+    moved = [
+        not torch.equal(nearest[1].get_parameter(n), learned[1].get_parameter(n)) for n in ("a.weight", "b.weight")
+    ]
+    assert any(moved)
+
+
+def test_convolution_of_other_settings_than_the_layers_is_said():
+    model = convolving(padding=2, dilation=2)
+    summary = summarize(quantize(model, images(16), method="rtn"))
+    assert [row.name for row in summary.layers] == ["0", "1.a", "3"]
+    assert summary.floating_point.unquantized == ("1.b", "conv2d in 1")

@@ -2,7 +2,6 @@
 
 import csv
 
-import numpy as np
 import pytest
 import torch
 
@@ -30,12 +29,12 @@ def options(arrays, tmp_path):
 
 @pytest.fixture
 def fits(monkeypatch):
-    """The logits of every fit, with what was fitted."""
+    """The logits of the low-bit network of every fit."""
     seen, real = [], leak_guard.fit_cluster_affine
 
-    def spy(q, f, config, h):
-        seen.append((q, config, h))
-        return real(q, f, config, h)
+    def spy(q, f, config):
+        seen.append(q)
+        return real(q, f, config)
 
     monkeypatch.setattr(leak_guard, "fit_cluster_affine", spy)
     return seen
@@ -76,23 +75,12 @@ def test_gain_at_every_value_equals_that_by_hand(options, arrays, tmp_path, caps
 def test_images_of_the_quantization_are_those_that_were_skipped(options, arrays, tmp_path, fits):
     run(options, tmp_path, "origin")
     rows = {values.tobytes(): index for index, values in enumerate(arrays["q_calib"])}
-    blocks = {tuple(rows[values.tobytes()] for values in q.numpy()) for q, _, _ in fits}
+    blocks = {tuple(rows[values.tobytes()] for values in q.numpy()) for q in fits}
     assert blocks == {tuple(range(SKIP)), *(tuple(range(SKIP + s, SKIP + s + 70)) for s in (0, 70))}
 
 
-def test_features_feed_the_correction(options, arrays, tmp_path, fits):
-    features = {name: np.random.default_rng(0).normal(size=(len(arrays[f"q_{name}"]), 3)) for name in ("calib", "test")}
-    np.savez(tmp_path / "in" / "a.npz", **arrays, h_calib=features["calib"], h_test=features["test"])
-    folder = run(options, tmp_path, "features")
-    values = [(line["value"], line["mode"]) for line in lines(folder / "features.csv")]
-    assert values == [(v, m) for v, m in (("without", "cat_paper"), ("without", "cat"), ("with", "cat")) for _ in "01"]
-    given = [h for _, config, h in fits if config.features is not None]
-    assert len(given) == 2 and not any(h is not None for _, config, h in fits if config.features is None)
-    assert np.array_equal(given[1].numpy(), features["calib"][SKIP + 100 : SKIP + 200].astype(np.float32))
-
-
 def test_fits_are_made_once_and_shared_with_other_runs(options, tmp_path, fits):
-    run(options, tmp_path, "alpha=0.4,1", "clusters=64", "seed=0")
+    run(options, tmp_path, "alpha=0.4,1", "pca-dim=50", "seed=0")
     assert len(fits) == 2 * 4, "two values of alpha in two modes; the other factors are at their centres"
     assert ablate.main([*options, "--run", "more", "--factors", "alpha=0.4,0.7,1"]) == 0
     assert len(fits) == 2 * 4 + 2 * 2, "0.7 in two modes"
@@ -101,17 +89,12 @@ def test_fits_are_made_once_and_shared_with_other_runs(options, tmp_path, fits):
     assert len(fits) == 2 * 4 + 2 * 2 + 2, "plain affine alone is new"
 
 
-def test_networks_are_quantized_as_in_a_comparison(shared_folder, weights, tmp_path, fits):
+def test_networks_are_quantized_as_in_a_comparison(shared_folder, weights, tmp_path):
     options = ["--dataset", "cifar10", "--data", str(shared_folder), "--weights", str(weights), "--methods", "rtn"]
     options += ["--bits", "2/4", "--iters", "2", "--n-calib", "16", "--batch-size", "8", "--n-cat", "40"]
     options += ["--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache"), "--no-progress"]
-    folder = run(options, tmp_path, "alpha=1", "features", "origin")
+    folder = run(options, tmp_path, "alpha=1", "origin")
     assert {line["source"] for line in lines(folder / "alpha.csv")} == {"cifar10-resnet20-rtn-w2a4-seed0"}
-    assert [(line["value"], line["mode"]) for line in lines(folder / "features.csv")] == [
-        ("without", "cat"),
-        ("with", "cat"),
-    ]
-    assert [h.shape[1] for _, config, h in fits if config.features is not None] == [64]
     assert [(line["value"], line["images"]) for line in lines(folder / "origin.csv")][-1] == ("tuned", "16")
 
 

@@ -92,14 +92,6 @@ def test_modes_that_cannot_be_fitted_are_refused_before_anything_is_quantized(op
     assert parse_compare(["--modes", "cat_paper", "--n-cat", "64"]).n_cat == 64
 
 
-@pytest.mark.parametrize(
-    ("model", "layer"),
-    [("regnetx_006", "s4"), ("regnetx_032", "s4"), ("deit3_small_patch16_224", "norm"), ("resnet50", "layer4")],
-)
-def test_features_are_known_of_every_network_that_is_accepted(model, layer):
-    assert parse_ablate([*IMAGENET, "--model", model]).features == layer
-
-
 @pytest.mark.parametrize(("processors", "expected"), [(64, 8), (12, 3), (2, 1)])
 def test_processes_of_one_machine_share_its_processors(monkeypatch, processors, expected):
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
@@ -111,7 +103,7 @@ def test_processes_of_one_machine_share_its_processors(monkeypatch, processors, 
 
 def test_other_commands_take_imagenet_too():
     args = parse_ablate([*IMAGENET, "--model", "mobilenet_v2"])
-    assert (args.features, args.iters, args.weights) == ("features", 20_000, Path("DEFAULT"))
+    assert (args.iters, args.weights) == (20_000, Path("DEFAULT"))
     assert parse_robustness([*IMAGENET, "--workers", "3"]).workers == 3
     assert parse_speed(["--dataset", "imagenet"]).model == "resnet18"
     with pytest.raises(BenchmarkError, match="--fp-top1 is for networks"):

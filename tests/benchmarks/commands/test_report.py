@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.commands import ablate, compare, report, robustness
+from benchmarks.commands import ablate, compare, nulls, report, robustness
 from benchmarks.commands.report import main
 from benchmarks.datasets.registry import DATASETS
+from benchmarks.measure.nulls import CASES, NullCase
 from benchmarks.measure.protocol import Setting
 from benchmarks.reports.comparison_report import to_markdown
 from tests.benchmarks.logits import write_npz
@@ -25,6 +26,7 @@ def tables(run):
 def runs(tiny, tmp_path, monkeypatch):
     """Folders of a run of each command, by its name; no figures are drawn."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(CASES, "plain", NullCase(name="plain", images=(20,), classes=3))
     write_npz(tmp_path / "in" / "a.npz", 150)
     files = ["--logits", str(tmp_path / "in"), "--skip", "20", "--cache", str(tmp_path / "cache"), "--no-progress"]
     results = ["--results", str(tmp_path / "runs")]
@@ -32,6 +34,7 @@ def runs(tiny, tmp_path, monkeypatch):
         "compare": (compare, [*tiny, "--methods", "rtn", "--bits", "2/4", "--seeds", "0", "1", "--n-cat", "44"]),
         "ablate": (ablate, [*files, "--n-cat", "64", "--factors", "alpha=0.5,1", "images=32,64", "origin"]),
         "robustness": (robustness, [*files, "--images", "32", "64"]),
+        "nulls": (nulls, ["--cases", "plain", "--draws", "2", *files[4:]]),
     }
 
     def run(name):
@@ -51,6 +54,7 @@ def no_models(monkeypatch):
 
     for name in (
         "benchmarks.measure.leak_guard.fit_cluster_affine",
+        "benchmarks.measure.leak_guard.fit_and_score",
         "benchmarks.measure.network_logits.collect_outputs",
         "benchmarks.measure.logit_files.np.load",
         "benchmarks.commands.loading.load_pretrained",
@@ -61,7 +65,7 @@ def no_models(monkeypatch):
         monkeypatch.setitem(DATASETS, name, replace(description, load=refuse))
 
 
-@pytest.mark.parametrize("command", ["compare", "ablate", "robustness"])
+@pytest.mark.parametrize("command", ["compare", "ablate", "robustness", "nulls"])
 def test_tables_are_the_same(runs, command, request, capsys):
     run = runs(command)
     request.getfixturevalue("no_models")
@@ -103,7 +107,10 @@ def change(run, **figures):
     return path.stem
 
 
-@pytest.mark.parametrize(("command", "figure"), [("compare", "lq_top1"), ("ablate", "ci_low"), ("robustness", "won")])
+@pytest.mark.parametrize(
+    ("command", "figure"),
+    [("compare", "lq_top1"), ("ablate", "ci_low"), ("robustness", "won"), ("nulls", "change")],
+)
 def test_row_that_does_not_hold_the_figures_of_its_predictions_is_found(runs, capsys, command, figure):
     run = runs(command)
     expected, name = tables(run), change(run, **{figure: 3.25})

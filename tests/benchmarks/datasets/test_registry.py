@@ -11,7 +11,7 @@ import benchmarks
 from benchmarks.datasets.description import Request
 from benchmarks.datasets.imagenet import IMAGENET
 from benchmarks.datasets.registry import DATASETS, DEFAULT_DATASET
-from benchmarks.networks.catalogue import NETWORKS, features_of, is_for
+from benchmarks.networks.catalogue import NETWORKS, is_for
 from benchmarks.networks.weights_and_transforms import untrained
 from tests.benchmarks.conftest import SMALL, WNIDS
 
@@ -35,10 +35,9 @@ def test_files_are_transformed_and_classes_are_those_of_the_folder(shared_imagen
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_first_network_takes_the_images_and_tells_the_classes(name):
-    classes, network = DATASETS[name].count_classes(None), next(iter(NETWORKS[name]))
+    classes, network = DATASETS[name].count_classes(None), NETWORKS[name][0]
     model = untrained(network, classes)
     assert model(torch.zeros(1, *DATASETS[name].image_shape)).shape == (1, classes)
-    assert features_of(network) in dict(model.named_modules())
     assert is_for(network, DATASETS[name]) and not any(
         is_for(network, DATASETS[other]) for other in {*DATASETS} - {name}
     )

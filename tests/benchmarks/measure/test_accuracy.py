@@ -107,9 +107,9 @@ def test_each_correction_is_fitted_on_the_images_meant_for_it(digits, model, mon
         seen["calib"] = images
         return real_quantize(fp_model, images, *args, **options)
 
-    def spy_fit(q, f, config, features):
+    def spy_fit(q, f, config):
         seen.setdefault("fits", {})[config] = f
-        return real_fit(q, f, config, features)
+        return real_fit(q, f, config)
 
     monkeypatch.setattr(network_logits, "quantized_model", spy_quantize)
     monkeypatch.setattr(leak_guard, "fit_cluster_affine", spy_fit)

@@ -2,13 +2,14 @@
 
 from math import comb
 
-import numpy as np
 import pytest
-import torch
 
-from benchmarks.measure.comparisons import compare, modes_of, paired_figures, summarize
+from benchmarks.measure.comparisons import compare, modes_of, summarize
 from benchmarks.measure.protocol import Setting
 from tests.benchmarks.rows import make_measurement, wrong
+
+FIGURES = ("ci_low", "ci_high", "p_value")
+INTERVALS = [f"{kind}_{name}" for kind in ("networks", "seeds") for name in FIGURES]
 
 
 def two_sided(won, lost):
@@ -29,22 +30,24 @@ def test_every_correction_is_compared_with_its_own_baseline():
     for line in lines.values():
         assert (line.method, line.w_bits, line.a_bits, line.seed) == ("qdrop", 2, 4, 7)
         assert (line.n_eval, line.lq_top1) == (500, 90.0)
-        assert line.p_value == pytest.approx(two_sided(line.won, line.lost), rel=1e-3)
+        assert line.networks_p_value == pytest.approx(two_sided(line.won, line.lost), rel=1e-3)
 
 
 def test_interval_is_that_of_the_paired_mean():
     """20 won and 5 lost of 500: mean 3 points, standard error sqrt((25 / 500 - 0.03 ** 2) / 500)."""
     error = 100 * ((25 / 500 - 0.03**2) / 500) ** 0.5
     line = compare([make_measurement()])[-1]
-    assert line.ci_low == pytest.approx(3 - 1.96 * error, abs=0.15)
-    assert line.ci_high == pytest.approx(3 + 1.96 * error, abs=0.15)
+    assert line.networks_ci_low == pytest.approx(3 - 1.96 * error, abs=0.15)
+    assert line.networks_ci_high == pytest.approx(3 + 1.96 * error, abs=0.15)
 
 
 def test_one_seed_is_summed_up_by_itself():
     measured = [make_measurement(Setting(method, 2, 2, 0)) for method in ("rtn", "qdrop")]
     for line, summary in zip(compare(measured), summarize(measured), strict=True):
-        names = ("method", "mode", "lq_top1", "top1", "delta", "ci_low", "ci_high", "p_value", "won", "lost")
+        names = ("method", "mode", "lq_top1", "top1", "delta", *INTERVALS, "won", "lost")
         assert [getattr(summary, name) for name in names] == [getattr(line, name) for name in names]
+        for name in FIGURES:
+            assert getattr(line, f"seeds_{name}") == getattr(line, f"networks_{name}")
         assert (summary.seeds, summary.top1_std, summary.delta_std) == (1, None, None)
 
 
@@ -54,13 +57,17 @@ def test_seeds_are_summed_up_by_mean_and_standard_deviation():
     assert (line.mode, line.seeds) == ("cat", 3)
     assert (line.delta, line.delta_std) == (3.0, pytest.approx(7**0.5, abs=1e-4))
     assert (line.top1, line.top1_std, line.lq_top1, line.lq_std) == (93.0, line.delta_std, 90.0, 0.0)
+    assert line.seeds_ci_low < 0 < line.networks_ci_low < line.networks_ci_high < 6 < line.seeds_ci_high
+    assert line.networks_p_value < 0.001 < 0.05 < line.seeds_p_value
 
 
 def test_the_same_images_won_at_every_seed_tell_no_more_than_one_seed():
     alike = summarize([make_measurement(Setting("rtn", 2, 2, seed)) for seed in (0, 1, 2)])[-1]
     single = summarize([make_measurement()])[-1]
-    for name in ("ci_low", "ci_high", "p_value", "won", "lost"):
+    for name in ("networks_ci_low", "networks_ci_high", "networks_p_value", "won", "lost"):
         assert getattr(alike, name) == getattr(single, name)
+    assert alike.seeds_ci_low == pytest.approx(single.seeds_ci_low, abs=0.05)
+    assert alike.seeds_ci_high == pytest.approx(single.seeds_ci_high, abs=0.05)
 
 
 def test_images_count_by_what_most_seeds_do_with_them():
@@ -71,20 +78,7 @@ def test_images_count_by_what_most_seeds_do_with_them():
     second.predictions["cat"][[497, 499]] = 1  # 497: lost at the second seed, 499: lost
     line = summarize([first, second])[-1]
     assert (line.won, line.lost) == (2, 1)
-    assert line.p_value == pytest.approx(two_sided(2, 1), rel=1e-3)
-
-
-def test_figures_equal_a_naive_bootstrap():
-    generator = torch.Generator().manual_seed(0)
-    difference = torch.randint(-2, 3, (400,), generator=generator).double() / 2 + (torch.arange(400) % 10 == 0) / 2
-    figures = paired_figures(difference)
-    values, draws = 100 * difference.numpy(), np.random.default_rng(1)
-    means = [draws.choice(values, len(values)).mean() for _ in range(4000)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    assert figures["ci_low"] == pytest.approx(low, abs=0.6) and figures["ci_high"] == pytest.approx(high, abs=0.6)
-    won, lost = (values > 0).sum(), (values < 0).sum()
-    assert (figures["won"], figures["lost"]) == (won, lost)
-    assert figures["p_value"] == pytest.approx(two_sided(int(won), int(lost)), rel=1e-3)
+    assert line.networks_p_value == pytest.approx(two_sided(2, 1), rel=1e-3)
 
 
 def test_only_corrections_that_every_seed_has_are_summed_up():

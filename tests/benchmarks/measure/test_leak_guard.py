@@ -16,7 +16,7 @@ from benchmarks.datasets.digits import DIGITS
 from benchmarks.datasets.registry import DATASETS
 from benchmarks.measure.corrections import corrections
 from benchmarks.measure.draws import Cell, measure
-from benchmarks.measure.leak_guard import LeakGuard, fit_guarded, joined
+from benchmarks.measure.leak_guard import LeakGuard, fit_guarded, fit_positions_guarded, joined, position_rows
 from benchmarks.measure.network_logits import paired_logits
 from benchmarks.measure.paired_logits import PairedLogits, Source
 from benchmarks.measure.protocol import Protocol, Setting
@@ -95,6 +95,20 @@ def test_fit_that_is_handed_test_logits_is_refused(pairs):
     assert torch.equal(found.scale, expected.scale) and torch.equal(found.shift, expected.shift)
 
 
+@pytest.mark.parametrize("positions", [1, 5])
+def test_fit_that_is_handed_a_position_of_a_test_image_is_refused(pairs, positions):
+    test = [logits.view(-1, positions, 5) for logits in (pairs.test_q, pairs.test_f)]
+    q, f = (logits.view(-1, positions, 5).clone() for logits in (pairs.fit_q, pairs.fit_f))
+    found = fit_positions_guarded(q, f, PLAIN, LeakGuard(position_rows(*test)))
+    expected = fit_cluster_affine(pairs.fit_q, pairs.fit_f, PLAIN)
+    assert torch.equal(found.correction.shift, expected.shift)
+    assert (found.images, found.positions) == (100 // positions, 100 if positions > 1 else None)
+    for logits, planted in zip((q, f), test, strict=True):
+        logits[3, -1] = planted[7, 0]
+    with pytest.raises(BenchmarkError, match="leak: 1 of 100 positions of images that a correction is to be fitted on"):
+        fit_positions_guarded(q, f, PLAIN, LeakGuard(position_rows(*test)))
+
+
 @pytest.mark.parametrize("origin", ["fresh", "tuned"])
 def test_every_fit_of_a_grid_is_guarded(pairs, origin):
     part = "fit" if origin == "fresh" else "tuned"
@@ -144,4 +158,5 @@ def test_nothing_is_fitted_past_the_guard():
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert path.name == "leak_guard.py" or not names & fitting, path.name
-    assert "fit_cluster_affine" in (root / "measure" / "leak_guard.py").read_text("utf-8")
+    guarded = (root / "measure" / "leak_guard.py").read_text("utf-8")
+    assert "fit_cluster_affine" in guarded and "fit_and_score" in guarded

@@ -163,15 +163,11 @@ def test_network_that_timm_does_not_know_is_refused():
         load_pretrained("deit_huge_9", "DEFAULT", 1000)
 
 
-def test_every_network_exists_and_has_the_layer_of_features():
+def test_every_network_exists():
     timm = pytest.importorskip("timm")
-    assert list(NETWORKS[IMAGENET.name]) == [*TORCHVISION, *TIMM]
+    assert NETWORKS[IMAGENET.name] == (*TORCHVISION, *TIMM)
     assert set(TORCHVISION) <= set(list_models())
-    for name, layer in (TORCHVISION | TIMM).items():
-        # Without memory for weights, but RegNets compute their widths in tensors.
-        with torch.device("cpu" if name.startswith("regnet") else "meta"):
-            model = timm.create_model(name) if is_timm(name) else get_model(name)
-        assert layer in dict(model.named_modules()), name
+    assert all(map(is_timm, TIMM)) and all(map(timm.is_model, TIMM)) and not any(map(is_timm, TORCHVISION))
     assert {f"{name}.{timm.get_pretrained_cfg(name).tag}" for name in TIMM} <= set(TIMM_TOP1)
     assert all(timm.is_model(name.partition(".")[0]) for name in TIMM_TOP1)
 

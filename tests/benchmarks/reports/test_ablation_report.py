@@ -12,6 +12,7 @@ from benchmarks.reports.ablation_report import (
     to_markdown,
     write_report,
 )
+from tests.benchmarks.rows import cells
 
 BASE = {"images": 64, "n_eval": 100, "fp_top1": 90.0, "top1": 0.0, "ci_low": 0.0, "ci_high": 0.0}
 REST = {"p_value": 1.0, "won": 0, "lost": 0}
@@ -31,10 +32,6 @@ ALPHA = [
     line("alpha", 0.5, "b", "cat", 1.5, lq_top1=70.0),
 ]
 ORIGIN = [line("origin", "fresh", "a", "cat", 0.5), line("origin", "tuned", "a", "cat", 0.25)]
-
-
-def cells(table):
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
 
 
 def tables(text):

@@ -43,7 +43,7 @@ def test_bars_are_mean_gains_and_lines_their_intervals():
         for errors, mode in zip(panel.containers[1::2], MODES, strict=True):
             found = [lines[panel.get_title(), mode, bits] for bits in (2, 4)]
             ends = [segment[:, 1].tolist() for segment in errors[2][0].get_segments()]
-            assert ends == [pytest.approx([line.ci_low, line.ci_high]) for line in found]
+            assert ends == [pytest.approx([line.seeds_ci_low, line.seeds_ci_high]) for line in found]
         assert [tick.get_text() for tick in panel.get_xticklabels()] == ["W2A4", "W4A4"]
 
 

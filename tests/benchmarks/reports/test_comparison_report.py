@@ -3,23 +3,16 @@ import io
 import json
 from dataclasses import asdict
 
-import pytest
-
 from benchmarks.measure.comparisons import compare, summarize
 from benchmarks.measure.protocol import Setting
 from benchmarks.reports.comparison_report import title, to_markdown, to_table, write_report
-from benchmarks.reports.tables import to_csv, write_texts
-from benchmarks.wording import signed
-from tests.benchmarks.rows import make_measurement
+from benchmarks.reports.tables import to_csv
+from tests.benchmarks.rows import cells, make_measurement
 
 COLUMNS = (
     "dataset,model,method,w_bits,a_bits,seed,iters,n_calib,n_cat,n_eval,"
     "fp_top1,lq_top1,plain_affine_top1,cat_paper_top1,cat_top1,cat_delta"
 )
-
-
-def cells(table):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
 def test_csv_has_exactly_the_columns_and_leaves_unknown_values_empty():
@@ -35,11 +28,28 @@ def test_table_has_mean_and_standard_deviation_over_seeds():
     seeds = [make_measurement(Setting("qdrop", 2, 4, seed), won=won[seed]) for seed in range(3)]
     header, _, qdrop, rtn = cells(to_table([*seeds, make_measurement(won=1, lost=2, cat_paper=False)]))
     scores = ["FP", "low-bit", "+ plain affine", "+ CAT (paper)", "+ CAT"]
-    assert header == ["method", "bits", *scores, "gain of CAT", "95 % interval", "p"]
+    kinds = ["95 % interval over seeds", "p over seeds", "95 % interval of these networks", "p of these networks"]
+    assert header == ["method", "bits", *scores, "gain of CAT", *kinds]
     assert qdrop[:5] == ["qdrop", "W2A4", "99.00 ± 0.00", "90.00 ± 0.00", "91.00 ± 0.00"]
     assert qdrop[6:8] == ["93.00 ± 2.65", "+3.00 ± 2.65"]
     assert rtn[:8] == ["rtn", "W2A2", "99.00", "90.00", "91.00", "-", "89.80", "-0.20"]
     assert rtn[-1] == "1.000"
+
+
+def test_table_of_several_seeds_has_both_intervals():
+    measured = [make_measurement(Setting("qdrop", 2, 4, seed), won=10 + 10 * seed) for seed in range(3)]
+    line, row = summarize(measured)[-1], cells(to_table(measured))[2]
+    for interval, p_value, kind in ((row[-4], row[-3], "seeds"), (row[-2], row[-1], "networks")):
+        low, high = (getattr(line, f"{kind}_{name}") for name in ("ci_low", "ci_high"))
+        assert interval == f"{low:+.2f} to {high:+.2f}"
+        assert p_value == (f"{getattr(line, f'{kind}_p_value'):.3f}" if kind == "seeds" else "<0.001")
+
+
+def test_table_of_one_seed_has_one_interval():
+    header, _, row = cells(to_table([make_measurement()]))
+    line = summarize([make_measurement()])[-1]
+    assert header[-3:] == ["gain of CAT", "95 % interval", "p"]
+    assert row[-2] == f"{line.networks_ci_low:+.2f} to {line.networks_ci_high:+.2f}"
 
 
 def test_table_is_padded():
@@ -65,11 +75,6 @@ def test_small_p_values_are_not_zero():
     assert cells(to_table([make_measurement(won=40, lost=0)]))[2][-1] == "<0.001"
 
 
-@pytest.mark.parametrize(("points", "text"), [(-0.001, "+0.00"), (-0.006, "-0.01"), (1.0, "+1.00")])
-def test_gains_have_a_sign_and_zero_has_one_only(points, text):
-    assert signed(points) == text
-
-
 def test_all_files_hold_the_same(tmp_path):
     measured = [make_measurement(), make_measurement(Setting("qdrop", 4, 4, 1), cat_paper=False)]
     parts = {"results": [each.row for each in measured], "comparisons": compare(measured)}
@@ -81,14 +86,6 @@ def test_all_files_hold_the_same(tmp_path):
     found = json.loads((tmp_path / "results.json").read_text())
     assert found == {name: [asdict(line) for line in lines] for name, lines in parts.items()}
     assert (tmp_path / "results.md").read_text() == to_markdown(measured) + "\n"
-
-
-def test_files_that_are_there_are_left_alone(tmp_path):
-    write_texts(tmp_path, {"a": "one", "b": "two"})
-    before = (tmp_path / "a").stat()
-    assert write_texts(tmp_path, {"a": "one", "b": "three", "c": "new"}) == {"a": True, "b": False, "c": False}
-    assert (tmp_path / "a").stat() == before
-    assert (tmp_path / "b").read_text() == "three"
 
 
 def test_title_says_which_weights_there_were():

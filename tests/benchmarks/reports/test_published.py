@@ -120,5 +120,5 @@ def test_nothing_is_said_of_what_the_papers_do_not_speak_of(model, dataset):
 
 
 def test_names_are_networks_on_both_sides():
-    assert NETWORKS.keys() | OTHERS.keys() < TORCHVISION.keys() | TIMM.keys()
+    assert NETWORKS.keys() | OTHERS.keys() < {*TORCHVISION, *TIMM}
     assert all(len(load_published(name)) > 10 for name in NETWORKS.values())

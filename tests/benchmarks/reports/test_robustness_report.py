@@ -7,6 +7,7 @@ import pytest
 from benchmarks.measure.draws import Gain
 from benchmarks.measure.paired_logits import Source
 from benchmarks.reports.robustness_report import plot, shortfalls, sizes_table, sources_table, to_markdown, write_report
+from tests.benchmarks.rows import cells
 
 BASE = {"n_eval": 100, "fp_top1": 90.0, "top1": 0.0, "ci_low": 0.0, "ci_high": 0.0}
 REST = {"p_value": 1.0, "won": 0, "lost": 0}
@@ -30,10 +31,6 @@ GAINS = [
     gain("b", 1024, 0, "cat_paper", 3.0, lq_top1=70.0),
     gain("b", 1024, 0, "cat", 0.5, lq_top1=70.0),
 ]
-
-
-def cells(table):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
 def test_one_line_a_size_and_mode():

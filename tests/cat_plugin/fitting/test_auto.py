@@ -5,9 +5,9 @@ import torch
 from cat_plugin import CATConfig, ClusterAffine, fit_cluster_affine
 from cat_plugin.fitting import auto as module
 from cat_plugin.fitting import store
-from cat_plugin.fitting.families import AFFINE, Shared, fit_maps
+from cat_plugin.fitting.families import AFFINE, CLUSTERED, SHARED, Shared, fit_maps
 from cat_plugin.fitting.store import LogitStore
-from tests.cat_plugin.helpers import paired_logits
+from tests.cat_plugin.helpers import in_use, paired_logits
 from tests.reference import lstsq_per_cluster
 
 CONFIG = CATConfig(pca_dim=6, num_clusters=16)
@@ -70,10 +70,10 @@ def test_correction_is_the_weighted_sum_of_the_maps():
     q, f = paired_logits(300, 12)
     selected = select(q, f, CONFIG)
     q, f = selected.q, selected.f
-    shared = Shared.of(q, f, CONFIG)
+    shared = in_use(Shared.of(q, f, CONFIG))
     rows = shared.rows(q, f)
     weights = {candidate.name: candidate.weight for candidate in selected.evidence.candidates}
-    maps = fit_maps(shared.families, shared, rows)
+    maps = fit_maps(SHARED + CLUSTERED, shared, rows)
     assert [family.name for family in maps] == list(weights)
     expected = sum(weights[family.name] * affine_map(rows) for family, affine_map in maps.items())
     out = selected.correction(q)
@@ -94,21 +94,25 @@ def test_order_of_the_images_does_not_matter():
 
 
 def test_alpha_moves_part_of_the_way():
+    """The correction, and what held-out images are judged by."""
     q, f = paired_logits(300, 12)
-    full, half, none = (fit_cluster_affine(q, f, CATConfig(num_clusters=16, alpha=alpha)) for alpha in (1.0, 0.5, 0.0))
+    made = [select(q, f, CATConfig(num_clusters=16, alpha=alpha)) for alpha in (1.0, 0.9, 0.0)]
+    full, part, none = (selected.correction for selected in made)
     assert not torch.equal(full(q), q)
-    torch.testing.assert_close(half(q), q + 0.5 * (full(q) - q))
+    torch.testing.assert_close(part(q), q + 0.9 * (full(q) - q))
     torch.testing.assert_close(none(q), q)
+    full, part, none = (selected.corrected - selected.q for selected in made)
+    torch.testing.assert_close(part, 0.9 * full)
+    assert full.abs().max() > 1 and not none.any()
 
 
-@pytest.mark.parametrize("num_clusters", [None, 1, 4, 7])
+@pytest.mark.parametrize("num_clusters", [1, 4, 7])
 def test_clusters_are_tried_where_they_are_asked_for(num_clusters):
     q, f = paired_logits(400, 12)
     selected = select(q, f, CATConfig(num_clusters=num_clusters))
     clustered = {candidate.name for candidate in selected.evidence.candidates if "clusters" in candidate.name}
-    count = num_clusters or 1
-    assert len(clustered) == (3 if count > 1 else 0)
-    assert selected.evidence.accepted and selected.correction.num_clusters == count
+    assert len(clustered) == (3 if num_clusters > 1 else 0)
+    assert selected.evidence.accepted and selected.correction.num_clusters == num_clusters
 
 
 @pytest.mark.parametrize("n_images", [1, 2, 19])

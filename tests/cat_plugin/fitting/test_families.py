@@ -15,7 +15,7 @@ from cat_plugin.fitting.families import (
     Shared,
     fit_maps,
 )
-from tests.cat_plugin.helpers import paired_logits
+from tests.cat_plugin.helpers import in_use, paired_logits
 from tests.reference import naive_maps
 
 EVERY = SHARED + CLUSTERED
@@ -38,7 +38,7 @@ def data():
     q, f = paired_logits(900, 6)
     generator = torch.Generator().manual_seed(4)
     f = f + 0.4 * q.roll(1, dims=1) + 0.3 * torch.randn(900, 6, generator=generator, dtype=torch.float64)
-    return q, f, {share: Shared.of(q[:300], f[:300], CONFIG, share) for share in (1.0, 0.5)}
+    return q, f, {share: in_use(Shared.of(q[:300], f[:300], CONFIG, share)) for share in (1.0, 0.5)}
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -109,16 +109,20 @@ def test_sum_of_maps_gives_the_sum_of_their_outputs(data):
 
 
 def test_clusters_are_tried_where_there_are_some():
-    q, f = paired_logits(100, 6)
-    assert Shared.of(q, f, CATConfig()).families == SHARED
-    assert Shared.of(q, f, CATConfig(num_clusters=2)).families == EVERY
+    q, f = paired_logits(600, 6)
+
+    def tried(rows, **settings):
+        return [len(clusters.bias) for clusters in Shared.of(q[:rows], f[:rows], CATConfig(**settings)).tried]
+
+    assert (tried(600), tried(511), tried(63)) == ([4, 32], [4], [])
+    assert (tried(100, num_clusters=7), tried(10, num_clusters=7), tried(100, num_clusters=1)) == ([7], [5], [])
     constant = torch.ones(100, 6, dtype=torch.float64)
-    assert Shared.of(constant, f, CATConfig(num_clusters=2)).families == SHARED
+    assert Shared.of(constant, f[:100], CATConfig()).tried == ()
 
 
 def test_clusters_are_those_of_the_nearest_centroid():
     q, f = paired_logits(400, 6)
-    shared = Shared.of(q, f, CONFIG)
+    shared = in_use(Shared.of(q, f, CONFIG))
     ids = shared.rows(q, f).ids
     assert torch.equal(ids, shared.clusters.ids)
     features = (q - shared.basis.mean) @ (shared.basis.directions / shared.basis.directions.norm(dim=0))
@@ -132,7 +136,9 @@ def test_temperature_is_half_the_spread_over_classes():
     expected = SOFTENING * np.mean([np.std(row, ddof=1) for row in f.numpy()])
     assert Shared.of(q, f, CONFIG).temperature == pytest.approx(expected)
     assert Shared.of(q, 10 * f, CONFIG).temperature == pytest.approx(10 * expected)
-    assert Shared.of(q[:, :1], f[:, :1], CONFIG).temperature == 1.0
+    assert Shared.of(q[:, :1], f[:, :1], CONFIG).temperature == pytest.approx(
+        SOFTENING * np.std(f[:, 0].numpy(), ddof=1)
+    )
 
 
 def test_components_are_whitened_and_few():

@@ -6,46 +6,13 @@ import pytest
 import torch
 
 from cat_plugin import CATConfig, CATError, fit_cluster_affine
-from cat_plugin.fitting.clustering import fit_clusters
-from cat_plugin.metrics import agreement, kl_divergence
+from cat_plugin.fitting import auto
+from cat_plugin.fitting.fit import fit_and_score
+from cat_plugin.fitting.scores import HeldOutScores
+from cat_plugin.fitting.store import LogitStore
 from tests.cat_plugin.helpers import held_out_scores, paired_logits
-from tests.reference import PaperCAT, lstsq_per_cluster
 
 LOGITS = sorted(Path(os.environ["CAT_LOGITS"]).glob("*.npz")) if "CAT_LOGITS" in os.environ else []
-
-
-def assert_equals_reference(q, f, fresh, num_clusters, alpha=0.4):
-    correction = fit_cluster_affine(q, f, CATConfig.paper(num_clusters, alpha=alpha))
-    reference = PaperCAT(num_clusters, pca_dim=50, alpha=alpha).fit(q.double().numpy(), f.double().numpy())
-    for part in (q, fresh):
-        expected = torch.from_numpy(reference.apply(part.double().numpy()))
-        assert (correction(part).double() - expected).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("num_clusters", [1, 8, 20])
-@pytest.mark.parametrize("classes", [10, 120])
-def test_equals_naive_reference(classes, num_clusters, dtype):
-    q, f = paired_logits(600, classes, dtype=dtype)
-    fresh, _ = paired_logits(300, classes, seed=1, dtype=dtype)
-    assert_equals_reference(q, f, fresh, num_clusters)
-
-
-@pytest.mark.skipif(not LOGITS, reason="CAT_LOGITS names no folder of *.npz files")
-@pytest.mark.parametrize("path", LOGITS, ids=lambda path: path.stem)
-def test_equals_naive_reference_on_real_logits(path):
-    with np.load(path) as data:
-        q, f, fresh = (torch.from_numpy(data[name].astype(np.float64)) for name in ("q_calib", "f_calib", "q_test"))
-    for images in (1024, len(q)):
-        assert_equals_reference(q[:images], f[:images], fresh, 64)
-        # In float32 results agree to about 1e-6 relative, except for images on a border that it cannot resolve.
-        config = CATConfig.paper()
-        wide, narrow = (
-            fit_cluster_affine(q[:images].to(t), f[:images].to(t), config) for t in (q.dtype, torch.float32)
-        )
-        same = wide.assign(fresh) == narrow.assign(fresh.float())
-        assert (~same).sum() <= len(fresh) / 1000
-        torch.testing.assert_close(narrow(fresh.float())[same].double(), wide(fresh)[same], atol=1e-5, rtol=1e-6)
 
 
 @pytest.mark.skipif(not LOGITS, reason="CAT_LOGITS names no folder of *.npz files")
@@ -60,40 +27,6 @@ def test_half_keeps_top1_on_real_logits(path, config):
     narrow = correction.half()(fresh).argmax(dim=1) == labels
     assert correction.num_bytes == size / 2
     assert 100 * abs(narrow.double().mean() - wide.double().mean()) <= 0.05
-
-
-def test_full_correction_is_least_squares():
-    q, f = paired_logits(500, 10)
-    config = CATConfig.paper(6, alpha=1.0)
-    correction = fit_cluster_affine(q, f, config)
-    ids = fit_clusters(q, 6, config).ids
-    assert torch.equal(correction.assign(q), ids)
-    gamma, beta = lstsq_per_cluster(q.numpy(), f.numpy(), ids.numpy(), 6)
-    torch.testing.assert_close(correction.scale, torch.from_numpy(gamma))
-    torch.testing.assert_close(correction.shift, torch.from_numpy(beta))
-    # Least squares: never further from f than the identity
-    assert ((correction(q) - f) ** 2).mean() <= ((q - f) ** 2).mean()
-
-
-def test_planted_map_is_recovered():
-    q, _ = paired_logits(500, 10, noise=0.0)
-    config = CATConfig.paper(5, alpha=1.0)
-    ids = fit_clusters(q, 5, config).ids
-    scale, shift = 1 + torch.rand(5, 10, dtype=torch.float64), torch.randn(5, 10, dtype=torch.float64)
-    f = scale[ids] * q + shift[ids]
-    torch.testing.assert_close(fit_cluster_affine(q, f, config)(q), f)
-
-
-def test_alpha_interpolates():
-    q, f = paired_logits(500, 10)
-    none, some, full = (fit_cluster_affine(q, f, CATConfig.paper(6, alpha=alpha))(q) for alpha in (0.0, 0.3, 1.0))
-    assert torch.equal(none, q)
-    torch.testing.assert_close(some, q + 0.3 * (full - q))
-
-
-def test_identical_outputs_give_the_identity():
-    q, _ = paired_logits(300, 10)
-    torch.testing.assert_close(fit_cluster_affine(q, q, CATConfig.paper(4, alpha=1.0))(q), q)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -114,14 +47,6 @@ def test_inputs_are_not_changed():
     assert torch.equal(q, copies[0])
     assert torch.equal(f, copies[1])
     assert not any(buffer.requires_grad for buffer in correction.buffers())
-
-
-def test_repeated_images_and_one_image():
-    q, f = paired_logits(3, 10)
-    correction = fit_cluster_affine(q.repeat(20, 1), f.repeat(20, 1), CATConfig.paper(8, alpha=1.0))
-    torch.testing.assert_close(correction(q), f)
-    assert correction.num_clusters == 8
-    assert fit_cluster_affine(q[:1], f[:1]).num_clusters == 1
 
 
 def test_same_seed_same_result_and_random_state_untouched():
@@ -156,21 +81,38 @@ def test_errors(q, f, message):
         fit_cluster_affine(q, f, CATConfig.paper())
 
 
-def test_held_out_scores_equal_five_separate_fits():
+@pytest.mark.parametrize("config", [CATConfig(), CATConfig.paper(4)], ids=["auto", "paper"])
+def test_scores_are_those_of_the_held_out_outputs(config):
     q, f = paired_logits(203, 10, dtype=torch.float32)
-    config = CATConfig.paper(4, seed=7)
-    order = torch.randperm(203, generator=torch.Generator().manual_seed(7))
-    parts = []
-    for fold in range(5):
-        train = torch.cat([order[other::5] for other in range(5) if other != fold]).sort().values
-        correction = fit_cluster_affine(q[train], f[train], config)
-        parts.append((f[order[fold::5]], correction(q[order[fold::5]])))
-    targets, out = (torch.cat(part) for part in zip(*parts, strict=True))
-    scores = held_out_scores(q, f, config)
-    assert scores.agreement_before == agreement(f, q)
-    assert scores.kl_before == kl_divergence(f, q)
-    assert scores.agreement_after == pytest.approx(agreement(targets, out))
-    assert scores.kl_after == pytest.approx(kl_divergence(targets, out))
+    fit = fit_and_score(LogitStore.of(q, f), config)
+    assert fit.scores == HeldOutScores.of(fit.f, fit.q, fit.out)
+    assert (fit.images, fit.positions, fit.repeated) == (203, None, 0)
+    fitted = fit_cluster_affine(q, f, config)
+    assert all(torch.equal(a, b) for a, b in zip(fit.correction.buffers(), fitted.buffers(), strict=True))
+    assert (fit.evidence is None) == (config.mode == "paper")
+
+
+@pytest.mark.parametrize("config", [CATConfig(), CATConfig.paper(4)], ids=["auto", "paper"])
+def test_repeated_images_and_positions_are_counted(config):
+    q, f = paired_logits(60, 10, dtype=torch.float32)
+    copies = torch.cat([torch.arange(60), torch.arange(9)])
+    fit = fit_and_score(LogitStore.of(q[copies], f[copies]), config)
+    assert (fit.images, fit.positions, fit.repeated) == (69, None, 9)
+    dense = fit_and_score(LogitStore.of(q, f, torch.arange(30).repeat_interleave(2)), config)
+    assert (dense.images, dense.positions, dense.repeated) == (30, 60, 0)
+
+
+@pytest.mark.parametrize(
+    ("n_images", "config"),
+    [(auto.MIN_IMAGES - 1, CATConfig()), (1, CATConfig.paper(1))],
+    ids=["auto", "paper"],
+)
+def test_no_scores_where_nothing_can_be_held_out(n_images, config):
+    q, f = paired_logits(n_images, 10)
+    fit = fit_and_score(LogitStore.of(q, f), config)
+    assert fit.scores is None and fit.out is None and fit.images == n_images
+    more = paired_logits(n_images + 1, 10)
+    assert held_out_scores(*more, config) is not None
 
 
 @pytest.mark.parametrize("n_images", [2, 3, 7])
@@ -178,10 +120,6 @@ def test_held_out_scores_of_few_images(n_images):
     q, f = paired_logits(n_images, 10)
     scores = held_out_scores(q, f, CATConfig.paper(num_clusters=n_images))
     assert 0 <= scores.agreement_after <= 100
-
-
-def test_one_image_cannot_be_held_out():
-    assert held_out_scores(*paired_logits(1, 10)) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

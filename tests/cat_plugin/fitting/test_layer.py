@@ -8,7 +8,8 @@ from torch import nn
 from cat_plugin import CATConfig, CATError, CATWrapper, ClusterAffine, apply_cat, fit_cluster_affine
 from cat_plugin.correction.hook import find_hooks
 from cat_plugin.fitting.fit import cross_fitted
-from cat_plugin.fitting.layer import LayerScores, fit_layer
+from cat_plugin.fitting.layer import fit_layer
+from cat_plugin.fitting.scores import ErrorScores
 from cat_plugin.fitting.store import LogitStore
 from cat_plugin.running.positions import to_rows
 from tests.cat_plugin.helpers import images, state_of
@@ -79,7 +80,7 @@ def test_planted_distortion_is_undone(box):
     assert report.held_out.mse_after < 1e-6 < report.held_out.mse_before
     assert report.accuracy.cat_top1 == 100.0 > report.accuracy.quantized_top1
     assert "CAT fitted to layer 'body' on 200 images (3,200 positions), 1 cluster" in str(report)
-    assert "held out: squared error to the FP layer" in str(report)
+    assert "held out: squared error to FP" in str(report)
     assert repr(cat_model).startswith(
         "CATWrapper(Net, attached: layer 'body', 200 images, 1 cluster, squared error to FP"
     )
@@ -133,8 +134,8 @@ def test_clusters_in_paper_mode():
     f[:, 0] = 5 * f[:, 0].sign()
     q = torch.where(f[:, :1] > 0, 0.5 * f + 1, 0.8 * f - 1)
     owners = torch.arange(100).repeat_interleave(20)
-    one, two = (fit_layer(LogitStore.of(q, f, None, owners), CATConfig.paper(k, alpha=1.0)) for k in (1, 2))
-    assert two.held_out.mse_after < 1e-6 < one.held_out.mse_after < one.held_out.mse_before
+    one, two = (fit_layer(LogitStore.of(q, f, owners), CATConfig.paper(k, alpha=1.0)) for k in (1, 2))
+    assert two.scores.mse_after < 1e-6 < one.scores.mse_after < one.scores.mse_before
     torch.testing.assert_close(two.correction(q), f, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(two.correction(q), fit_cluster_affine(q, f, CATConfig.paper(2, alpha=1.0))(q))
 
@@ -145,7 +146,7 @@ def test_scores_are_those_of_separate_fits():
     q = 0.7 * f + 0.2 + 0.1 * torch.randn(400, 3, generator=generator)
     owners = torch.arange(40).repeat_interleave(10)
     config = CATConfig.paper(1, alpha=1.0)
-    scores = fit_layer(LogitStore.of(q, f, None, owners), CATConfig()).held_out
+    scores = fit_layer(LogitStore.of(q, f, owners), CATConfig()).scores
     out = cross_fitted(q, f, config, owners)
     assert scores.mse_before == pytest.approx((q - f).square().mean().item(), rel=1e-5)
     assert scores.mse_after == pytest.approx((out - f).square().mean().item(), rel=1e-5)
@@ -159,15 +160,15 @@ def test_left_alone_where_nothing_is_gained(kind):
     noise = torch.randn(300, 16, generator=torch.Generator().manual_seed(1))
     q = {"no error": f, "noise": f + 1e-3 * noise, "one image": 0.5 * f}[kind]
     owners = torch.zeros(300, dtype=torch.int64) if kind == "one image" else None
-    fit = fit_layer(LogitStore.of(q, f, None, owners), CATConfig())
+    fit = fit_layer(LogitStore.of(q, f, owners), CATConfig())
     assert torch.equal(fit.correction(q), q)
-    assert fit.held_out is None if kind == "one image" else not fit.held_out.accepted
+    assert fit.scores is None if kind == "one image" else not fit.scores.accepted
 
 
 def test_a_fall_within_its_error_is_chance():
-    assert LayerScores(1.0, 0.8, 0.1).accepted
-    assert not LayerScores(1.0, 0.95, 0.1).accepted
-    assert not LayerScores(1.0, 1.2, 0.1).accepted
+    assert ErrorScores(1.0, 0.8, 0.1).accepted
+    assert not ErrorScores(1.0, 0.95, 0.1).accepted
+    assert not ErrorScores(1.0, 1.2, 0.1).accepted
 
 
 def test_report_of_a_layer_that_is_left_alone():
@@ -203,16 +204,6 @@ ERRORS = {
     "missing in FP": (lambda: (net_pair()[0], nn.Flatten()), {"layer": "body"}, "layer='body' is no layer of Flatten"),
     "twice": (twice_pair, {"layer": "act"}, "layer 'act' of quantized_model ran 2 times in a forward pass"),
     "never": (twice_pair, {"layer": "unused"}, "layer 'unused' of quantized_model did not run in a forward pass"),
-    "with features": (
-        net_pair,
-        {"layer": "body", "config": CATConfig(features="body")},
-        "layer='body' with features='body'",
-    ),
-    "with a criterion": (
-        net_pair,
-        {"layer": "body", "config": CATConfig(criterion="agreement")},
-        "layer='body' with criterion='agreement': channels of a layer are no classes",
-    ),
     "no class axis": (net_pair, {"layer": "head", "config": CATConfig(class_axis=3)}, None),
     "wrong class axis": (
         net_pair,
@@ -233,13 +224,6 @@ def test_errors_leave_no_trace(case):
         with pytest.raises(CATError, match=message):
             apply_cat(quantized, fp, pixels(), **arguments)
     assert state_of(quantized, fp) == before
-
-
-def test_correction_of_features_is_not_one_of_a_layer():
-    quantized, _ = net_pair()
-    correction = ClusterAffine(**dict(ClusterAffine.identity(8).named_buffers()), feature_mix=torch.ones(4, 8))
-    with pytest.raises(CATError, match="takes features, which cannot feed that of layer 'body'"):
-        CATWrapper(quantized, correction, config=CATConfig(features="body"), layer="body")
 
 
 def test_output_speaks_of_the_layer_and_not_of_the_model():

@@ -71,8 +71,8 @@ def test_failure_of_one_process_reaches_all(tmp_path):
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"features": "first"}, {"mode": "paper", "num_clusters": 8, "alpha": 0.4}],
-    ids=["auto", "features", "paper"],
+    [{}, {"num_clusters": 5}, {"mode": "paper", "num_clusters": 8, "alpha": 0.4}],
+    ids=["auto", "clusters", "paper"],
 )
 def test_two_processes_fit_what_one_does(tmp_path, config):
     from safetensors.torch import load_file

@@ -5,32 +5,33 @@ import torch
 
 from cat_plugin import CATError
 from cat_plugin.fitting import store as module
-from cat_plugin.fitting.store import LogitStore
+from cat_plugin.fitting.store import LogitStore, different_images, groups_of_alike
+from cat_plugin.running.digests import output_keys
 
-Q, F, H = (torch.randn(100, width, generator=torch.Generator().manual_seed(width)) for width in (5, 5, 3))
+Q, F = (torch.randn(100, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
 
 
-@pytest.fixture(params=[10**6, 700, 0], ids=["memory", "files", "files from the start"])
+@pytest.fixture(params=[10**6, 500, 0], ids=["memory", "files", "files from the start"])
 def filled(request):
     with LogitStore(request.param) as store:
         for start in range(0, 100, 30):
-            store.append(*(part[start : start + 30] for part in (Q, F, H)))
+            store.append(*(part[start : start + 30] for part in (Q, F)))
         yield store
 
 
 def test_rows_come_back_as_they_went(filled):
     assert (len(filled), filled.classes, filled.dtype) == (100, 5, torch.float32)
     for rows in (torch.arange(100), torch.tensor([99, 3, 4, 5, 4, 0]), torch.tensor([], dtype=torch.int64)):
-        for part, expected in zip(filled.take(rows), (Q, F, H), strict=True):
+        for part, expected in zip(filled.take(rows), (Q, F), strict=True):
             assert part.dtype == torch.float64
             assert torch.equal(part, expected[rows].double())
 
 
 def test_chunks_are_all_rows_in_order(filled, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_VALUES", 13 * 40)
+    monkeypatch.setattr(module, "CHUNK_VALUES", 10 * 40)
     chunks = list(filled.chunks())
-    assert [len(q) for q, _, _ in chunks] == [40, 40, 20]
-    for part, expected in zip(zip(*chunks, strict=True), (Q, F, H), strict=True):
+    assert [len(q) for q, _ in chunks] == [40, 40, 20]
+    for part, expected in zip(zip(*chunks, strict=True), (Q, F), strict=True):
         assert torch.equal(torch.cat(part), expected.double())
 
 
@@ -58,14 +59,34 @@ def test_keys_tell_images_apart_by_all_their_logits():
     assert len(keys.unique(dim=0)) == 100
 
 
-def test_wide_features_stay_in_memory():
-    store = LogitStore.of(Q.double(), F.double(), torch.randn(100, 300, dtype=torch.float64))
-    assert store._folder is None
-
-
-@pytest.mark.parametrize("h", [H[:50], H[:, :2]], ids=["rows", "width"])
-def test_batches_that_do_not_fit_together(h):
+@pytest.mark.parametrize(("rows", "width"), [(50, 5), (100, 4)], ids=["rows", "width"])
+def test_batches_that_do_not_fit_together(rows, width):
     store = LogitStore()
-    store.append(Q, F, H)
+    store.append(Q, F)
     with pytest.raises(CATError, match="expected one row an image, always as wide"):
-        store.append(Q[: len(h)] if h.shape[1] == 2 else Q, F[: len(h)] if h.shape[1] == 2 else F, h)
+        store.append(Q[:, :width], F[:rows, :width])
+
+
+def test_rows_of_images_that_have_several():
+    """Three images of 2, 3 and 1 rows, in two batches."""
+    images = torch.tensor([0, 0, 1, 1, 1, 2])
+    store = LogitStore()
+    store.append(Q[:5], F[:5], images[:5])
+    store.append(Q[5:6], F[5:6], images[5:])
+    assert (len(store), store.num_images) == (6, 3)
+    assert store.rows_per_image().tolist() == [2, 3, 1]
+    rows, owners = store.rows_of(torch.tensor([2, 0]))
+    assert rows.tolist() == [5, 0, 1]
+    assert owners.tolist() == [0, 1, 1]
+    expected = output_keys(*(torch.stack([part[:2].mean(0), part[2:5].mean(0), part[5]]) for part in (Q, F)))
+    torch.testing.assert_close(store.keys(), expected)
+
+
+def test_images_that_are_alike():
+    keys = LogitStore.of(Q[[0, 1, 2, 0, 1, 0]], F[[0, 1, 2, 0, 1, 0]] * (1 + 1e-7)).keys()
+    assert len(different_images(keys)) == 3
+    first, second, third, *_ = groups = groups_of_alike(keys).tolist()
+    assert groups == [first, second, third, first, second, first]
+    assert len({first, second, third}) == 3
+    other_target = LogitStore.of(Q[[0, 0]], F[[0, 1]]).keys()
+    assert len(different_images(other_target)) == 2

@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import minimize, minimize_scalar
 
 from cat_plugin import CATConfig
-from cat_plugin.fitting.families import AFFINE, IDENTITY, KL_AFFINE, KL_LOW_RANK, Shared
+from cat_plugin.fitting.families import AFFINE, CLUSTERED, IDENTITY, KL_AFFINE, KL_LOW_RANK, SHARED, Shared
 from cat_plugin.fitting.weights import FEW_SAMPLES, WEIGHT_PRIOR, Sample, cross_fit, mixed, temper, weigh
 from tests.cat_plugin.helpers import paired_logits
 
@@ -24,9 +24,9 @@ def test_held_out_outputs_do_not_see_their_own_target(positions):
     sample = sample_of(q, f, 4, owners)
     altered = f.clone()
     altered[17] = torch.tensor([50.0, -50.0, 30.0, 0.0, 0.0, 9.0])
-    others = cross_fit(Sample(sample.rows._replace(f=altered), owners, sample.shared, sample.seed))
-    outputs = cross_fit(sample)
-    assert tuple(outputs) == tuple(others) == sample.shared.families
+    _, others = cross_fit(Sample(sample.rows._replace(f=altered), owners, sample.shared, sample.seed))
+    _, outputs = cross_fit(sample)
+    assert tuple(outputs) == tuple(others) == SHARED + CLUSTERED
     folds = sample.folds()
     same = (torch.arange(200) == 17) if owners is None else (owners == owners[17])
     assert (folds[same] == folds[17]).all() and same.sum() == positions

@@ -176,7 +176,7 @@ CHANGES = {
 def test_changed_buffers_are_named_and_restored(kind):
     model = nn.Sequential(Observer(kind), SmallNet())
     before, low = state_digests(model), model[0].low
-    message = f"changed {CHANGES[kind]} of lq; buffers have been restored. Freeze observers"
+    message = f"changed {CHANGES[kind]} of lq; they have been restored. Freeze observers"
     with pytest.raises(CATError, match=message), inference({"lq": model, "fp": SmallNet()}):
         model(images())
     assert state_digests(model) == before
@@ -238,3 +238,44 @@ def test_traced_model():
     with inference({"model": model}):
         model(images())
     assert model.training
+
+
+class Trains(nn.Module):
+    """Changes a parameter in every forward pass, in place, by its data, by another shape, or by another object."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.weight = how, nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        if self.how == "in place":
+            self.weight.add_(1)
+        elif self.how == "shape":
+            self.weight.data = torch.ones(5)
+        elif self.how == "object":
+            self.weight = nn.Parameter(torch.zeros(3))
+        elif self.how == "added":
+            self.extra = nn.Parameter(torch.zeros(3))
+        return x
+
+
+@pytest.mark.parametrize("how", ["in place", "shape", "object", "added"])
+def test_a_parameter_that_a_forward_pass_changed_comes_back(how):
+    model = Trains(how)
+    weight = model.weight
+    name = "extra" if how == "added" else "weight"
+    with pytest.raises(CATError, match=f"changed {name} of lq; they have been restored"), inference({"lq": model}):
+        model(torch.ones(2))
+    assert model.weight is weight
+    assert weight.requires_grad
+    assert torch.equal(weight, torch.ones(3))
+    assert [name for name, _ in model.named_parameters()] == ["weight"]
+
+
+def test_tied_parameters_stay_tied():
+    model = nn.Sequential(Trains("in place"), nn.Linear(3, 3))
+    model[1].bias = model[0].weight
+    with pytest.raises(CATError, match=r"0\.weight"), inference({"lq": model}):
+        model(torch.ones(2, 3))
+    assert model[1].bias is model[0].weight
+    assert torch.equal(model[1].bias, torch.ones(3))

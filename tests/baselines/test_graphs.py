@@ -6,12 +6,12 @@ import torch
 from torch import fx, nn
 
 from baselines import quantize, summarize
+from baselines.graphs import with_modules
 from baselines.network.blocks import find_blocks
-from baselines.network.graphs import with_modules
 from baselines.network.trace import trace
 
-from ..networks import LongSkip, SmallResNet, images, randomized, same
-from ..test_architectures import mobilenet, regnet
+from .networks import LongSkip, SmallResNet, images, randomized, same
+from .test_architectures import mobilenet, regnet
 
 
 @pytest.mark.parametrize(("build", "size"), [(SmallResNet, 8), (mobilenet, 16), (regnet, 16)])

@@ -1,0 +1,135 @@
+"""Cases where no correction can gain anything, and whether the default accepts one all the same.
+
+The low-bit model's logits are what the full-precision model's are on average, and these deviate at random: nothing in
+`q` tells how.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure.accuracy import top1
+from benchmarks.measure.draws import CORRECTED
+from benchmarks.measure.leak_guard import LeakGuard, fit_positions_guarded, position_rows
+from benchmarks.runs.files import digest_text
+from benchmarks.runs.row_files import LABELS, Record, change
+from cat_plugin import CATConfig
+
+FRESH_IMAGES = 3000
+FRESH_POSITIONS = 4
+"""Of a fresh image, at most."""
+WINNER = 3.0
+SPREAD, DEVIATION = (1.5, 0.3), (1.0, 0.2)
+"""Standard deviations of the low-bit logits and of what the full-precision ones differ by: one value an image, and one
+more a position."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullCase:
+    """A kind of outputs where nothing can be gained, and the numbers of images that are fitted on; one position stands
+    for outputs that have none."""
+
+    name: str
+    images: tuple[int, ...]
+    positions: int = 1
+    classes: int = 10
+
+    def draw(self, images: int, positions: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Logits `q` and `f`, both `(images, positions, classes)` float32, of the low-bit and the FP model."""
+        winners = torch.randint(self.classes, (images, 1, 1), generator=generator).expand(-1, positions, 1)
+        q = self._noise(images, positions, SPREAD, generator)
+        q.scatter_add_(2, winners, torch.full((images, positions, 1), WINNER))
+        return q, q + self._noise(images, positions, DEVIATION, generator)
+
+    def _noise(
+        self, images: int, positions: int, deviations: tuple[float, float], generator: torch.Generator
+    ) -> Tensor:
+        shared, own = deviations
+        alike = torch.randn(images, 1, self.classes, generator=generator)
+        return shared * alike + own * torch.randn(images, positions, self.classes, generator=generator)
+
+
+CASES = {
+    case.name: case
+    for case in (
+        NullCase(name="positions", images=(25, 60, 200), positions=64),
+        NullCase(name="plain", images=(256, 1024)),
+        NullCase(name="plain-100", images=(256, 1024), classes=100),
+    )
+}
+"""By name; the last one has more classes."""
+
+
+@dataclass(frozen=True)
+class NullCell:
+    """Fit number `draw` on `images` images of a case; `seed` is that of all draws."""
+
+    case: NullCase
+    images: int
+    draw: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Readable, and says which logits are drawn."""
+        return f"{self.case.name}-{self.images}-draw{self.draw}-seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullFit:
+    """A line of `results.csv`: whether the default was `accepted`, and agreement with the FP model on fresh images.
+
+    `n_eval` counts fresh images, or their positions where outputs have such. Agreements of the low-bit model alone and
+    with the correction are in percent, and `change` is their difference in percentage points.
+    """
+
+    case: str
+    images: int
+    draw: int
+    accepted: bool
+    n_eval: int
+    lq_agreement: float
+    agreement: float
+    change: float
+
+
+class NullDraw(Record[NullFit]):
+    """A fit with the classes that `lq` and `corrected` predict; `labels` are those of the FP model."""
+
+    row_type: ClassVar[type] = NullFit
+
+    @staticmethod
+    def figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
+        """Agreements and their change."""
+        labels = predictions[LABELS]
+        return {
+            "n_eval": len(labels),
+            "lq_agreement": top1(predictions["lq"], labels),
+            "agreement": top1(predictions[CORRECTED], labels),
+            "change": round(100 * change(predictions, CORRECTED).mean().item(), 4),
+        }
+
+
+def null_cells(cases: Iterable[NullCase], draws: int, seed: int) -> list[NullCell]:
+    """`draws` fits of every case and number of images."""
+    return [NullCell(case, images, draw, seed) for case in cases for images in case.images for draw in range(draws)]
+
+
+def measure_null(cell: NullCell) -> NullDraw:
+    """Draw logits, fit the default on them, and compare classes with the FP model's on fresh images."""
+    started, case = time.perf_counter(), cell.case
+    # Of the name: draws of other cases and sizes have nothing in common.
+    generator = torch.Generator().manual_seed(int(digest_text(cell.name), 16))
+    q, f = case.draw(cell.images, case.positions, generator)
+    fresh = case.draw(FRESH_IMAGES, min(case.positions, FRESH_POSITIONS), generator)
+    fresh_q, fresh_f = (logits.flatten(0, 1) for logits in fresh)
+    fit = fit_positions_guarded(q, f, CATConfig(seed=cell.draw), LeakGuard(position_rows(*fresh)))
+    networks = {LABELS: fresh_f, "lq": fresh_q, CORRECTED: fit.correction(fresh_q)}
+    predictions = {name: logits.argmax(1).to(torch.int16) for name, logits in networks.items()}
+    described = {"case": case.name, "images": cell.images, "draw": cell.draw, "accepted": fit.evidence.accepted}
+    row = NullFit(**described, **NullDraw.figures(predictions))
+    return NullDraw(row, predictions, time.perf_counter() - started)

@@ -1,0 +1,31 @@
+import pytest
+
+from benchmarks.wording import bits_name, reason, signed, some
+
+
+@pytest.mark.parametrize(("points", "text"), [(-0.001, "+0.00"), (-0.006, "-0.01"), (1.0, "+1.00")])
+def test_gains_have_a_sign_and_zero_has_one_only(points, text):
+    assert signed(points) == text
+
+
+def test_bits_of_weights_come_first():
+    assert bits_name(2, 4) == "W2A4"
+
+
+def test_few_names_are_all_shown():
+    assert some("abc", 3) == "a, b, c"
+    assert some(range(1005), 2) == "0, 1 and 1,003 more"
+    assert some([], 2) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("\n first\nsecond"), "first"),
+        (KeyError("a"), "'a'"),
+        (EOFError(), "EOFError"),
+        (OSError(" "), "OSError"),
+    ],
+)
+def test_reason_is_one_line_and_never_empty(error, text):
+    assert reason(error) == text
