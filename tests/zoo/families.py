@@ -45,7 +45,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "convmixer": _timm("convmixer_768_32"),
         "convnext": _timm("test_convnext"),
         "cpubone": _timm("cpubone_nano"),
-        "crossvit": _timm("crossvit_tiny_240", img_size=64),
+        "crossvit": _timm("crossvit_tiny_240", 120, img_size=120),
         "csatv2": _timm("csatv2"),
         "cspnet": _timm("cs3darknet_focus_s"),
         "cspnext": _timm("cspnext_tiny"),
