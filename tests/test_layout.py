@@ -113,6 +113,30 @@ def device_literals(code: str) -> list[int]:
     return literals + [call.lineno for name, call in called_names(code) if name.endswith(".cuda")]
 
 
+def without_device(code: str) -> list[int]:
+    """Lines that make a tensor wherever `torch.set_default_device` says; examples in docstrings may."""
+    makers = (
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "arange",
+        "linspace",
+        "tensor",
+        "eye",
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+    )
+    return [
+        call.lineno
+        for name, call in called_names(code)
+        if name in [f"torch.{maker}" for maker in makers]
+        if "device" not in [keyword.arg for keyword in call.keywords]
+    ]
+
+
 @pytest.mark.parametrize("path", sources(*PACKAGES), ids=readable)
 def test_packages_import_only_along_the_arrows(path):
     package = path.relative_to(ROOT).parts[0]
@@ -179,6 +203,11 @@ def test_libraries_do_not_print_and_name_no_device(path):
     assert not device_literals(code)
 
 
+@pytest.mark.parametrize("path", sources("baselines"), ids=readable)
+def test_tensors_are_made_on_a_device_that_is_named(path):
+    assert not without_device(path.read_text("utf-8"))
+
+
 @pytest.mark.parametrize("path", sources("benchmarks"), ids=readable)
 def test_only_command_lines_print(path):
     if path.stem not in ("__main__", "compare", "exit_codes", "fits", "loading", "report", "robustness", "speed"):
@@ -203,5 +232,6 @@ def test_checks_find_what_they_look_for():
     assert [name for name, _ in called_names(code)] == ["print", "m.cuda", "torch.load"]
     assert device_literals(code) == [5, 6]
     assert unsafe_loads(code) == [7]
+    assert without_device("torch.zeros(1)\ntorch.arange(2, device=d)\nx.new_zeros(1)\nx = torch.eye(2)") == [1, 4]
     assert unsafe_loads("torch.load(p, weights_only=False)") == [1]
     assert unsafe_loads("torch.load(p, weights_only=True)") == []

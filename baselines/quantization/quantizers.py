@@ -94,8 +94,8 @@ class ActivationQuantizer(_Quantizer):
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
-        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
-        self.register_buffer("zero_point", torch.zeros(()))
+        self.scale = nn.Parameter(torch.ones((), device="cpu"), requires_grad=False)
+        self.register_buffer("zero_point", torch.zeros((), device="cpu"))
         self.bypass = False
         self.keep = 1.0
         self.generator: torch.Generator | None = None

@@ -68,7 +68,8 @@ def _search(
     unit = torch.where(empty, torch.ones_like(unit), unit)
     lowest = levels if bool((high == 0).all() and (low < 0).any()) else 0
     highest = 0 if bool((low == 0).all()) else levels
-    zero_points = torch.linspace(lowest, highest, min(highest - lowest + 1, _COARSE_ZERO_POINTS)).round().tolist()
+    coarse = min(highest - lowest + 1, _COARSE_ZERO_POINTS)
+    zero_points = torch.linspace(lowest, highest, coarse, device="cpu").round().tolist()
     candidates = _pairs(range(_STRIDE, _WIDTHS + 1, _STRIDE), zero_points, rows)
     width, zero_point = _best(rows, counts, unit, *candidates, levels)
     gap = int(max((b - a for a, b in itertools.pairwise(zero_points)), default=0))

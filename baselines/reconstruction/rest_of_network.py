@@ -83,7 +83,7 @@ class RestOfNetwork:
         Raises:
             ValueError: no gradient comes back from the prediction although it depends on the output.
         """
-        few = torch.arange(min(EXAMPLES, len(output)))
+        few = torch.arange(min(EXAMPLES, len(output)), device=output.tensor.device)
         value = output.rows(few).requires_grad_()
         with torch.enable_grad():
             prediction = self(value, few)

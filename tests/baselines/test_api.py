@@ -358,3 +358,15 @@ def test_layers_that_see_windows_have_no_weights_of_predictions(caplog):
     options = {"method": "adaround", "error_weighting": "fisher", "iters": 2, "batch_size": 16}
     quantize(randomized(Windows()), images(32), **options)
     assert "only rounded, not reconstructed" in caplog.text and "block.inside" in caplog.text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_default_device_does_not_matter(method):
+    """On the meta device, whatever is made without a device would hold no data."""
+    model = randomized(SmallResNet())
+    options = {"method": method, "batch_size": 8} | ({} if method == "rtn" else {"iters": 2})
+    expected = quantize(model, images(16), **options)
+    inputs = images(16)
+    with torch.device("meta"):
+        network = quantize(model, inputs, **options)
+    assert same(network, expected)
