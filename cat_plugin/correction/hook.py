@@ -20,6 +20,10 @@ _DISABLED: ContextVar[frozenset[int]] = ContextVar("ids of the hooks that are di
 _COUNTING = Lock()
 
 
+class _NotScriptable(CATError, AttributeError):
+    """What TorchScript asks for and a hook does not have; an `AttributeError` for those who ask whether it is there."""
+
+
 class CATHook:
     """Forward hook that replaces a model's logits by the corrected ones.
 
@@ -94,6 +98,13 @@ class CATHook:
     def _count(self, change: int) -> None:
         with _COUNTING:
             self._blocks += change
+
+    @property
+    def __name__(self) -> str:
+        raise _NotScriptable(
+            "TorchScript compiles no hooks: torch.jit.trace takes the corrected model as it is, torch.export and ONNX "
+            "take CATWrapper.bake(); or call remove() and script the model without its correction"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside disabled() has no block that would ever enable it again.
