@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from cat_plugin import CATConfig, CATError, CATWrapper, apply_cat, fit_cluster_affine
+from cat_plugin import CATConfig, CATWrapper, ClusterAffine, apply_cat, fit_cluster_affine
 from tests.cat_plugin.helpers import SmallNet, images, model_pair, state_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,7 +50,7 @@ def conv_pair():
 CONFIGS = {
     "clusters": CATConfig.paper(5, alpha=1.0),
     "low rank": CATConfig(),
-    "features": CATConfig(features="body.2"),
+    "low rank and clusters": CATConfig(num_clusters=4),
 }
 
 
@@ -65,7 +65,8 @@ def fit(name):
     with torch.no_grad():
         expected = quantized(fresh)
     assert (expected - plain).abs().max() > 0.01
-    assert (cat_model.correction.feature_mix is not None) == (name == "features")
+    assert (cat_model.correction.mix is not None) == ("low rank" in name)
+    assert (cat_model.correction.num_clusters > 1) == ("clusters" in name)
     return quantized, cat_model, cat_model.bake().requires_grad_(False), fresh, expected
 
 
@@ -94,7 +95,7 @@ def test_compile_without_graph_breaks(fitted):
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="the default backend needs a compiler")
 def test_compile_with_the_default_backend():
-    *_, baked, fresh, expected = fit("features")
+    *_, baked, fresh, expected = fit("low rank and clusters")
     torch.testing.assert_close(torch.compile(baked)(fresh), expected, **TOLERANCE)
 
 
@@ -155,7 +156,7 @@ def test_half_of_the_baked_module_does_not_round_the_correction():
 
 def test_weights_are_shared_and_the_model_is_as_before():
     quantized, fp = conv_pair()
-    cat_model = apply_cat(quantized, fp, conv_images(300), config=CONFIGS["features"])
+    cat_model = apply_cat(quantized, fp, conv_images(300), config=CONFIGS["low rank and clusters"])
     before = state_of(quantized)
     baked = cat_model.bake()
     baked(conv_images(3))
@@ -211,7 +212,7 @@ def test_copies_stay_corrected(fitted, how):
 
 
 def test_saved_module_loads_in_a_new_process(tmp_path):
-    *_, baked, fresh, expected = fit("features")
+    *_, baked, fresh, expected = fit("low rank and clusters")
     torch.save((baked, fresh, expected), tmp_path / "baked.pt")
     code = (
         "import sys, torch\n"
@@ -299,7 +300,7 @@ def test_hooks_of_others_act_too():
     quantized.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
     quantized.register_forward_hook(lambda module, args, output: output * 3)
     quantized.body.register_forward_hook(lambda module, args, output: output * 0.9)
-    cat_model = apply_cat(quantized, fp, conv_images(300), config=CONFIGS["features"])
+    cat_model = apply_cat(quantized, fp, conv_images(300), config=CONFIGS["low rank and clusters"])
     fresh = conv_images(9)
     assert torch.equal(cat_model.bake()(fresh), quantized(fresh))
 
@@ -325,47 +326,36 @@ class Rescaled(SmallNet):
         return self.last(torch.relu(self.norm(self.outer["inner"][0](x))))
 
 
+def shifted(classes):
+    """A correction that changes every output."""
+    return ClusterAffine(torch.zeros(classes, 1), torch.zeros(1), *torch.full((2, 1, classes), 0.5))
+
+
 @pytest.mark.parametrize("name", ["first", "outer.inner.0"])
-def test_features_of_a_layer_with_two_names(name):
+def test_layer_with_two_names(name):
     quantized = Rescaled().eval()
-    fp = copy.deepcopy(quantized)
-    with torch.no_grad():
-        quantized.last.weight[:, 4:8] = 0
-    cat_model = apply_cat(quantized, fp, images(400), config=CATConfig(features=name))
-    assert cat_model.correction.feature_mix is not None
+    plain = quantized(images(9))
+    cat_model = CATWrapper(quantized, shifted(16), layer=name)
     expected, baked = quantized(images(9)), cat_model.bake()
+    assert not torch.allclose(expected, plain)
     assert torch.equal(baked(images(9)), expected)
     cat_model.remove()
     assert torch.equal(baked(images(9)), expected)
     assert not quantized.first._forward_hooks
 
 
-def test_features_of_an_empty_container():
+def test_layer_that_is_an_empty_container():
     """It is false, as a list would be."""
     model = SmallNet().eval()
     model.drop, model.norm = nn.Sequential(), None
     model.__class__ = type("NoNorm", (SmallNet,), {"forward": lambda self, x: self.last(self.drop(self.first(x)))})
-    fp = copy.deepcopy(model)
-    with torch.no_grad():
-        model.last.weight[:, 4:8] = 0
-    cat_model = apply_cat(model, fp, images(400), config=CATConfig(features="drop"))
-    assert cat_model.correction.feature_mix is not None
+    plain = model(images(9))
+    cat_model = CATWrapper(model, shifted(16), layer="drop")
     expected, baked = model(images(9)), cat_model.bake()
+    assert not torch.allclose(expected, plain)
     cat_model.remove()
     assert torch.equal(baked(images(9)), expected)
     assert not model.drop._forward_hooks
-
-
-def test_features_of_a_model_that_calls_its_original_are_an_error():
-    quantized = SmallNet().eval()
-    x = images(400)
-    with torch.no_grad():
-        correction = fit_cluster_affine(quantized(x), quantized(x) * 2, features=quantized.first(x))
-        correction.register_buffer("feature_mix", torch.ones(16, 10))
-    quantized.forward = functools.partial(SmallNet.forward, quantized)
-    baked = CATWrapper(quantized, correction, config=CATConfig(features="first")).bake()
-    with pytest.raises(CATError, match="layer 'first' did not run"):
-        baked(x)
 
 
 def test_training_mode_is_that_of_the_model():

@@ -196,20 +196,17 @@ def test_compile_without_graph_breaks(clusters):
     torch.testing.assert_close(torch.compile(correction, backend="eager", fullgraph=True)(q), correction(q))
 
 
-def shared_correction(features=0, dtype=torch.float64):
+def shared_correction(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     shapes = {"weight": (4, 3), "bias": (3,), "scale": (3, 4), "shift": (3, 4), "project": (4, 2), "mix": (2, 4)}
-    if features:
-        shapes["feature_mix"] = (features, 4)
     parts = {name: torch.randn(*shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
     return ClusterAffine(**parts), parts
 
 
-@pytest.mark.parametrize("features", [0, 5])
-def test_shared_map_adds_to_the_clusters(features):
-    correction, parts = shared_correction(features)
-    q, h = torch.randn(7, 4, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
-    out = correction(q, h) if features else correction(q)
+def test_shared_map_adds_to_the_clusters():
+    correction, parts = shared_correction()
+    q = torch.randn(7, 4, dtype=torch.float64)
+    out = correction(q)
     for image in range(7):
         row = q[image]
         cluster = max(range(3), key=lambda k: float(row @ parts["weight"][:, k] + parts["bias"][k]))
@@ -217,11 +214,9 @@ def test_shared_map_adds_to_the_clusters(features):
             expected = row[c] * parts["scale"][cluster, c] + parts["shift"][cluster, c]
             for r in range(2):
                 expected = expected + sum(row[d] * parts["project"][d, r] for d in range(4)) * parts["mix"][r, c]
-            if features:
-                expected = expected + sum(h[image, d] * parts["feature_mix"][d, c] for d in range(5))
             assert out[image, c].item() == pytest.approx(expected.item())
     assert correction.num_parameters == sum(part.numel() for part in parts.values())
-    assert f"rank=2, {'features=5, ' if features else ''}" in repr(correction)
+    assert "rank=2, " in repr(correction)
 
 
 def test_shared_map_exports_and_takes_half_precision():
@@ -243,7 +238,6 @@ def test_shared_map_exports_and_takes_half_precision():
         {"mix": None},
         {"project": None},
         {"mix": torch.ones(2, 5)},
-        {"feature_mix": torch.ones(5, 3)},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
@@ -251,14 +245,3 @@ def test_wrong_shared_map(wrong):
     _, parts = shared_correction()
     with pytest.raises(CATError, match=r"where there is a shared map project \(C, R\) with mix \(R, C\)"):
         ClusterAffine(**{**parts, **wrong})
-
-
-def test_features_that_are_missing_wrong_or_not_asked_for():
-    plain, informed = shared_correction()[0], shared_correction(5)[0]
-    q = torch.ones(3, 4, dtype=torch.float64)
-    with pytest.raises(CATError, match=r"got no features h; this correction was fitted with features .* \(3, 5\)"):
-        informed(q)
-    with pytest.raises(CATError, match=r"features h of shape \(3, 4\)"):
-        informed(q, q)
-    with pytest.raises(CATError, match="fitted on logits alone"):
-        plain(q, q)

@@ -302,4 +302,4 @@ def test_hook_that_stops_firing_is_found():
 def test_attached_model_is_refused_before_it_is_run():
     quantized, fp = _attached_pair()
     with pytest.raises(CATError, match="already attached"):
-        collect_outputs(quantized, fp, _failing_loader(0))
+        apply_cat(quantized, fp, _failing_loader(0))

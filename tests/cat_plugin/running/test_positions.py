@@ -232,12 +232,6 @@ def test_accuracy_does_not_depend_on_batches():
     assert compare_accuracy(fp, quantized, fp, list(zip(x.split(2), labels.split(2), strict=True))) == once
 
 
-def test_features_and_positions_do_not_mix():
-    quantized, fp, x, _ = dense_pair("segmentation")
-    with pytest.raises(CATError, match=r"quantized_model gave \(60, 10, 5, 4\), and features='net.first' feed"):
-        apply_cat(quantized, fp, x, config=CATConfig(features="net.first"))
-
-
 def test_outputs_of_other_shapes():
     quantized, fp, x, _ = dense_pair("segmentation")
     other = nn.Sequential(copy.deepcopy(fp), nn.AvgPool2d(2))
