@@ -41,6 +41,7 @@ class CATHook:
         layer: str | None = None,
     ) -> None:
         self.correction = correction
+        self._two_classes = correction.num_classes == 2  # tracers would take the shape of a buffer for data
         self.output = output
         self.class_axis = class_axis
         self.layer = layer
@@ -57,7 +58,7 @@ class CATHook:
         if self.correction.scale.device != logits.device:
             self.correction.to(logits.device)
         axis = class_axis_of(logits, self.class_axis) if logits.ndim > 2 else 1
-        binary = self.correction.num_classes == 2 and logits.shape[axis] == 1
+        binary = self._two_classes and logits.shape[axis] == 1
         corrected = self.correction(to_rows(logits, axis, binary))
         return insert(output, from_rows(corrected, logits, axis, binary), self.output)
 
