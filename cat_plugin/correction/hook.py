@@ -20,6 +20,10 @@ _DISABLED: ContextVar[frozenset[int]] = ContextVar("ids of the hooks that are di
 _COUNTING = Lock()
 
 
+class _NotScriptable(CATError, AttributeError):
+    """What TorchScript asks for and a hook does not have; an `AttributeError` for those who ask whether it is there."""
+
+
 class CATHook:
     """Forward hook that replaces a model's logits by the corrected ones.
 
@@ -37,6 +41,7 @@ class CATHook:
         layer: str | None = None,
     ) -> None:
         self.correction = correction
+        self._two_classes = correction.num_classes == 2  # tracers would take the shape of a buffer for data
         self.output = output
         self.class_axis = class_axis
         self.layer = layer
@@ -53,7 +58,7 @@ class CATHook:
         if self.correction.scale.device != logits.device:
             self.correction.to(logits.device)
         axis = class_axis_of(logits, self.class_axis) if logits.ndim > 2 else 1
-        binary = self.correction.num_classes == 2 and logits.shape[axis] == 1
+        binary = self._two_classes and logits.shape[axis] == 1
         corrected = self.correction(to_rows(logits, axis, binary))
         return insert(output, from_rows(corrected, logits, axis, binary), self.output)
 
@@ -94,6 +99,13 @@ class CATHook:
     def _count(self, change: int) -> None:
         with _COUNTING:
             self._blocks += change
+
+    @property
+    def __name__(self) -> str:
+        raise _NotScriptable(
+            "TorchScript compiles no hooks: torch.jit.trace takes the corrected model as it is, torch.export and ONNX "
+            "take CATWrapper.bake(); or call remove() and script the model without its correction"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside disabled() has no block that would ever enable it again.

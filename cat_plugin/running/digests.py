@@ -27,8 +27,8 @@ def state_digests(model: nn.Module) -> dict[str, str]:
 
 def image_digests(images: Tensor) -> list[str]:
     """What tells images (N, ...) apart: SHA-256 of the float32 bytes of each, the first 16 hexadecimal digits."""
-    flat = images.detach().to("cpu", torch.float32).contiguous().reshape(len(images), -1)
-    return [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in flat]
+    rows = images.detach().to("cpu", torch.float32)
+    return [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in rows]
 
 
 def known_calibration(model: nn.Module) -> frozenset[str] | None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cat_plugin import CATError, CATWrapper, ClusterAffine
+from cat_plugin import CATError, CATWrapper, ClusterAffine, apply_cat
 from tests.cat_plugin.helpers import SmallNet, images, model_pair, state_of
 
 
@@ -180,3 +180,14 @@ def test_mode_and_repr(model):
     assert repr(cat_model) == "CATWrapper(SmallNet, attached: 3 clusters)"
     cat_model.remove()
     assert repr(cat_model) == "CATWrapper(SmallNet, removed: 3 clusters)"
+
+
+def test_a_corrected_model_cannot_be_scripted_and_says_what_can_be_done():
+    quantized, fp = (nn.Sequential(nn.Linear(6, 4)).eval() for _ in range(2))
+    cat_model = apply_cat(quantized, fp, images(100))
+    with pytest.raises(CATError, match=r"torch\.jit\.trace takes the corrected model as it is"):
+        torch.jit.script(quantized)
+    assert not hasattr(cat_model._hook, "__name__")
+    traced = torch.jit.trace(quantized, images(5))
+    torch.testing.assert_close(traced(images(9)), quantized(images(9)))
+    torch.jit.script(cat_model.remove())

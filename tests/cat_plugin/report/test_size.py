@@ -6,7 +6,7 @@ from torch import nn
 
 from cat_plugin import apply_cat
 from cat_plugin.report.size import model_bytes
-from tests.cat_plugin.helpers import images, model_pair
+from tests.cat_plugin.helpers import Wrapped, images, model_pair
 
 
 def rounded(bits, *shape):
@@ -57,8 +57,6 @@ def test_integers_and_tied_weights():
 
 
 def test_packed_subclass_counts_what_it_stores():
-    from tests.cat_plugin.saving.test_fingerprint import Wrapped
-
     model = nn.Module()
     model.weight = nn.Parameter(Wrapped(torch.zeros(6, 4, dtype=torch.uint8), torch.ones(6)), requires_grad=False)
     assert model_bytes(model) == 24 + 4 * 6

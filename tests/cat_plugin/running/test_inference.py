@@ -210,27 +210,6 @@ def test_model_without_data_is_refused_before_anything_is_run(part):
     assert model.training
 
 
-def test_digest_sees_name_dtype_shape_and_bytes():
-    def digest(tensor, name="a"):
-        module = nn.Module()
-        module.register_buffer(name, tensor, persistent=False)
-        return state_digests(module)
-
-    base = digest(torch.zeros(2, 3))
-    assert digest(torch.zeros(2, 3)) == base
-    different = [torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.int32), torch.tensor([[0.0, 0, 0], [0, 0, -0.0]])]
-    assert all(digest(tensor) != base for tensor in different)
-    assert digest(torch.zeros(2, 3), "b") != base
-    for tensor in (torch.tensor(1.0), torch.tensor(True), torch.zeros(0), torch.zeros(2, dtype=torch.bfloat16)):
-        assert digest(tensor) == digest(tensor.clone())
-
-
-def test_digest_leaves_tensors_resizable():
-    model = Observer("none")
-    state_digests(model)
-    model.low.resize_(5)
-
-
 @pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and still what users have
 def test_traced_model():
     model = torch.jit.trace(SmallNet().eval(), images())

@@ -6,7 +6,7 @@ from torch import nn
 
 from cat_plugin import CATWrapper, ClusterAffine
 from cat_plugin.saving.fingerprint import Fingerprint
-from tests.cat_plugin.helpers import SmallNet
+from tests.cat_plugin.helpers import SmallNet, Wrapped
 
 
 def test_equal_models_and_none_for_no_difference():
@@ -65,30 +65,6 @@ def test_packed_int8_weights():
     assert base.difference(packed(torch.zeros(2, 2)))
     assert base.difference(packed(torch.full((2, 2), 2.0), step=0.2))  # the same integers on another grid
     assert base.difference(packed(torch.ones(2, 3)))
-
-
-class Wrapped(torch.Tensor):
-    """A tensor subclass without memory of its own, as quantization tools make them."""
-
-    @staticmethod
-    def __new__(cls, codes, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
-
-    def __init__(self, codes, scale):
-        self.codes, self.scale = codes, scale
-
-    def __tensor_flatten__(self):
-        return ["codes", "scale"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner, context, size, stride):
-        return Wrapped(inner["codes"], inner["scale"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        raise NotImplementedError(func)
 
 
 def test_tensor_subclass_is_read_inside():

@@ -1,10 +1,8 @@
-import dataclasses
 import hashlib
 import json
 import logging
 import os
 import pickle
-import re
 import stat
 
 import pytest
@@ -14,7 +12,6 @@ from torch import nn
 
 import cat_plugin
 from cat_plugin import CATConfig, CATError, CATWrapper, ClusterAffine, apply_cat
-from cat_plugin.report.report import CATReport
 from cat_plugin.saving.pretrained import CONFIG_NAME, TENSORS_NAME
 from tests.cat_plugin.helpers import SmallNet, images, model_pair, state_of
 
@@ -418,14 +415,3 @@ def test_saving_again_replaces(tmp_path, saved):
     saved[1].save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert CATWrapper.from_pretrained(tmp_path, fresh_model()).report == saved[1].report
-
-
-def test_report_round_trip():
-    report = fit(labels=True).report
-    assert CATReport.from_dict(report.to_dict()) == report
-    assert CATReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
-    assert CATReport.from_dict(dataclasses.asdict(report)) == report
-    little = apply_cat(*(model.eval() for model in model_pair()), images(1)).report
-    assert little.held_out is None and CATReport.from_dict(json.loads(json.dumps(little.to_dict()))) == little
-    with pytest.raises(CATError, match=re.escape("the report has unknown fields ['colour'] and lacks []")):
-        CATReport.from_dict({**report.to_dict(), "colour": 3})
