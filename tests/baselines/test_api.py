@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from baselines import METHODS, QuantSpec, quantize, summarize
 
-from .networks import Brightness, SmallResNet, Windows, images, randomized
+from .networks import Brightness, SmallResNet, Windows, images, randomized, same
 
 
 def snapshot(model):
