@@ -11,9 +11,8 @@ from cat_plugin.fitting.weights import Sample
 from cat_plugin.kinds import VALUE
 from cat_plugin.metrics import standard_error
 
-LEVEL = 0.9
-"""Of the one-sided interval (Student's t over images) by which the divergence has to fall. Where nothing can be gained,
-maps that are cross-fitted do harm on average, so that chance is accepted much less often than in one fit of ten."""
+LEVEL = 0.95
+"""Of the one-sided interval (Student's t over images) by which the divergence has to fall."""
 MIN_AGREEMENT = -1.0
 """Held-out gain in agreement, in standard errors, below which the identity is returned, also where KL falls."""
 MIN_CHANGED = 1.0
