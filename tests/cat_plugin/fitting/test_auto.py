@@ -184,7 +184,7 @@ def test_all_images_count_where_families_are_compared_on_a_part(monkeypatch):
 @pytest.mark.parametrize("copies", [2, 5])
 def test_repeated_images_count_once(copies):
     """Copies of an image would be fitted and held out at a time."""
-    (q, f, _), (fresh, _, _) = planted(128, 10, 4, noise=0.6, strength=0.0)
+    (q, f, _), (fresh, _, _) = planted(128, 10, 4, noise=0.6)
     jitter = 1 + 1e-7 * torch.randn(copies * 128, 10, generator=torch.Generator().manual_seed(0)).double()
     once = select(q, f, CATConfig())
     many = select(q.repeat(copies, 1) * jitter, f.repeat(copies, 1), CATConfig())
