@@ -90,7 +90,9 @@ def _trial(layer: nn.Module, args: tuple, kwargs: dict[str, object]) -> Trial:
     weight, bias, watch, negated = layer.weight, layer.bias, _Weights(), _Weights()
     output = run(weight, bias, watch)
     run(-weight, bias, negated)
-    other = run(weight * torch.linspace(0.5, 2, weight.numel(), device="cpu").to(weight).view_as(weight), bias)
+    # Others within a channel: what is standardised channel by channel does not see a factor that a channel shares.
+    factors = torch.linspace(0.5, 2, weight[0].numel(), device="cpu").to(weight).view_as(weight[0])
+    other = run(weight * factors, bias)
     merged = None
     used = _matching(watch.taken, weight)
     if used is not None and used is not weight:

@@ -172,18 +172,27 @@ def _loads(other: nn.Module, network: nn.Module, state: dict[str, Tensor], image
     with torch.no_grad():
         expected = logits(network(images))
         assert not torch.equal(logits(other(images)), expected), "nothing is told apart"
-        other.load_state_dict(state)
-        other.train().eval()  # some networks keep what they compute of their weights until the mode changes
+        assert state.keys() == other.state_dict().keys(), "other names"
+        _load(other, state)
         assert torch.equal(logits(other(images)), expected), "the loaded network gives other outputs"
 
 
 def scrambled(network: nn.Module) -> nn.Module:
     """A copy of `network` with other weights and ranges."""
     twin = copy.deepcopy(network)
-    state = {name: value for name, value in twin.state_dict().items() if value.is_floating_point()}
-    bits = "_extra_state"
-    twin.load_state_dict(state | {n: v / 3 for n, v in state.items() if not n.endswith(bits)}, strict=False)
+    values = {name: value for name, value in twin.state_dict().items() if value.is_floating_point()}
+    _load(twin, {name: value / 3 for name, value in values.items() if not name.endswith("_extra_state")})
     return twin
+
+
+def _load(network: nn.Module, values: dict[str, Tensor]) -> None:
+    """Files hold no versions of modules, without which some refuse to load, and some networks keep what they compute of
+    their weights until the mode changes."""
+    state = network.state_dict()
+    assert values.keys() <= state.keys()
+    state.update(values)
+    network.load_state_dict(state)
+    network.train().eval()
 
 
 def _saves(network: nn.Module, images: Tensor) -> None:

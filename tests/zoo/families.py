@@ -171,7 +171,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )
 
 ORDINARY = (
-    *("byobnet", "convnext", "deit", "efficientvit_msra", "maxxvit"),
-    *("mobilenetv3", "nfnet", "resnet", "starnet", "tv_shufflenet_v2"),
+    *("byobnet", "convnext", "deit", "maxxvit", "mobilenetv3"),
+    *("nfnet", "resnet", "starnet", "tv_shufflenet_v2", "tv_vit"),
 )
 """Those that are quantized in the ordinary suite, since they are small and of all kinds."""

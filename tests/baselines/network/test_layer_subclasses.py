@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from baselines import quantize, summarize
 from baselines.network.batch_norm_folding import folded_copy
+from baselines.network.layer_subclasses import trials
 from baselines.quantization.layers import QuantLayer
 
 from ..networks import images, randomized
@@ -230,3 +231,10 @@ def test_what_a_subclass_computes_beside_its_own_product_is_said():
 
     network = quantize(low_rank_network(Beside), images(16), method="rtn")
     assert summarize(network).floating_point.unquantized == ("linear in 3",)
+
+
+def test_what_a_wide_standardised_layer_reads_is_seen():
+    """It has so many weights that all of a channel are changed almost alike where each is changed a little more."""
+    layer = Standardised(16, 8192, 1).requires_grad_(False)
+    found = trials(nn.Sequential(layer), torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0)))
+    assert found["0"].reads_weight and found["0"].merged is None
