@@ -110,15 +110,12 @@ def feed_outputs(
         faults = [Faults(name) for name in (quantized.name, fp.name if fp else "fp_model")]
         batches = iterate_inputs(loader, batch_size, whole=forward_fn is not None)
         for batch, labels in progress_bar(batches, loader, batch_size, progress, "CAT: collecting logits"):
-            quantized.start()
             returned = run(quantized_model, batch, forward_fn)
             whole_q = quantized.take()
             if forward_fn is not None and layer is None:
                 _check_returned(whole_q, extract(returned, "forward_fn", output, lenient=True))
             drawn = draw(whole_q)
             q = to_cpu(drawn.rows(whole_q))
-            if fp is not None:
-                fp.start()
             returned = run(fp_model, batch, forward_fn)
             whole_f = fp.take() if fp else extract(returned, "fp_model", output, lenient=True)
             check_same_shape({"quantized_model": drawn.shape, "fp_model": whole_f.shape})

@@ -24,6 +24,7 @@ class Capture:
         self._is_layer = layer is not None
         self._extraction = {"where": output, "lenient": name == "fp_model"}
         self._kept: ContextVar[list[Tensor] | None] = ContextVar("outputs of this thread", default=None)
+        self._kept.set([])
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         kept = self._kept.get()
@@ -31,18 +32,14 @@ class Capture:
             found = extract(output, self.name, **self._extraction)
             kept.append(found.detach().clone() if self._is_layer else found)
 
-    def start(self) -> None:
-        """Forgets what was kept; from here on what this thread (or task) runs is kept."""
-        self._kept.set([])
-
     def take(self) -> Tensor:
-        """What was kept in the last forward pass since `start`.
+        """What was kept of the forward passes that this thread (or task) has run since it was last taken.
 
         Raises:
             CATError: there was none, or it ran the layer several times.
         """
         kept = self._kept.get() or []
-        self._kept.set(None)
+        self._kept.set([])
         if not kept and self._is_layer:
             raise CATError(f"{self.name} did not run in a forward pass; name one that does")
         if not kept:

@@ -6,8 +6,7 @@ import pytest
 
 from cat_plugin import CATConfig, CATError, apply_cat
 from cat_plugin.fitting.evidence import Candidate, Evidence
-from cat_plugin.fitting.layer import LayerScores
-from cat_plugin.fitting.scores import HeldOutScores
+from cat_plugin.fitting.scores import ErrorScores, HeldOutScores
 from cat_plugin.report.layers import LayerCount
 from cat_plugin.report.report import CATReport
 from tests.cat_plugin.helpers import images, model_pair
@@ -67,14 +66,14 @@ def test_what_is_printed():
             ["CAT fitted on 2,000 images: the model is left as it is", "  on held-out images, all is well"],
         ),
         (
-            {"evidence": None, "layer": "body", "held_out": LayerScores(1.0, 0.5, 0.1)},
+            {"evidence": None, "layer": "body", "held_out": ErrorScores(1.0, 0.5, 0.1)},
             [
                 "CAT fitted to layer 'body' on 2,000 images, 1 cluster",
-                "  held out: squared error to the FP layer 1 -> 0.5 (fall 0.5 +- 0.1)",
+                "  held out: squared error to FP 1 -> 0.5 (fall 0.5 +- 0.1)",
             ],
         ),
         (
-            {"evidence": None, "layer": "body", "held_out": LayerScores(1.0, 0.95, 0.1)},
+            {"evidence": None, "layer": "body", "held_out": ErrorScores(1.0, 0.95, 0.1)},
             ["CAT fitted to layer 'body' on 2,000 images: the model is left as it is"],
         ),
         (
@@ -106,7 +105,7 @@ def test_lines_of_other_outcomes(changes, lines):
             "2,000 images, left as it is",
         ),
         (
-            {"evidence": None, "layer": "body", "held_out": LayerScores(1.0, 0.5, 0.1)},
+            {"evidence": None, "layer": "body", "held_out": ErrorScores(1.0, 0.5, 0.1)},
             "layer 'body', 2,000 images, 1 cluster, squared error to FP 1 -> 0.5",
         ),
     ],
