@@ -97,6 +97,18 @@ def test_change_that_is_not_worth_having():
     assert "would change 0.00 % of the predictions" in evidence.reason
 
 
+@pytest.mark.parametrize(("images", "worth"), [(3, False), (5, True)])
+def test_one_prediction_of_a_hundred_has_to_change(images, worth):
+    """Of 400: FP's classes, but for so many images of which the low-bit model has the second best."""
+    _, f = paired_logits(400, 6)
+    q, top = 4 * (f / 4).tanh(), f.topk(2, dim=1).indices
+    rows = torch.arange(images)
+    q[rows, top[rows, 1]] = q[rows].max(dim=1).values + 1e-3
+    evidence = judged(f, q, f)
+    assert evidence.changed == pytest.approx(images / 4)
+    assert evidence.accepted == worth
+
+
 def wild():
     """`out` is right, but for one image of fifty, which is as wrong as can be."""
     q, f = paired_logits(400, 6)
