@@ -1,5 +1,7 @@
 """The copy that is quantized is still the network: aliases, kept values, random outputs, infinite logits."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -262,3 +264,31 @@ def test_other_infinite_values_are_a_difference(change):
 
     assert same_outputs(Given(-torch.inf), Given(-torch.inf), images(2))
     assert not same_outputs(Given(-torch.inf), Given(change), images(2))
+
+
+class Sensitive(nn.Module):
+    """Makes a difference of a thousandth of what float32 rounds."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return torch.sin(2e4 * self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3))))
+
+
+def test_rounding_that_a_network_makes_much_of_is_no_difference():
+    torch.manual_seed(0)
+    model, images = Sensitive().eval(), torch.randn(8, 3, 12, 12)
+    with torch.no_grad():
+        model.norm.running_mean.normal_()
+        model.norm.running_var.uniform_(0.5, 2)
+    rounded, other = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        rounded.conv.weight.mul_(1 + 2e-7 * torch.randn_like(rounded.conv.weight))
+        other.conv.weight.mul_(1 + 1e-4 * torch.randn_like(other.conv.weight))
+    assert not same_outputs(model, rounded, images)
+    check_same_network(model, rounded, images)
+    with pytest.raises(ValueError, match="the first module where they part is"):
+        check_same_network(model, other, images)
