@@ -220,7 +220,8 @@ def groups_of_alike(keys: Tensor) -> Tensor:
 def _sorted(keys: Tensor) -> tuple[Tensor, Tensor]:
     """The order of images by their `keys` (N, 2), and in this order, (N,) bool: does it repeat the one before?"""
     order = torch.from_numpy(np.lexsort(keys.T.flip(0).numpy()))
-    repeats = (keys[order].diff(dim=0).abs() <= 1e-5 * keys.abs().mean(dim=0)).all(dim=1)
+    spread = (keys - keys.mean(dim=0)).abs().mean(dim=0)  # what all outputs have in common tells no images apart
+    repeats = (keys[order].diff(dim=0).abs() <= 1e-5 * spread).all(dim=1)
     return order, torch.cat([torch.zeros(min(len(keys), 1), dtype=torch.bool), repeats])
 
 

@@ -90,3 +90,10 @@ def test_images_that_are_alike():
     assert len({first, second, third}) == 3
     other_target = LogitStore.of(Q[[0, 0]], F[[0, 1]]).keys()
     assert len(different_images(other_target)) == 2
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_what_all_outputs_have_in_common_makes_no_images_alike(offset):
+    assert len(different_images(LogitStore.of(Q.double() + offset, F.double() + offset).keys())) == 100
+    twice = LogitStore.of(*(torch.cat([part, part]).double() + offset for part in (Q, F)))
+    assert len(different_images(twice.keys())) == 100
