@@ -81,7 +81,7 @@ def _sensitivity(model: nn.Module, example: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
     moved = _in_float64(model)
     for weight in moved.parameters():
-        noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64, device="cpu")
         weight.mul_(1 + torch.finfo(torch.float32).eps * noise.to(weight.device))
     with without_dropout():
         try:
