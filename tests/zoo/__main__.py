@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .examine import Row, examine, table
-from .families import FAMILIES
+from .families import FAMILIES, LEFT
 
 
 def main() -> None:
@@ -65,7 +65,9 @@ def _send(family: str, sender: Connection) -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     one = FAMILIES[family]
-    sender.send(examine(family, one.name, one.size, one.build))
+    row = examine(family, one.name, one.size, one.build)
+    row.reason = LEFT.get(family, "")
+    sender.send(row)
 
 
 if __name__ == "__main__":

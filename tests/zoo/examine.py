@@ -28,7 +28,9 @@ class Row:
     Attributes:
         layers, products: how many are quantized.
         left: what stays in floating point although one would expect it to be quantized.
-        share: of the multiplications in layers and products that are quantized ones.
+        reason: what that is, in words.
+        share: of the multiplications in convolutions and products that are quantized ones; those of recurrent layers
+            are not counted.
         error, plain_error: of W8A8 by `baselines` and by `plain_quantized`, against the norm of the FP outputs.
         state, files, export: whether the state of one network makes another the same, whether safetensors and
             `torch.save` bring it back, and whether the baked network is exported; else the reason why not.
@@ -41,6 +43,7 @@ class Row:
     layers: int = 0
     products: int = 0
     left: tuple[str, ...] = ()
+    reason: str = ""
     share: float = 0.0
     error: float = float("nan")
     plain_error: float = float("nan")
@@ -198,11 +201,17 @@ def _load(network: nn.Module, values: dict[str, Tensor]) -> None:
 def _saves(network: nn.Module, images: Tensor) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.safetensors"
-        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+        save_file(_of_own_memory(network.state_dict()), path)
         _loads(scrambled(network), network, load_file(path), images)
         path = Path(folder) / "network.pt"
         torch.save(network.state_dict(), path)
         _loads(scrambled(network), network, torch.load(path, weights_only=True), images)
+
+
+def _of_own_memory(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What safetensors takes: layers that the FP network shares, too, are written once for each name; quantizers have
+    to be such by themselves."""
+    return {name: value if "quantizer" in name else value.contiguous().clone() for name, value in state.items()}
 
 
 def _exports(network: nn.Module, images: Tensor) -> None:
@@ -246,7 +255,8 @@ def table(rows: list[Row]) -> Iterator[str]:
     yield ""
     for row in rows:
         reasons = {"state": row.state, "files": row.files, "export": row.export}
-        said = [f"left: {', '.join(row.left[:4])}{' ...' if len(row.left) > 4 else ''}"] if row.left else []
+        left = f"{', '.join(row.left[:2])}{' ...' if len(row.left) > 2 else ''}"
+        said = [f"left: {row.reason or 'unknown'} ({left})"] if row.left else []
         said += [f"{key}: {text}" for key, text in reasons.items() if text not in ("yes", "")]
         said += [row.failure] if row.failure else []
         if said:

@@ -11,12 +11,10 @@ from torch import nn
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """A network of a family: its name in timm or torchvision, the size of its images, what else it is built with, and
-    what of it stays in floating point although one would expect it to be quantized."""
+    """A network of a family: its name in timm or torchvision, the size of its images, and what else builds it."""
 
     name: str
     size: int = 64
-    left: tuple[str, ...] = ()
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     of_torchvision: bool = False
 
@@ -169,6 +167,18 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "swin_transformer_v2": _timm("swinv2_tiny_window8_256", img_size=64, depths=(2, 2)),
     }
 )
+
+LEFT: Mapping[str, str] = MappingProxyType(
+    {
+        "csatv2": "a cosine transform that is fixed",
+        "gemma4_vit": "products of positions with tables",
+        "lowformer": "transposed convolutions",
+        "sequencer": "recurrent layers",
+        "swiftformer": "products with bare parameters",
+        "tresnet": "blur filters that are fixed",
+    }
+)
+"""What stays in floating point although one would expect it to be quantized, by family."""
 
 ORDINARY = (
     *("byobnet", "convnext", "deit", "maxxvit", "mobilenetv3"),
