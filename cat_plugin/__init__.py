@@ -2,6 +2,7 @@
 
 from cat_plugin.api import apply_cat
 from cat_plugin.config import CATConfig
+from cat_plugin.correction.channel_affine import ChannelAffine
 from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.errors import CATError
 from cat_plugin.evaluation import compare_accuracy
@@ -12,6 +13,7 @@ __all__ = [
     "CATConfig",
     "CATError",
     "CATWrapper",
+    "ChannelAffine",
     "ClusterAffine",
     "apply_cat",
     "compare_accuracy",

@@ -14,11 +14,13 @@ from cat_plugin.correction.hook import refuse_attached
 from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.errors import CATError
 from cat_plugin.evaluation import measure_accuracy
-from cat_plugin.fitting.fit import Fit, fit_and_score
-from cat_plugin.fitting.layer import fit_layer
+from cat_plugin.fitting.fit import Fit
 from cat_plugin.fitting.processes import Processes
 from cat_plugin.fitting.store import LogitStore
 from cat_plugin.kinds import SOFTMAX, VALUE
+from cat_plugin.layers.both import fit_both_levels
+from cat_plugin.layers.descent import Augment
+from cat_plugin.layers.images import KeptImages, flipped
 from cat_plugin.report.clusters import profile_clusters
 from cat_plugin.report.layers import inspect_models
 from cat_plugin.report.report import CATReport
@@ -41,14 +43,16 @@ def apply_cat(
     config: CATConfig | None = None,
     eval_loader: Loader | None = None,
     output: Output = None,
-    layer: str | None = None,
     forward_fn: ForwardFn | None = None,
+    augment: str | Augment | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> CATWrapper:
-    """Fits a correction of `quantized_model` towards `fp_model` and attaches it (arXiv 2509.26277).
+    """Fits corrections of `quantized_model` towards `fp_model` and attaches them (arXiv 2509.26277).
 
-    Runs both models once over `calib_loader`, whose labels are ignored. Images that were not used
+    Of every layer with weights, a scale and an offset per channel, fitted together through the whole model, where
+    gradients flow (`cat_plugin.layers.fit`); and of the output, see `cat_plugin.fitting.auto`.
+    Runs both models over `calib_loader`, whose labels are ignored. Images that were not used
     to calibrate the quantized model are better, since its error is smaller on those it was tuned on.
     Nothing has to be chosen: maps of several families are weighed on held-out parts of the images, and
     where these show no gain the model is left as it is (the report says so). Where `torch.distributed` is initialised
@@ -65,10 +69,11 @@ def apply_cat(
         eval_loader: labelled images; if given, the report holds top-1 and top-5 of FP, quantized, and corrected.
         output: where the model's output holds the logits, if it is not obvious: a key or field, a position, or two
             functions `(get, set)`, see `cat_plugin.running.outputs`.
-        layer: name of a layer of both models whose output is corrected instead, channel by channel, see
-            `cat_plugin.fitting.layer`; `output` and `config.class_axis` then speak of its output.
         forward_fn: called as `forward_fn(model, batch)` where the models take several inputs or keyword inputs; returns
             what the model returns. `batch` is what the loader yields, with its tensors on the model's device.
+        augment: other views of the images that layers are fitted on: `"flip"`, half of them mirrored (along the last
+            axis), or a function of a batch of images that gives another one of the same shape. The views have
+            full-precision outputs of their own; an image and its views count as one.
         batch_size: into which a loader that is one tensor is cut.
         progress: show progress bars.
 
@@ -95,39 +100,42 @@ def apply_cat(
     with ExitStack() as undo:
         with processes.together(), LogitStore() as store:
             config = CATConfig.resolve(config)
-            _check_alike(processes, config, layer, eval_loader)
+            augment = _augment(augment)
+            _check_alike(processes, config, eval_loader)
             quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
             refuse_attached(quantized_model)
-            layers, found = inspect_models(quantized_model, fp_model)
+            count, found = inspect_models(quantized_model, fp_model)
             running = {"forward_fn": forward_fn, "batch_size": batch_size, "progress": progress}
+            kept = KeptImages() if config.corrects_layers else None
             start = time.perf_counter()
-            reused = _collect(store, processes, quantized_model, fp_model, calib_loader, config, layer, output, running)
+            reused = _collect(store, kept, processes, quantized_model, fp_model, calib_loader, config, output, running)
             collected = time.perf_counter()
             store.match(processes)
-            fit = (fit_and_score if layer is None else fit_layer)(store, config, processes)
+            how = {"output": output, "forward_fn": forward_fn, "augment": augment, "progress": progress}
+            fit, layers = fit_both_levels(quantized_model, fp_model, kept, store, config, processes, **how)
             fitted = time.perf_counter()
-            cat_model = CATWrapper(quantized_model, fit.correction, None, config, output=output, layer=layer)
+            corrections = {} if layers is None else layers.corrections
+            cat_model = CATWrapper(quantized_model, fit.correction, None, config, output=output, layers=corrections)
             undo.callback(cat_model.remove)
             accuracy = None
             if eval_loader is not None:
-                # Of a layer's output, these tell nothing about the model's.
-                reading = {} if layer else {"output": output, "class_axis": config.class_axis}
-                how = {**running, **reading, "processes": processes}
+                how = {**running, "output": output, "class_axis": config.class_axis, "processes": processes}
                 accuracy = measure_accuracy(fp_model, quantized_model, cat_model, eval_loader, **how)
             # Where nothing changes there is nothing to show.
             profiled = fit.out is not None and (fit.evidence is None or fit.evidence.accepted)
+            evidence = None if layers is None else layers.evidence
             cat_model.report = CATReport(
                 images=fit.images,
                 positions=fit.positions,
                 num_clusters=fit.correction.num_clusters,
                 cluster_sizes=_cluster_sizes(store, fit.correction, processes),
                 held_out=fit.scores,
-                layer=layer,
+                layers=evidence,
                 evidence=fit.evidence,
-                warnings=(*found, *_output_warnings(fit, layer, config, _reused_share(reused, fit, processes))),
-                quantized_layers=layers,
-                added_parameters=fit.correction.num_parameters,
-                added_bytes=fit.correction.num_bytes,
+                warnings=(*found, *_output_warnings(fit, config, _reused_share(reused, fit, processes))),
+                quantized_layers=count,
+                added_parameters=_total(cat_model, "num_parameters"),
+                added_bytes=_total(cat_model, "num_bytes"),
                 model_bytes=model_bytes(quantized_model),
                 collect_seconds=collected - start,
                 fit_seconds=fitted - collected,
@@ -141,18 +149,28 @@ def apply_cat(
     return cat_model
 
 
-def _check_alike(processes: Processes, config: CATConfig, layer: str | None, eval_loader: Loader | None) -> None:
+def _augment(augment: str | Augment | None) -> Augment | None:
+    if augment is None or callable(augment):
+        return augment
+    if augment == "flip":
+        return flipped
+    raise CATError(f'augment={augment!r} should be "flip", or a function of a batch of images')
+
+
+def _total(cat_model: CATWrapper, what: str) -> int:
+    return sum(getattr(part, what) for part in (cat_model.correction, *cat_model.layers.values()))
+
+
+def _check_alike(processes: Processes, config: CATConfig, eval_loader: Loader | None) -> None:
     """Raises a `CATError` where labelled images are of no use, or processes were asked for different things."""
     if eval_loader is not None and config.kind is not SOFTMAX:
         raise CATError(
             f"eval_loader= with output_kind={config.output_kind!r}: accuracy is measured on one class an image; leave "
             "it out and evaluate as you do without CAT"
         )
-    asked = processes.gather((config, layer, eval_loader is not None))
+    asked = processes.gather((config, eval_loader is not None))
     if len(set(asked)) > 1:
-        given = (
-            f"{config}, layer={layer!r}, eval_loader {'given' * has or 'left out'}" for config, layer, has in asked
-        )
+        given = (f"{config}, eval_loader {'given' * has or 'left out'}" for config, has in asked)
         raise CATError(
             f"the processes were asked for different things: {'; '.join(given)}; give all of them the same (an empty "
             "eval_loader where one has no labelled images)"
@@ -161,27 +179,29 @@ def _check_alike(processes: Processes, config: CATConfig, layer: str | None, eva
 
 def _collect(
     store: LogitStore,
+    kept: KeptImages | None,
     processes: Processes,
     quantized_model: nn.Module,
     fp_model: nn.Module,
     loader: Loader,
     config: CATConfig,
-    layer: str | None,
     output: Output,
     running: Mapping[str, Any],
 ) -> list[float]:
-    """Fills `store`; returns for every batch how many images the quantized model was calibrated on, if it tells."""
+    """Fills `store` and `kept`; returns for every batch how many images the quantized model was calibrated on."""
     reused: list[float] = []
 
     def consume(batch: PairedOutputs) -> None:
         store.append(batch.q, batch.f, batch.images, batch.keys)
+        if kept is not None:
+            kept.append(batch.inputs)
         if batch.calibrated is not None:
             reused.append(batch.calibrated.double().sum().item())
 
     drawing = {"class_axis": config.class_axis, "positions": config.positions, "seed": config.seed}
     drawing["binary"] = config.kind is not VALUE
     try:
-        feed_outputs(quantized_model, fp_model, loader, consume, layer=layer, output=output, **drawing, **running)
+        feed_outputs(quantized_model, fp_model, loader, consume, output=output, **drawing, **running)
     except NoImagesError:
         if not processes.several:  # others may have images
             raise
@@ -202,10 +222,8 @@ def _reused_share(reused: list[float], fit: Fit, processes: Processes) -> float 
     return known / fit.images if told else None
 
 
-def _output_warnings(fit: Fit, layer: str | None, config: CATConfig, reused: float | None) -> list[str]:
-    """What makes the fit doubtful; channels of a layer are no classes."""
-    if layer is not None:
-        return []
+def _output_warnings(fit: Fit, config: CATConfig, reused: float | None) -> list[str]:
+    """What makes the fit doubtful."""
     said = None if config.output_kind == AUTO else config.kind
     about_images = find_warnings(fit.f, fit.images, fit.repeated, reused, config.kind)
     return find_output_warnings(fit.q, fit.f, said) + about_images

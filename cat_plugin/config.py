@@ -11,6 +11,7 @@ from cat_plugin.kinds import KINDS, SOFTMAX, OutputKind
 
 MODES = ("auto", "paper")
 AUTO = "auto"
+LAYERS = (AUTO, "all", "none")
 TRIED_CLUSTERS, IMAGES_A_CLUSTER = (4, 32), 16
 
 
@@ -24,6 +25,10 @@ class CATConfig:
     mode              `"auto"`: maps of several families are weighed against each other and
                       against leaving the model alone on held-out images, see
                       `cat_plugin.fitting.auto`; `"paper"`: the published recipe
+    layers            which layers inside the network get a scale and an offset per channel, see
+                      `cat_plugin.layers.fit`: `"all"` that have weights and that gradients reach;
+                      names; `"none"`, the output only; `"auto"`: all, where images are enough and
+                      held-out ones show a gain, and none in `"paper"` mode
     num_clusters      K, the number of clusters of the quantized model's logits. None: 64 in
                       `"paper"`, and in `"auto"` 4 or 32, whichever predicts held-out images better
                       (where there are 16 images a cluster); 1 tries no clusters
@@ -37,7 +42,7 @@ class CATConfig:
     class_axis        axis of the classes in outputs that have positions; None: the last of
                       sequences (N, T, C), 1 of maps (N, C, H, W)
     positions         of such outputs, how many positions of an image are drawn for the fit
-    seed              of PCA, k-means, the folds and the positions
+    seed              of PCA, k-means, the folds, the positions and the order of images
     ================  ==========================================================================
 
     Raises:
@@ -52,6 +57,7 @@ class CATConfig:
     """
 
     mode: str = "auto"
+    layers: str | tuple[str, ...] = AUTO
     num_clusters: int | None = None
     pca_dim: int = 50
     alpha: float = 1.0
@@ -63,6 +69,7 @@ class CATConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise CATError(f"mode={self.mode!r} should be one of {', '.join(map(repr, MODES))}")
+        self._check_layers()
         if self.output_kind not in (AUTO, *KINDS):
             raise CATError(f"output_kind={self.output_kind!r} should be one of {', '.join(map(repr, (AUTO, *KINDS)))}")
         if self.num_clusters is None and self.mode == "paper":
@@ -81,6 +88,26 @@ class CATConfig:
         if not is_number or not math.isfinite(alpha) or not 0 <= alpha <= 1:
             raise CATError(f"alpha={alpha!r} should be a number from 0 (no correction) to 1 (full correction)")
         object.__setattr__(self, "alpha", float(alpha))
+
+    def _check_layers(self) -> None:
+        if isinstance(self.layers, str):
+            if self.layers not in LAYERS:
+                raise CATError(
+                    f"layers={self.layers!r} should be one of {', '.join(map(repr, LAYERS))}, or names of layers in a "
+                    f"tuple, ({self.layers!r},)"
+                )
+            return
+        names = tuple(self.layers) if isinstance(self.layers, list | tuple) else ()
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise CATError(
+                f"layers={self.layers!r} should be one of {', '.join(map(repr, LAYERS))}, or names of layers"
+            )
+        object.__setattr__(self, "layers", tuple(dict.fromkeys(names)))
+
+    @property
+    def corrects_layers(self) -> bool:
+        """Whether layers are to be looked at."""
+        return self.layers != "none" and not (self.layers == AUTO and self.mode == "paper")
 
     def _check_int(self, name: str, low: float = -math.inf, high: float = math.inf) -> None:
         value = getattr(self, name)
@@ -109,8 +136,8 @@ class CATConfig:
 
     @classmethod
     def paper(cls, num_clusters: int = 64, pca_dim: int = 50, alpha: float = 0.4, seed: int = 0) -> "CATConfig":
-        """The published recipe: exactly `num_clusters` clusters, however few images they hold."""
-        return cls(mode="paper", num_clusters=num_clusters, pca_dim=pca_dim, alpha=alpha, seed=seed)
+        """The published recipe: exactly `num_clusters` clusters, however few images they hold; the output only."""
+        return cls(mode="paper", layers="none", num_clusters=num_clusters, pca_dim=pca_dim, alpha=alpha, seed=seed)
 
     def clusters_for(self, n_images: int) -> tuple[int, ...]:
         """Numbers of clusters to try on `n_images` images: one that was asked for, in `"auto"` at most half as many as

@@ -135,6 +135,12 @@ class ActivationQuantizer(_Quantizer):
             self.keep, self.bypass, self.generator = before
 
 
+    def straight_through(self) -> contextlib.AbstractContextManager[None]:
+        """Within, the same values come with straight-through gradients. Asked for by whoever fits something around
+        the network, such as corrections of its layers."""
+        return self.training_with(1.0, self.bypass, self.generator)
+
+
 @contextlib.contextmanager
 def bypassed(quantizers: list[ActivationQuantizer], bypass: bool = True) -> Iterator[None]:
     """Within, these quantizers pass everything, or nothing where `bypass` is false; afterwards they are as before."""

@@ -1,44 +1,71 @@
 """The corrected model as a plain module, for what hooks do not reach: compilers, exporters, `state_dict`."""
 
+import copy
 import inspect
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
-from cat_plugin.correction.hook import CATHook
-from cat_plugin.running.taps import find_layer
+from cat_plugin.correction.channel_affine import ChannelAffine
+from cat_plugin.correction.corrected_layer import corrected_layer
+from cat_plugin.correction.folding import fold_into
+from cat_plugin.correction.hook import CATHook, OutputHook
+
+EMPTY: Mapping[str, ChannelAffine] = MappingProxyType({})
 
 
 class BakedCAT(nn.Module):
-    """A quantized model and the correction of its output, one after the other.
+    """A quantized model and the corrections of its layers and its output, in one.
 
     Gives what the hooked model gives, to callers, `torch.compile`, `torch.export` and the ONNX exporter alike, and is
     called with the same arguments. It shares the parameters, buffers and layers of the quantized model, which is not
-    copied and keeps its hook: that model stays corrected until `CATWrapper.remove`, this module for good. Moving or
+    copied and keeps its hooks: that model stays corrected until `CATWrapper.remove`, this module for good. Moving or
     converting one therefore moves or converts the weights of both, and `train()` of one sets the mode of the layers of
-    both; `copy.deepcopy` gives a module of its own, for models that allow it. The correction is a copy; that of a layer
-    stays a hook, on a layer of this module alone. Other forward hooks of the model act here before the correction.
+    both; `copy.deepcopy` gives a module of its own, for models that allow it. Corrections are copies. A corrected layer
+    is an object of its own, of a subclass of its class, with the same weights; one that has forward hooks of others, or
+    a `forward` that is not its class's, keeps its correction as a hook, which comes after those. Other forward hooks of
+    the model act here before the correction of its output.
 
     Args:
         model: the hooked model.
-        hook: its hook.
+        hook: that of its output.
+        layers: corrections by the names of layers.
+        fold: put what can be into the weights and biases of the layers, which are copies then, see
+            `cat_plugin.correction.folding`.
+
+    Attributes:
+        unfolded: names of the layers whose correction is computed on its own.
     """
 
-    def __init__(self, model: nn.Module, hook: CATHook) -> None:
+    def __init__(
+        self, model: nn.Module, hook: OutputHook, layers: Mapping[str, ChannelAffine] = EMPTY, fold: bool = False
+    ) -> None:
         super().__init__()
         self.training = model.training
-        self.quantized_model = _twin(model, None if hook.layer is None else find_layer(model, hook.layer, "layer"))
+        modules = dict(model.named_modules(remove_duplicate=False))
+        unfolded = []
+
+        def correct(name: str) -> nn.Module:
+            twin = _shallow_copy(modules[name])
+            folded = fold_into(twin, layers[name]) if fold else None
+            if folded is not None:
+                return folded
+            unfolded.append(name)
+            return corrected_layer(twin, copy.deepcopy(layers[name]))
+
+        self.quantized_model = _twin(model, {id(modules[name]): partial(correct, name) for name in layers})
+        self.unfolded = tuple(unfolded)
         self._corrector = hook.unattached()
         self.correction = self._corrector.correction
-        if hook.layer is not None:
-            self._corrector.attach(self.quantized_model)
         self._take_signature()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The corrected output of the quantized model."""
-        output = self.quantized_model(*args, **kwargs)
-        return output if self._corrector.layer else self._corrector.correct(self.quantized_model, output)
+        return self._corrector.correct(self.quantized_model, self.quantized_model(*args, **kwargs))
 
     def _take_signature(self) -> None:
         """Names the arguments of `forward` as the model does, by which exporters know inputs and their dynamic sizes.
@@ -70,8 +97,9 @@ def _blank() -> BakedCAT:
     return BakedCAT.__new__(BakedCAT)
 
 
-def _twin(model: nn.Module, layer: nn.Module | None) -> nn.Module:
-    """A second object for `model`, and for `layer` wherever it is inside, without the hooks of CAT.
+def _twin(model: nn.Module, replaced: Mapping[int, Callable[[], nn.Module]]) -> nn.Module:
+    """A second object for `model`, without the hooks of CAT, with other objects for the modules in it that `replaced`
+    has, by their ids.
 
     Both hold the same parameters, buffers and layers; hooks that are put on the one do not act on the other.
     """
@@ -79,22 +107,24 @@ def _twin(model: nn.Module, layer: nn.Module | None) -> nn.Module:
 
     def visit(module: nn.Module) -> nn.Module:
         if id(module) not in twins:
-            children = {name: None if c is None else visit(c) for name, c in module._modules.items()}
-            has_other_children = any(children[name] is not child for name, child in module._modules.items())
-            needed = module is model or module is layer or has_other_children
-            twins[id(module)] = _shallow_copy(module, children if has_other_children else None) if needed else module
+            made = replaced[id(module)]() if id(module) in replaced else module
+            children = {name: None if c is None else visit(c) for name, c in made._modules.items()}
+            has_other_children = any(children[name] is not child for name, child in made._modules.items())
+            if made is module and (module is model or has_other_children):
+                made = _shallow_copy(module)
+            if has_other_children:
+                made.__dict__["_modules"] = children
+            twins[id(module)] = made
         return twins[id(module)]
 
     return visit(model)
 
 
-def _shallow_copy(module: nn.Module, children: dict[str, nn.Module | None] | None) -> nn.Module:
-    """Another object with the contents of `module`, and other `children` where there are any."""
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """Another object with the contents of `module`, without the hooks of CAT."""
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__.pop("_compiled_call_impl", None)  # calls the original
-    if children is not None:
-        twin.__dict__["_modules"] = children
     hooks = ((key, hook) for key, hook in module._forward_hooks.items() if not isinstance(hook, CATHook))
     twin.__dict__["_forward_hooks"] = OrderedDict(hooks)
     return twin

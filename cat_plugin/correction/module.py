@@ -4,17 +4,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cat_plugin.correction.buffers import Buffers, outside_inference_mode
 from cat_plugin.errors import CATError
 
 BUFFERS = ("weight", "bias", "scale", "shift", "project", "mix")
 REQUIRED = BUFFERS[:4]
-_OUTSIDE = torch.inference_mode(False)
-"""Buffers that are made, moved or rounded inside of inference mode could never be part of a pass with gradients."""
 
 
-class ClusterAffine(nn.Module):
+class ClusterAffine(Buffers):
     """Corrects logits by the affine map of their cluster and, where there is one, a map that all clusters share.
 
     `out = q * scale[ids] + shift[ids] + (q @ project) @ mix`. The cluster of an image is
@@ -59,7 +58,7 @@ class ClusterAffine(nn.Module):
     project: Tensor | None
     mix: Tensor | None
 
-    @_OUTSIDE
+    @outside_inference_mode
     def __init__(
         self,
         weight: Tensor,
@@ -87,10 +86,7 @@ class ClusterAffine(nn.Module):
                 "shared map project (C, R) with mix (R, C)"
             )
         for name in BUFFERS:
-            tensor = buffers.get(name)
-            if tensor is not None:
-                tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
-            self.register_buffer(name, tensor)
+            self._hold(name, buffers.get(name))
 
     @classmethod
     def identity(cls, num_classes: int) -> "ClusterAffine":
@@ -105,16 +101,6 @@ class ClusterAffine(nn.Module):
     @property
     def num_classes(self) -> int:
         return self.scale.shape[1]
-
-    @property
-    def num_parameters(self) -> int:
-        """Numbers stored in the buffers."""
-        return sum(buffer.numel() for buffer in self.buffers())
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     def assign(self, q: Tensor) -> Tensor:
         """Cluster (N,) int64 of each row of the logits `q` (N, C).
@@ -182,7 +168,7 @@ class ClusterAffine(nn.Module):
         if q.device != self.scale.device:
             raise CATError(f"logits are on {q.device}, the correction on {self.scale.device}; move it with .to(...)")
 
-    @_OUTSIDE
+    @outside_inference_mode
     def _stored(self, dtype: torch.dtype) -> "ClusterAffine":
         buffers = dict(self.named_buffers())
         rounded = {
@@ -195,15 +181,6 @@ class ClusterAffine(nn.Module):
         for name, buffer in rounded.items():
             setattr(self, name, buffer)
         return self
-
-    @_OUTSIDE
-    def _apply(self, fn, recurse: bool = True):
-        # half() of a model that holds this module must move the buffers but not round them.
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        return super()._apply(keep_dtype, recurse)
 
 
 def _full_precision(q: Tensor) -> AbstractContextManager[None]:

@@ -61,7 +61,7 @@ def select(store: LogitStore, config: CATConfig, processes: Processes = ALONE) -
         config: its `num_clusters`, `pca_dim`, `alpha` and `seed` count.
         processes: that call this function, each with images of its own.
     """
-    drawn = _draw(store, config, processes)
+    drawn = draw(store, config, processes)
     q, f, owners = drawn.q, drawn.f, drawn.owners
 
     def leave_alone(evidence: Evidence) -> Selected:
@@ -93,7 +93,7 @@ def select(store: LogitStore, config: CATConfig, processes: Processes = ALONE) -
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Drawn:
+class JudgedRows:
     """Different images of all processes, in an order that does not depend on how they came.
 
     complete: whether these are all different ones. images, rows, repeated: as in `Selected`.
@@ -108,7 +108,7 @@ class _Drawn:
     repeated: int
 
 
-def _draw(store: LogitStore, config: CATConfig, processes: Processes) -> _Drawn:
+def draw(store: LogitStore, config: CATConfig, processes: Processes) -> JudgedRows:
     """A random order of sorted images, as many as `SELECTION_VALUES` allows, the same in all processes."""
     keys, counts = processes.gather_rows(store.keys()), processes.gather_rows(store.rows_per_image())
     distinct = different_images(keys)
@@ -122,7 +122,7 @@ def _draw(store: LogitStore, config: CATConfig, processes: Processes) -> _Drawn:
     taken = [processes.gather_rows(part) for part in (*store.take(rows), places[owners])]
     arranged = taken[-1].argsort(stable=True)
     q, f, owners = (part[arranged] for part in taken)
-    return _Drawn(
+    return JudgedRows(
         q,
         f,
         None if store.images is None else owners,

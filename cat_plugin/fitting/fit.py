@@ -8,7 +8,7 @@ from cat_plugin.checks import check_finite
 from cat_plugin.config import CATConfig
 from cat_plugin.correction.module import ClusterAffine, compute_dtype
 from cat_plugin.errors import CATError
-from cat_plugin.fitting.auto import select
+from cat_plugin.fitting.auto import draw, select
 from cat_plugin.fitting.evidence import Evidence
 from cat_plugin.fitting.paper import cross_fitted, fit_paper
 from cat_plugin.fitting.processes import ALONE, Processes
@@ -23,8 +23,8 @@ class Fit:
     scores: on held-out images; None where images are too few to hold any out. evidence: what it was chosen by, in
     `"auto"` mode. images: how many it was fitted on, and positions: how many of their positions, where outputs have
     such; repeated: how many of the images repeat another. q, f: (n, C) logits of those that it was judged on, and
-    out: (n, C) corrected logits of these, by maps that were fitted without them; None where nothing was held out, and
-    for layers.
+    out: (n, C) corrected logits of these, by maps that were fitted without them; None where nothing was held out.
+    owners: (n,) int64, the image of each, where these are positions of images.
     """
 
     correction: ClusterAffine
@@ -36,6 +36,7 @@ class Fit:
     q: Tensor
     f: Tensor
     out: Tensor | None = None
+    owners: Tensor | None = None
 
 
 def fit_cluster_affine(q: Tensor, f: Tensor, config: CATConfig | None = None) -> ClusterAffine:
@@ -94,14 +95,24 @@ def fit_and_score(store: LogitStore, config: CATConfig, processes: Processes = A
         out = made.corrected if made.evidence.images > 0 else None
         scores = None if out is None else score(kind, made.f, made.q, out, made.owners)
         correction, positions = made.correction.to(store.dtype), made.rows if dense else None
-        return Fit(correction, scores, made.evidence, made.images, positions, made.repeated, made.q, made.f, out)
+        return Fit(
+            correction, scores, made.evidence, made.images, positions, made.repeated, made.q, made.f, out, made.owners
+        )
     q, f, images = store.gathered(processes)
     keys = processes.gather_rows(store.keys())
     repeated = len(keys) - len(different_images(keys))
     correction = fit_paper(q, f, *config.clusters_for(len(q)), config)
     out = cross_fitted(q, f, config, images)
     scores = None if out is None else score(kind, f, q, out, images)
-    return Fit(correction, scores, None, len(keys), len(q) if dense else None, repeated, q, f, out)
+    return Fit(correction, scores, None, len(keys), len(q) if dense else None, repeated, q, f, out, images)
+
+
+def judged_outputs(store: LogitStore, config: CATConfig, processes: Processes) -> Tensor:
+    """The outputs of the quantized model in `store` (n, C) that `fit_and_score` would judge on, in its order.
+
+    Two stores with the same images, by their keys, give the same ones.
+    """
+    return draw(store, config, processes).q if config.mode == "auto" else store.gathered(processes)[0]
 
 
 def _check(q: Tensor, f: Tensor, config: CATConfig | None) -> CATConfig:

@@ -137,6 +137,21 @@ class LogitStore:
             q, f = (self._read(index, width, rows.numpy()) for index, width in enumerate(self._widths))
         return q, f
 
+    def first(self, images: int) -> "LogitStore":
+        """The first images alone, in memory."""
+        rows, owners = self.rows_of(torch.arange(images, device="cpu"))
+        q, f = (part.to(self.dtype) for part in self.take(rows))
+        store = LogitStore(math.inf)
+        store.append(q, f, None if self.images is None else owners, self.keys()[:images])
+        return store
+
+    def with_outputs(self, q: Tensor) -> "LogitStore":
+        """The same images, in memory, with other outputs (N, C) of the quantized model."""
+        f = self.take(torch.arange(len(self), device="cpu"))[1].to(self.dtype)
+        store = LogitStore(math.inf)
+        store.append(q.to(self.dtype), f, self.images, self.keys())
+        return store
+
     def match(self, processes: Processes) -> None:
         """Makes sure that the stores of all processes hold outputs of one kind; empty ones take over the others'.
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils import parametrize
 
 from cat_plugin.report.size import MAX_BITS, bits_per_number
+from cat_plugin.running.weights import is_layer, is_packed, parametrizations, weights_of
 
 MARK = "quant"
 """In names of classes, attributes and graph operators of quantization toolkits, in any case."""
@@ -42,7 +42,7 @@ def count_layers(model: nn.Module) -> LayerCount:
         products = sum(any(kind in name for kind in PRODUCTS) for name in operators)
         if rounded := sum(f"de{MARK}" in name for name in operators):
             return LayerCount(min(rounded, products), products)
-    layers = [module for module in model.modules() if _is_layer(module)]
+    layers = [module for module in model.modules() if is_layer(module)]
     return LayerCount(sum(map(_looks_quantized, layers)), len(layers))
 
 
@@ -71,40 +71,16 @@ def inspect_models(quantized_model: nn.Module, fp_model: nn.Module) -> tuple[Lay
     return low_bit, found
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return bool(_weights(module)) or _is_packed(module)
-
-
-def _is_packed(module: nn.Module) -> bool:
-    """Whether the weights come out of a method, as in `torch.ao.nn.quantized`, not out of a child of that name."""
-    weight = getattr(module, "weight", None) if "weight" not in module._modules else None
-    return callable(weight)
-
-
-def _weights(module: nn.Module) -> list[Tensor]:
-    """What of the module's own tensors, and of those that a parametrization keeps for it, is a matrix or a filter."""
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    for name, kept in _parametrizations(module).items():
-        own += [(f"{name}.{key}", tensor) for key, tensor in kept.named_parameters(recurse=False)]
-        own += [(f"{name}.{key}", tensor) for key, tensor in kept.named_buffers(recurse=False)]
-    return [tensor for name, tensor in own if tensor.ndim >= 2 and "weight" in name and "mask" not in name]
-
-
-def _parametrizations(module: nn.Module) -> dict[str, nn.Module]:
-    """Those of torch (`torch.nn.utils.parametrize`), by the name of the tensor that they compute."""
-    return dict(module.parametrizations.items()) if parametrize.is_parametrized(module) else {}
-
-
 def _looks_quantized(layer: nn.Module) -> bool:
     names = [*vars(layer), *(name for name, _ in layer.named_children())]
     if (
-        _is_packed(layer)
-        or any(_is_named_so(part) for kept in _parametrizations(layer).values() for part in kept)
+        is_packed(layer)
+        or any(_is_named_so(part) for kept in parametrizations(layer).values() for part in kept)
         or _is_named_so(layer)
         or any(MARK in name.lower() for name in names if getattr(layer, name, None) is not None)
     ):
         return True
-    weights = _weights(layer)
+    weights = weights_of(layer)
     if any(hasattr(tensor, "__tensor_flatten__") for tensor in weights):
         return True
     return any(bits_per_number(tensor.detach()) <= MAX_BITS and not _is_constant(tensor.detach()) for tensor in weights)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cat_plugin.errors import CATError
 from cat_plugin.fitting.evidence import Evidence
 from cat_plugin.fitting.scores import ErrorScores, HeldOutScores
+from cat_plugin.layers.evidence import LayersEvidence
 from cat_plugin.report.accuracy import AccuracyReport
 from cat_plugin.report.clusters import ClusterProfile
 from cat_plugin.report.figures import plot_report
@@ -16,6 +17,9 @@ from cat_plugin.saving.plain import from_plain, to_plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MOST_CHANGED, MOST_NAMED = 3, 5
+"""Layers that are named in the text."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -30,7 +34,8 @@ class CATReport:
     num_clusters       K
     cluster_sizes      images, or positions, in each cluster
     held_out           closeness to FP by cross-fitting; None for too few images
-    layer              whose output is corrected; None: the model's
+    layers             what became of the layers inside, and why; None where they were not
+                       looked at
     evidence           which families of maps were tried, how they were weighed, and why
                        the result was or was not accepted; None in `"paper"` mode
     warnings           what makes the figures above doubtful, in words
@@ -43,8 +48,7 @@ class CATReport:
     fit_seconds        fitting the correction, and cross-fitting
     accuracy           on labelled images, where an `eval_loader` was given
     clusters           mean logits of the largest clusters on held-out images, before and
-                       after; empty where nothing was held out, the model is left as it is,
-                       or `layer` is corrected
+                       after; empty where nothing was held out or the output is left as it is
     =================  ==================================================================
     """
 
@@ -61,7 +65,7 @@ class CATReport:
     accuracy: AccuracyReport | None = None
     model_bytes: int | None = None
     positions: int | None = None
-    layer: str | None = None
+    layers: LayersEvidence | None = None
     quantized_layers: LayerCount | None = None
     clusters: tuple[ClusterProfile, ...] = ()
 
@@ -86,10 +90,12 @@ class CATReport:
         return from_plain(cls, values, "the report")
 
     @property
-    def _declined(self) -> bool:
-        if self.layer is not None:
-            return self.held_out is None or not self.held_out.accepted
+    def _output_declined(self) -> bool:
         return self.evidence is not None and not self.evidence.accepted
+
+    @property
+    def _layers_corrected(self) -> bool:
+        return self.layers is not None and self.layers.accepted
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, class_names: Sequence[str] | None = None) -> "Figure":
         """The report as a figure, by matplotlib (`pip install 'cat-plugin[plots]'`).
@@ -115,10 +121,10 @@ class CATReport:
     def summary(self) -> str:
         """The report in one line."""
         parts = [f"{self.images:,} images"]
-        if self.layer is not None:
-            parts.insert(0, f"layer {self.layer!r}")
-        if self._declined:
-            parts.append("left as it is")
+        if self._layers_corrected:
+            parts.append(f"{len(self.layers.layers)} layers")
+        if self._output_declined:
+            parts.append("output left as it is" if self._layers_corrected else "left as it is")
         else:
             parts.append(f"{self.num_clusters} cluster{'s' if self.num_clusters > 1 else ''}")
         if self.held_out:
@@ -151,16 +157,46 @@ class CATReport:
         return f" on top of the {self.model_bytes:,} bytes of the model at its bit widths ({share:.2%})"
 
     def _fitted(self) -> list[str]:
+        images = f"{self.images:,} images" + (f" ({self.positions:,} positions)" if self.positions is not None else "")
+        inside = f"{len(self.layers.layers)} layers corrected, " if self._layers_corrected else ""
+        what = "output" if self._layers_corrected else "model"
+        outcome = f"the {what} is left as it is" if self._output_declined else f"{self._clusters()} of the output"
+        comma = ":" if self.evidence is not None or self._output_declined else ","
+        return [f"CAT fitted on {images}{comma} {inside}{outcome}", *self._about_layers(), *self._about_output()]
+
+    def _clusters(self) -> str:
         kind = "images" if self.positions is None else "positions"
         sizes = f"{min(self.cluster_sizes)} to {max(self.cluster_sizes)} {kind} each"
-        clusters = f"{self.num_clusters} clusters of {sizes}" if self.num_clusters > 1 else "1 cluster"
-        where = "" if self.layer is None else f" to layer {self.layer!r}"
-        images = f"{self.images:,} images" + (f" ({self.positions:,} positions)" if self.positions is not None else "")
+        return f"{self.num_clusters} clusters of {sizes}" if self.num_clusters > 1 else "1 cluster"
+
+    def _about_layers(self) -> list[str]:
+        layers = self.layers
+        if layers is None:
+            return []
+        lines = [f"  layers: {layers.reason}"]
+        if layers.plain is not None:
+            names = {"model": "plain", "output only": "output", "layers": "inside", "layers and output": "both"}
+            known = {name: getattr(layers, field) for name, field in names.items()}
+            lines.append("  held-out divergence from FP:")
+            lines += [f"    {name:<20}{closeness}" for name, closeness in known.items() if closeness is not None]
+        if layers.accepted:
+            lines.append(
+                f"  fitted in {layers.epochs} epochs of {layers.steps} steps, {layers.seconds:.0f} s; share "
+                f"{layers.share:g}; {layers.operations:,} multiply-adds an image"
+            )
+            changed = sorted(layers.layers, key=lambda layer: -max(layer.scale, layer.shift))[:MOST_CHANGED]
+            lines.append("  changed most (mean size of scale - 1, and of offsets in spreads of their channel):")
+            lines += [f"    {layer.name:<30}{layer.scale:.3f}  {layer.shift:.3f}" for layer in changed]
+        if layers.unreached:
+            shown = ", ".join(layers.unreached[:MOST_NAMED]) + (", ..." if len(layers.unreached) > MOST_NAMED else "")
+            lines.append(f"  no gradient reaches {len(layers.unreached)} layers: {shown}")
+        return lines
+
+    def _about_output(self) -> list[str]:
         evidence = self.evidence
-        outcome = "the model is left as it is" if self._declined else clusters
         if evidence is None:
-            return [f"CAT fitted{where} on {images}{':' if self._declined else ','} {outcome}"]
-        lines = [f"CAT fitted{where} on {images}: {outcome}", f"  {evidence.reason}"]
+            return []
+        lines = [f"  output: {evidence.reason}" if self.layers else f"  {evidence.reason}"]
         if evidence.candidates:
             lines.append("  tried (fall of the held-out softened KL in nats, share of the weight):")
         for candidate in evidence.candidates:

@@ -26,8 +26,16 @@ from cat_plugin.running.loaders import (
 )
 from cat_plugin.running.models import check_models, unwrap
 from cat_plugin.running.outputs import Output, check_where, extract
-from cat_plugin.running.positions import PositionDraw
+from cat_plugin.running.positions import Drawn, PositionDraw
 from cat_plugin.running.taps import captured
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What the models were given, a tensor or what a `forward_fn` takes, and the positions of its outputs."""
+
+    batch: Any
+    drawn: Drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +46,7 @@ class PairedOutputs:
     targets: (N,) int64, or None where the loader has no labels. calibrated: (images,) bool, whether the quantized
     model was calibrated on an image, or None where it does not tell, see `known_calibration`. images: (N,) int64, where
     outputs have positions, which are the N rows then: the image that each belongs to. keys: (images, 2) float64, which
-    tell images apart, see `output_keys`; None where every row is one.
+    tell images apart, see `output_keys`; None where every row is one. inputs: of this one batch.
     """
 
     q: Tensor
@@ -47,6 +55,7 @@ class PairedOutputs:
     calibrated: Tensor | None = None
     images: Tensor | None = None
     keys: Tensor | None = None
+    inputs: Inputs | None = None
 
 
 def collect_outputs(quantized_model: nn.Module, fp_model: nn.Module, loader: Loader, **options: Any) -> PairedOutputs:
@@ -55,6 +64,8 @@ def collect_outputs(quantized_model: nn.Module, fp_model: nn.Module, loader: Loa
     feed_outputs(quantized_model, fp_model, loader, batches.append, **options)
     joined = {}
     for field in fields(PairedOutputs):
+        if field.name == "inputs":
+            continue
         parts = [getattr(batch, field.name) for batch in batches]
         joined[field.name] = None if any(part is None for part in parts) else torch.cat(parts)
     return PairedOutputs(**joined)
@@ -66,7 +77,6 @@ def feed_outputs(
     loader: Loader,
     consume: Callable[[PairedOutputs], None],
     *,
-    layer: str | None = None,
     output: Output = None,
     class_axis: int | None = None,
     positions: int | None = None,
@@ -83,7 +93,6 @@ def feed_outputs(
     Args:
         loader: see `iterate_inputs`.
         consume: called with the outputs of every batch.
-        layer: a layer of both models whose outputs are given in place of the models' logits.
         output: where the outputs hold the logits, if it is not obvious, see `cat_plugin.running.outputs.extract`.
         class_axis: that of the classes where outputs have positions, see `cat_plugin.running.positions.class_axis_of`.
         positions: how many of an image's positions are drawn, with `seed`; None: all.
@@ -93,7 +102,7 @@ def feed_outputs(
 
     Raises:
         CATError: models that cannot be compared, a loader without images, logits that cannot be told, differ in shape,
-            or are not finite, a quantized model whose hooks do not run, and a layer that there is not.
+            or are not finite, and a quantized model whose hooks do not run.
     """
     quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
     models = {"quantized_model": quantized_model, "fp_model": fp_model}
@@ -101,23 +110,21 @@ def feed_outputs(
     check_where(output)
     check_forward(models, forward_fn)
     calibration = known_calibration(quantized_model)
-    draw, total = PositionDraw(class_axis, positions, seed, binary and layer is None), 0
+    draw, total = PositionDraw(class_axis, positions, seed, binary), 0
     with ExitStack() as stack:
         stack.enter_context(inference(models))
-        quantized = stack.enter_context(captured(quantized_model, "quantized_model", layer, output))
-        # Hooks of the full-precision model need not run, unless a layer of it is asked for.
-        fp = None if layer is None else stack.enter_context(captured(fp_model, "fp_model", layer, output))
-        faults = [Faults(name) for name in (quantized.name, fp.name if fp else "fp_model")]
+        quantized = stack.enter_context(captured(quantized_model, output))
+        faults = [Faults(name) for name in models]
         batches = iterate_inputs(loader, batch_size, whole=forward_fn is not None)
         for batch, labels in progress_bar(batches, loader, batch_size, progress, "CAT: collecting logits"):
             returned = run(quantized_model, batch, forward_fn)
             whole_q = quantized.take()
-            if forward_fn is not None and layer is None:
+            if forward_fn is not None:
                 _check_returned(whole_q, extract(returned, "forward_fn", output, lenient=True))
             drawn = draw(whole_q)
             q = to_cpu(drawn.rows(whole_q))
             returned = run(fp_model, batch, forward_fn)
-            whole_f = fp.take() if fp else extract(returned, "fp_model", output, lenient=True)
+            whole_f = extract(returned, "fp_model", output, lenient=True)
             check_same_shape({"quantized_model": drawn.shape, "fp_model": whole_f.shape})
             f = to_cpu(drawn.rows(whole_f))
             inputs = batch if forward_fn is None else find_inputs(batch)
@@ -127,7 +134,7 @@ def feed_outputs(
             images = drawn.images()
             keys = output_keys(drawn.means(whole_q), drawn.means(whole_f)) if drawn.dense else None
             owners = None if images is None else total + images
-            consume(PairedOutputs(q, f, drawn.labels(labels), known, owners, keys))
+            consume(PairedOutputs(q, f, drawn.labels(labels), known, owners, keys, Inputs(batch, drawn)))
             total += drawn.shape[0]
     if total == 0:
         raise NoImagesError

@@ -82,6 +82,22 @@ def insert(output: Any, logits: Tensor, where: Output = None) -> Any:
     return changed
 
 
+def first_tensor(output: Any) -> Tensor | None:
+    """The values of what a layer returns, of several the first; None if that is no floating-point tensor."""
+    if _values(output) is None and isinstance(output, list | tuple) and output:
+        return first_tensor(output[0])
+    values = _values(output)
+    return values if values is not None and values.is_floating_point() else None
+
+
+def with_first_tensor(output: Any, values: Tensor) -> Any:
+    """`output` with `values` in the place of what `first_tensor` gives of it."""
+    if _values(output) is None:
+        parts = [with_first_tensor(output[0], values), *output[1:]]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    return _rebuilt(output, values)
+
+
 def _found(output: Any, source: str, where: Output, lenient: bool) -> Any:
     """The part of `output` that are the logits, as it is there."""
     if isinstance(where, tuple):

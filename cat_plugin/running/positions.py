@@ -65,6 +65,11 @@ class Drawn:
         """Whether the outputs have positions."""
         return len(self.shape) > 2
 
+    @property
+    def positions(self) -> int:
+        """How many an image has, drawn or not."""
+        return _positions(self.shape, self.class_axis)
+
     def rows(self, output: Tensor) -> Tensor:
         """The drawn rows (rows, C) of `output`; logits (N, C) are theirs."""
         return self._take(to_rows(output, self.class_axis, self.binary))
@@ -85,7 +90,7 @@ class Drawn:
         """(rows,) int64, the image in the batch that each row belongs to; None where every row is one."""
         if not self.dense:
             return None
-        return self._take(torch.arange(self.shape[0]).repeat_interleave(_positions(self.shape, self.class_axis)))
+        return self._take(torch.arange(self.shape[0]).repeat_interleave(self.positions))
 
     def _take(self, rows: Tensor) -> Tensor:
         return rows if self.index is None else rows[self.index.to(rows.device)]

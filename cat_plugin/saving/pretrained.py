@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cat_plugin.config import CATConfig
+from cat_plugin.correction.channel_affine import ChannelAffine
 from cat_plugin.correction.module import BUFFERS, REQUIRED, ClusterAffine
 from cat_plugin.errors import CATError
 from cat_plugin.running.outputs import Output
@@ -27,11 +28,24 @@ Report = TypeVar("Report")
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_NAME, TENSORS_NAME = "cat_config.json", "cat.safetensors"
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+LAYERS = "layers."
 FUNCTIONS = ("get", "set")
 """Stands for `output=(get, set)`, functions, which cannot be saved."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SavedLayer:
+    """A layer whose output is corrected: its name, the axis of its channels, counted from the last, and their number.
+
+    Its tensors are called `layers.<name>.scale` and `layers.<name>.shift`.
+    """
+
+    name: str
+    axis: int
+    channels: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +60,7 @@ class Saved:
     tensors_sha256   of the bytes of `cat.safetensors`
     fingerprint      of the quantized model that the correction is for
     output           where its output holds the logits, or `["get", "set"]` for two functions
-    layer            whose output is corrected; None: the model's
+    layers           whose outputs are corrected, too
     class_names      one for each class, if given
     config, report   how the correction came about, if known
     ===============  ============================================================================
@@ -57,7 +71,7 @@ class Saved:
     tensors_sha256: str
     fingerprint: Fingerprint
     output: str | int | tuple[str, ...] | None = None
-    layer: str | None = None
+    layers: tuple[SavedLayer, ...] = ()
     class_names: tuple[str, ...] | None = None
     config: CATConfig | None = None
     report: dict | None = None
@@ -71,7 +85,7 @@ class Loaded(Generic[Report]):
     report: Report | None
     config: CATConfig | None
     output: Output
-    layer: str | None
+    layers: dict[str, ChannelAffine]
     class_names: tuple[str, ...] | None
 
 
@@ -79,10 +93,10 @@ def save(
     folder: str | os.PathLike,
     model: nn.Module,
     correction: ClusterAffine,
+    layers: Mapping[str, ChannelAffine],
     report: Any,
     config: CATConfig | None,
     output: Output,
-    layer: str | None,
     class_names: Sequence[str] | None,
 ) -> None:
     """Writes both files into `folder`, which is made if need be; each is there whole or not at all.
@@ -95,7 +109,10 @@ def save(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise CATError(f"{folder} is a file; expected a folder to write {CONFIG_NAME} and {TENSORS_NAME} into")
-    tensors = {name: buffer.detach().cpu().contiguous() for name, buffer in correction.named_buffers()}
+    buffers = dict(correction.named_buffers())
+    for name, part in layers.items():
+        buffers |= {f"{LAYERS}{name}.{key}": buffer for key, buffer in part.named_buffers()}
+    tensors = {name: buffer.detach().cpu().contiguous() for name, buffer in buffers.items()}
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     saved = Saved(
         format_version=FORMAT_VERSION,
@@ -103,7 +120,7 @@ def save(
         tensors_sha256=hashlib.sha256(data).hexdigest(),
         fingerprint=Fingerprint.of(model),
         output=FUNCTIONS if isinstance(output, tuple) else output,
-        layer=layer,
+        layers=tuple(SavedLayer(name, part.axis, len(part.scale)) for name, part in layers.items()),
         class_names=check_class_names(class_names, correction.num_classes),
         config=config,
         report=None if report is None else to_plain(report),
@@ -137,7 +154,7 @@ def load(
             f"{folder / TENSORS_NAME} is not the file that {CONFIG_NAME} was saved with: it is cut off, changed, or of "
             "another correction; save or copy both again"
         )
-    correction = _correction(data, folder / TENSORS_NAME)
+    correction, layers = _corrections(data, saved.layers, folder / TENSORS_NAME)
     difference = saved.fingerprint.difference(Fingerprint.of(model))
     if difference is not None:
         message = f"{folder} holds a correction for another quantized model than this {type(model).__name__}"
@@ -156,7 +173,7 @@ def load(
         class_names = check_class_names(saved.class_names, correction.num_classes)
     except CATError as error:
         raise CATError(f"{folder / CONFIG_NAME}: {error}") from error
-    return Loaded(correction, report, saved.config, output, saved.layer, class_names)
+    return Loaded(correction, report, saved.config, output, layers, class_names)
 
 
 def _existing(folder: str | os.PathLike) -> Path:
@@ -201,19 +218,40 @@ def _read_config(path: Path, report_type: type[Report]) -> tuple[Saved, Report |
         raise CATError(f"{path}: {error}") from error
 
 
-def _correction(data: bytes, path: Path) -> ClusterAffine:
+def _corrections(
+    data: bytes, layers: tuple[SavedLayer, ...], path: Path
+) -> tuple[ClusterAffine, dict[str, ChannelAffine]]:
     try:
         tensors = safetensors.torch.load(data)
-        return _checked(tensors)
+        _check_values(tensors)
+        of_layers = {layer.name: _layer(tensors, layer) for layer in layers}
+        return _output(tensors), of_layers
     except (SafetensorError, ValueError) as error:
         raise CATError(f"{path} holds no correction ({error})") from error
 
 
-def _checked(tensors: dict[str, Tensor]) -> ClusterAffine:
+def _layer(tensors: dict[str, Tensor], layer: SavedLayer) -> ChannelAffine:
+    """Takes the tensors of `layer` out of `tensors`."""
+    names = [f"{LAYERS}{layer.name}.{key}" for key in ("scale", "shift")]
+    if not set(names) <= set(tensors):
+        raise CATError(f"it lacks {' or '.join(names)}, of a layer that {CONFIG_NAME} has")
+    correction = ChannelAffine(*(tensors.pop(name) for name in names), layer.axis)
+    if len(correction.scale) != layer.channels:
+        raise CATError(f"layer {layer.name!r} has {len(correction.scale)} channels; {CONFIG_NAME} has {layer.channels}")
+    return correction
+
+
+def _output(tensors: dict[str, Tensor]) -> ClusterAffine:
     if not set(REQUIRED) <= set(tensors) <= set(BUFFERS):
         raise CATError(
             f"it has the tensors {sorted(tensors)}; expected {', '.join(REQUIRED)}, and some of {BUFFERS[4:]}"
         )
+    if not tensors["bias"].isfinite().any():
+        raise CATError("bias has no finite value")
+    return ClusterAffine(**tensors)
+
+
+def _check_values(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise CATError(f"{name} is {tensor.dtype}; expected one of {', '.join(map(str, DTYPES))}")
@@ -221,6 +259,3 @@ def _checked(tensors: dict[str, Tensor]) -> ClusterAffine:
         finite = tensor.isfinite() | ((tensor == -torch.inf) & (name == "bias"))
         if not finite.all():
             raise CATError(f"{name} has {int((~finite).sum())} values that are not finite")
-    if not tensors["bias"].isfinite().any():
-        raise CATError("bias has no finite value")
-    return ClusterAffine(**tensors)

@@ -1,0 +1,48 @@
+"""A layer and its correction as one module, without a hook."""
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from cat_plugin.correction.channel_affine import ChannelAffine
+from cat_plugin.correction.hook import LayerHook, Switch
+from cat_plugin.running.outputs import first_tensor, with_first_tensor
+
+NAME = "cat_correction"
+
+
+class CorrectedLayer(nn.Module):
+    """Mixed in before the class of a layer, whose output is corrected by its child `cat_correction`."""
+
+    _cat_class: type[nn.Module]
+    cat_correction: ChannelAffine
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._cat_class.forward(self, *args, **kwargs)
+        return with_first_tensor(output, self.cat_correction(first_tensor(output)))
+
+    def __reduce__(self) -> tuple:
+        plain = object.__new__(self._cat_class)
+        plain.__dict__.update(self.__dict__)
+        return _of, (plain,)
+
+
+def corrected_layer(layer: nn.Module, correction: ChannelAffine) -> nn.Module:
+    """`layer`, an object of nobody else, with its output corrected from now on."""
+    if layer._forward_hooks or "forward" in vars(layer):
+        LayerHook(correction, Switch()).attach(layer)
+        return layer
+    layer.__dict__["_modules"] = {**layer._modules, NAME: correction}
+    return _of(layer)
+
+
+def _of(layer: nn.Module) -> CorrectedLayer:
+    layer.__class__ = _class_of(type(layer))
+    return layer
+
+
+@functools.cache
+def _class_of(kind: type[nn.Module]) -> type[CorrectedLayer]:
+    members = {"_cat_class": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (CorrectedLayer, kind), members)

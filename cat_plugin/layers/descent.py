@@ -1,0 +1,135 @@
+"""Fitting the corrections of all layers together: Adam on the divergence of the outputs from those of FP."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cat_plugin.errors import CATError
+from cat_plugin.fitting.processes import Processes
+from cat_plugin.layers.images import KeptImages, Part
+from cat_plugin.layers.network import CorrectedNetwork
+from cat_plugin.running.loaders import COMPUTE_DTYPES
+
+logger = logging.getLogger(__name__)
+
+BATCH = 32
+"""Images a step, of all processes together."""
+RATE, HIGHEST_RATE = 0.22, 0.02
+"""Of Adam at the start, in scales and in offsets as shares of their channel's spread: `RATE` over the number of layers,
+since what all of them change adds up. It falls to 0 by a cosine."""
+PULL = 1e-5
+"""Towards the identity: weight of the summed squares of all deviations in the loss."""
+SMALLEST_MICRO_BATCH = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long to fit: `epochs` passes over the images, each in random order, in `steps` steps."""
+
+    epochs: int
+    steps: int
+
+    @property
+    def total(self) -> int:
+        return self.epochs * self.steps
+
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+"""(n,) divergences of outputs (n, C) from those of full precision (n, C)."""
+Augment = Callable[[Tensor], Tensor]
+"""Another view of a batch of images, of the same shape."""
+Targets = Callable[[Part], Tensor]
+"""(n, C) full-precision outputs of the images of a part that count."""
+
+
+class Descent:
+    """Adam on the vector of a `CorrectedNetwork`.
+
+    Args:
+        targets: full-precision outputs of the kept images, and of views of them, where there is `augment`.
+        processes: each has images of its own; the gradient is that of the mean over all.
+    """
+
+    def __init__(
+        self,
+        network: CorrectedNetwork,
+        kept: KeptImages,
+        targets: Targets,
+        divergence: Divergence,
+        processes: Processes,
+        augment: Augment | None = None,
+        micro_batch: int = BATCH,
+    ) -> None:
+        self._network, self._kept, self._targets, self._divergence = network, kept, targets, divergence
+        self._processes, self._augment, self.micro_batch = processes, augment, micro_batch
+        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in network.model.parameters())
+        self._scaler = torch.amp.GradScaler(network.device.type, enabled=half, init_scale=2.0**10)
+
+    def fit(
+        self,
+        images: Tensor,
+        schedule: Schedule,
+        seed: int,
+        after_epoch: Callable[[int, Tensor], None] | None = None,
+        after_step: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """The vector that is best for the given images (n,) int64 of this process, after `schedule`.
+
+        Raises:
+            CATError: the divergence is not finite, whatever is tried.
+        """
+        vector = torch.zeros(self._network.size, device=self._network.device, requires_grad=True)
+        rate = min(RATE / len(self._network.places), HIGHEST_RATE)
+        adam = torch.optim.Adam([vector], lr=rate)
+        generator = torch.Generator().manual_seed(seed)
+        step = 0
+        for epoch in range(schedule.epochs):
+            for part in self._kept.parts(images, schedule.steps, generator):
+                adam.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / schedule.total)) / 2
+                vector.grad = self._gradient(vector, part)
+                self._scaler.step(adam)
+                self._scaler.update()
+                step += 1
+                if after_step is not None:
+                    after_step()
+            if not vector.detach().isfinite().all():
+                raise CATError(f"the corrections of layers are not finite after {step} steps; give other images")
+            if after_epoch is not None:
+                after_epoch(epoch + 1, vector.detach())
+        return vector.detach()
+
+    def _gradient(self, vector: Tensor, part: Part) -> Tensor:
+        """That of the mean divergence over the images of all processes."""
+        rows = self._processes.sum(torch.tensor(float(len(part.images)), dtype=torch.float64, device="cpu"))
+        total = self._whole(vector, part, max(rows.item(), 1.0)) if len(part.images) else torch.zeros_like(vector)
+        if self._processes.several:
+            total = self._processes.sum(total.cpu()).to(vector.device)
+        return total + self._scaler.scale(2 * PULL * vector.detach())
+
+    def _whole(self, vector: Tensor, part: Part, count: float) -> Tensor:
+        """The gradient of the sum over the images of `part`, divided by `count`; in pieces where memory ends."""
+        while True:
+            try:
+                return sum(self._piece(vector, piece, count) for piece in part.split(self.micro_batch))
+            except torch.OutOfMemoryError:
+                if self.micro_batch == SMALLEST_MICRO_BATCH or part.inside is not None:
+                    raise
+                self.micro_batch = max(self.micro_batch // 2, SMALLEST_MICRO_BATCH)
+                logger.info("out of memory: %d images at a time from here on", self.micro_batch)
+
+    def _piece(self, vector: Tensor, part: Part, count: float) -> Tensor:
+        view = part if self._augment is None else part.seen(self._augment)
+        targets = self._targets(view)
+        rows = self._network.rows(view, vector)
+        per_image = len(rows) / len(part.images)
+        loss = self._divergence(targets.to(rows.device), rows.to(_wide(rows.dtype))).sum() / (per_image * count)
+        (gradient,) = torch.autograd.grad(self._scaler.scale(loss), vector)
+        return gradient
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in COMPUTE_DTYPES and dtype.itemsize < 4 else dtype

@@ -1,0 +1,98 @@
+"""What held-out images say about corrections of layers."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from cat_plugin.fitting.evidence import LEVEL, MIN_AGREEMENT
+from cat_plugin.kinds import OutputKind
+from cat_plugin.metrics import agreement, kl_divergence, standard_error
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerChange:
+    """The correction of a layer: its channels, the mean size of `scale - 1`, and that of the offsets, in units of the
+    spread of their channel."""
+
+    name: str
+    channels: int
+    scale: float
+    shift: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Closeness:
+    """How near outputs on held-out images are to full precision: mean divergence (nats), percentage of predictions that
+    agree; None for values."""
+
+    divergence: float
+    agreement: float | None
+
+    @classmethod
+    def of(cls, f: Tensor, out: Tensor, kind: OutputKind) -> "Closeness":
+        """Of the outputs `out` (n, C) where those in full precision are `f`."""
+        return cls(kl_divergence(f, out, kind), agreement(f, out, kind) if kind.decisions else None)
+
+    def __str__(self) -> str:
+        return f"{self.divergence:.4f}" + ("" if self.agreement is None else f", {self.agreement:.2f} % agree")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayersEvidence:
+    """What became of the corrections of layers, and why.
+
+    ==============  =====================================================================
+    field           meaning
+    ==============  =====================================================================
+    accepted        whether they are used
+    reason          why, in words
+    images          that they were fitted on
+    layers          what is corrected, in the order of the network
+    unreached       names of layers that no gradient reaches, which are left as they are
+    share           of the way from the identity that held-out images want
+    epochs, steps   passes over the images, and steps in each
+    curve           held-out divergence before, and after each epoch; a mean over the folds
+    plain, output   closeness of the model as it is, and of its corrected output
+    inside, both    with corrected layers, and with these and the output corrected
+    operations      multiply-adds that they take for an image
+    seconds         that the fit took
+    ==============  =====================================================================
+    """
+
+    accepted: bool
+    reason: str
+    images: int = 0
+    layers: tuple[LayerChange, ...] = ()
+    unreached: tuple[str, ...] = ()
+    share: float = 0.0
+    epochs: int = 0
+    steps: int = 0
+    curve: tuple[float, ...] = ()
+    plain: Closeness | None = None
+    output: Closeness | None = None
+    inside: Closeness | None = None
+    both: Closeness | None = None
+    operations: int = 0
+    seconds: float = 0.0
+
+
+def faults(kind: OutputKind, f: Tensor, out: Tensor, others: dict[str, Tensor], owners: Tensor | None) -> Sequence[str]:
+    """What speaks against the outputs `out` (n, C), in place of each of the `others`: no fall of the divergence by more
+    than the margin of `cat_plugin.fitting.evidence`, or predictions that agree less.
+
+    owners: (n,), the image of each row, where rows are positions.
+    """
+    found = []
+    images = len(f) if owners is None else len(owners.unique())
+    for name, other in others.items():
+        fall = kind.divergence(f.double(), other.double()) - kind.divergence(f.double(), out.double())
+        gain, error = fall.mean().item(), standard_error(fall, owners)
+        if not gain > float(student_t.ppf(LEVEL, max(images - 1, 1))) * error:
+            found.append(f"against {name}, the divergence changes by {-gain:+.4f} +- {error:.4f}")
+        if kind.decisions:
+            net = (kind.agreeing(f, out).double() - kind.agreeing(f, other).double()).mean(dim=1)
+            if net.mean().item() < MIN_AGREEMENT * standard_error(net, owners):
+                found.append(f"against {name}, {-100 * net.mean().item():.2f} % fewer predictions agree with FP")
+    return found

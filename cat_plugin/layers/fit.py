@@ -1,0 +1,316 @@
+"""Corrections of all layers, fitted together and judged on images that they were not fitted on.
+
+The images are cut into two folds. Each has its outputs from corrections that were fitted on the other one, so that how
+far to go, whether it is worth it, and the correction of the output that comes after are found on outputs that the
+layers were not fitted to. What is attached is fitted on all images.
+"""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cat_plugin.config import CATConfig
+from cat_plugin.correction.channel_affine import ChannelAffine
+from cat_plugin.fitting.processes import Processes
+from cat_plugin.fitting.store import LogitStore, groups_of_alike
+from cat_plugin.kinds import VALUE, OutputKind
+from cat_plugin.layers.descent import BATCH, Augment, Descent, Divergence, Schedule
+from cat_plugin.layers.evidence import LayerChange, LayersEvidence
+from cat_plugin.layers.gradients import fitting_through
+from cat_plugin.layers.images import KeptImages, Part
+from cat_plugin.layers.network import CorrectedNetwork, reached
+from cat_plugin.layers.place import Place, candidates, check_named, measuring, places
+from cat_plugin.running.inference import inference
+from cat_plugin.running.loaders import ForwardFn, run
+from cat_plugin.running.outputs import Output, extract
+
+logger = logging.getLogger(__name__)
+
+MIN_IMAGES = 64
+"""Under which `"auto"` does not try."""
+STEPS = 200
+"""At 1,024 images; as the square root of their number, so that more images are seen less often each."""
+FOLDS = 2
+SHARES = (1.0, 0.75, 0.5, 0.25)
+"""Of the way from the identity to the fitted corrections."""
+WATCHED = 128
+"""Held-out images whose divergence is followed from epoch to epoch."""
+PROBED = 8
+"""Images that a gradient is tried on."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayersFit:
+    """Corrections by the names of layers, what is known of them, and (n, C) outputs of the kept images of this process
+    with corrections that were fitted without them; None where there are none."""
+
+    corrections: Mapping[str, ChannelAffine]
+    evidence: LayersEvidence
+    held_out: Tensor | None = None
+
+
+def left_alone(reason: str, **known: Any) -> LayersFit:
+    """No corrections, and why."""
+    return LayersFit({}, LayersEvidence(False, reason, **known))
+
+
+def schedule_for(images: int) -> Schedule:
+    """As many steps as `STEPS` says."""
+    steps = max(round(images / BATCH), 1)
+    total = STEPS * math.sqrt(images / 1024)
+    return Schedule(max(round(total / steps), 1), steps)
+
+
+def fit_layers(
+    quantized_model: nn.Module,
+    fp_model: nn.Module,
+    kept: KeptImages,
+    store: LogitStore,
+    config: CATConfig,
+    processes: Processes,
+    *,
+    output: Output = None,
+    forward_fn: ForwardFn | None = None,
+    augment: Augment | None = None,
+    progress: bool = False,
+) -> LayersFit:
+    """Fits a scale and an offset for every channel of the layers that `config.layers` says, through the whole model.
+
+    Both models are left as they were found, also when something raises, `KeyboardInterrupt` included. Whether the
+    result is worth having is left to the caller: `evidence.accepted` says only that there is one.
+
+    Args:
+        kept: the images of this process; store: outputs of both models for them.
+        augment: gives other views of the images, each with full-precision outputs of its own.
+
+    Raises:
+        CATError: a layer that was named cannot be corrected, or no finite corrections are found.
+    """
+    started = time.perf_counter()
+    layers = candidates(quantized_model, config.layers if isinstance(config.layers, tuple) else "all")
+    if not layers:
+        return left_alone("no layer with weights that takes a hook is in the model")
+    with ExitStack() as stack:
+        stack.enter_context(inference({"quantized_model": quantized_model, "fp_model": fp_model}))
+        torch.manual_seed(config.seed)  # of what `augment` draws
+        return _Fit(quantized_model, fp_model, kept, store, config, processes, output, forward_fn, augment).made(
+            layers, started, progress
+        )
+
+
+class _Fit:
+    """The arguments of `fit_layers`, and its steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fp_model: nn.Module,
+        kept: KeptImages,
+        store: LogitStore,
+        config: CATConfig,
+        processes: Processes,
+        output: Output,
+        forward_fn: ForwardFn | None,
+        augment: Augment | None,
+    ) -> None:
+        self.model, self.fp_model, self.kept, self.processes = model, fp_model, kept, processes
+        self.config, self.augment = config, augment
+        self.reading = {"output": output, "forward_fn": forward_fn}
+        everything = torch.arange(len(kept), device="cpu")
+        self.rows_of = store.rows_of
+        _, f = store.take(store.rows_of(everything)[0])
+        self.f = f.float()
+        self.q = store.take(store.rows_of(everything)[0])[0].float()
+        self.fold_of, self.distinct = _folds(kept, store, config.seed, processes)
+        self.divergence = _divergence(config.kind, self.f, processes)
+
+    def made(self, layers: dict[str, nn.Module], started: float, progress: bool) -> LayersFit:
+        placed = self._places(layers)
+        if not placed:
+            return left_alone("no layer gives a floating-point tensor with channels")
+        network, unreached, failure = self._reached(layers, placed)
+        if network is None:
+            return left_alone(failure, unreached=unreached)
+        images = int(self.processes.sum(torch.tensor(float(self.distinct.sum()), device="cpu")).item())
+        part, whole = schedule_for(images // FOLDS), schedule_for(images)
+        total = FOLDS * part.total + whole.total
+        self._log_costs(network, placed, total)
+        curves = [[] for _ in range(FOLDS)]
+        held_out = {share: torch.empty_like(self.q) for share in SHARES}
+        bar = tqdm(total=total, desc="CAT: fitting layers", disable=not progress)
+        with bar, fitting_through(self.model), network.attached():
+            descent = Descent(network, self.kept, self._targets, self.divergence, self.processes, self.augment)
+            for fold in range(FOLDS):
+                inside, outside = self.fold_of != fold, self.fold_of == fold
+                watched = _indices(outside & self.distinct)[:WATCHED]
+                curves[fold].append(self._mean(self.q, watched))
+
+                def watch(epoch: int, vector: Tensor, watched=watched, curve=curves[fold]) -> None:
+                    curve.append(self._mean(self._outputs(network, vector, watched), watched))
+                    bar.set_postfix_str(f"held-out divergence {curve[0]:.4f} -> {curve[-1]:.4f}")
+
+                chosen = _indices(inside & self.distinct)
+                vector = descent.fit(chosen, part, self.config.seed + fold, watch, bar.update)
+                self._predict(network, vector, _indices(outside), held_out)
+            share = self._best(held_out)
+            vector = descent.fit(_indices(self.distinct), whole, self.config.seed + FOLDS, None, bar.update)
+        corrections = network.corrections(share * vector)
+        changes = _changes(corrections, network.places)
+        evidence = LayersEvidence(
+            True,
+            "",
+            images=images,
+            layers=changes,
+            unreached=unreached,
+            share=share,
+            epochs=whole.epochs,
+            steps=whole.steps,
+            curve=tuple(sum(values) / FOLDS for values in zip(*curves, strict=True)),
+            operations=sum(place.numbers for place in network.places),
+            seconds=time.perf_counter() - started,
+        )
+        return LayersFit(corrections, evidence, held_out[share])
+
+    def _places(self, layers: dict[str, nn.Module]) -> list[Place]:
+        with measuring(layers) as measures:
+            first = _indices(self.distinct)[:BATCH]
+            for part in self.kept.parts(first, size=BATCH):
+                run(self.model, part.batch, self.reading["forward_fn"])
+        found = places(measures, self.processes)
+        check_named(self.config.layers, found)
+        return found
+
+    def _reached(
+        self, layers: dict[str, nn.Module], placed: list[Place]
+    ) -> tuple[CorrectedNetwork | None, tuple[str, ...], str]:
+        """The network with the layers that a gradient reaches, the names of the others, and why there is none."""
+        network = CorrectedNetwork(self.model, layers, placed, **self.reading)
+        failure, found = "", [False] * len(placed)
+        with fitting_through(self.model), network.attached():
+            vector = torch.zeros(network.size, device=network.device, requires_grad=True)
+            try:
+                for part in self.kept.parts(_indices(self.distinct)[:PROBED], size=PROBED):
+                    rows = network.rows(part, vector)
+                    loss = self.divergence(self._targets(part).to(rows.device), rows.float()).sum()
+                    (gradient,) = torch.autograd.grad(loss, vector, allow_unused=True)
+                    found = [a or b for a, b in zip(found, reached(network, gradient), strict=True)]
+            except (RuntimeError, NotImplementedError) as error:
+                failure = f" ({str(error).splitlines()[0]})"
+                logger.debug("no gradients through the quantized model", exc_info=True)
+        everywhere = self.processes.sum(torch.tensor(found, dtype=torch.float64, device="cpu")) > 0
+        unreached = tuple(place.name for place, yes in zip(placed, everywhere, strict=True) if not yes)
+        kept = [place for place, yes in zip(placed, everywhere, strict=True) if yes]
+        if not kept:
+            reason = f"no gradient reaches a layer of the quantized model{failure}; its output alone is corrected"
+            return None, unreached, reason
+        if unreached:
+            logger.warning(
+                "%d layers that no gradient reaches are left alone: %s", len(unreached), ", ".join(unreached)
+            )
+        return CorrectedNetwork(self.model, layers, kept, **self.reading), unreached, ""
+
+    def _targets(self, part: Part) -> Tensor:
+        """(n, C) full-precision outputs: those that are known, or of other views of the images."""
+        if self.augment is None:
+            return self.f[self.rows_of(part.images)[0]]
+        with torch.no_grad():
+            returned = run(self.fp_model, part.batch, self.reading["forward_fn"])
+            return part.rows(extract(returned, "fp_model", self.reading["output"], lenient=True)).float()
+
+    def _outputs(self, network: CorrectedNetwork, vector: Tensor, images: Tensor) -> Tensor:
+        """(n, C) float32 outputs of the given images, in their order, which is ascending, on the CPU."""
+        with torch.no_grad():
+            rows = [network.rows(part, vector).to("cpu", torch.float32) for part in self.kept.parts(images)]
+        return torch.cat(rows) if rows else self.q[:0]
+
+    def _predict(
+        self, network: CorrectedNetwork, vector: Tensor, images: Tensor, held_out: dict[float, Tensor]
+    ) -> None:
+        rows = self.rows_of(images)[0]
+        for share, outputs in held_out.items():
+            outputs[rows] = self._outputs(network, share * vector, images)
+
+    def _mean(self, outputs: Tensor, images: Tensor) -> float:
+        """Mean divergence over the given images of all processes, where `outputs` are theirs, or those of all kept."""
+        rows = self.rows_of(images)[0]
+        outputs = outputs if len(outputs) == len(rows) else outputs[rows]
+        divergence = self.divergence(self.f[rows], outputs).double()
+        sums = torch.tensor([divergence.sum().item(), float(len(rows))], dtype=torch.float64, device="cpu")
+        total, count = self.processes.sum(sums).tolist()
+        return total / max(count, 1.0)
+
+    def _best(self, held_out: dict[float, Tensor]) -> float:
+        everything = _indices(self.distinct)
+        means = {share: self._mean(outputs, everything) for share, outputs in held_out.items()}
+        return self.processes.agree(min(means, key=means.get))
+
+    def _log_costs(self, network: CorrectedNetwork, placed: Sequence[Place], steps: int) -> None:
+        """Says what the fit will take."""
+        part = next(self.kept.parts(_indices(self.distinct)[:PROBED], size=PROBED), None)
+        if part is None:
+            return
+        with fitting_through(self.model), network.attached():
+            vector = torch.zeros(network.size, device=network.device, requires_grad=True)
+            started = time.perf_counter()
+            rows = network.rows(part, vector)
+            torch.autograd.grad(self.divergence(self._targets(part).to(rows.device), rows.float()).sum(), vector)
+            seconds = (time.perf_counter() - started) * steps * BATCH / max(len(part.images), 1)
+        memory = 4 * BATCH * 4 * sum(place.numbers for place in placed) / 2**20
+        logger.info(
+            "%d layers, %d steps of %d images: about %.0f s and %.0f MiB", len(placed), steps, BATCH, seconds, memory
+        )
+
+
+def _folds(kept: KeptImages, store: LogitStore, seed: int, processes: Processes) -> tuple[Tensor, Tensor]:
+    """(images,) int64 fold of every kept image, and (images,) bool, whether it is the first of its kind.
+
+    Images that are alike, or have to be run together, are in one fold.
+    """
+    count, groups = len(kept), kept.groups()
+    before = processes.before(count)
+    if len(groups.unique()) == count:
+        keys = processes.gather_rows(store.keys()[:count])
+        alike = groups_of_alike(keys)
+        firsts = torch.full((int(alike.max()) + 1 if len(alike) else 0,), len(alike), dtype=torch.int64, device="cpu")
+        firsts.scatter_reduce_(0, alike, torch.arange(len(alike), device="cpu"), "amin")
+        distinct = firsts[alike] == torch.arange(len(alike), device="cpu")
+        numbers, distinct = alike[before : before + count], distinct[before : before + count]
+        total = len(firsts)
+    else:
+        first = processes.before(int(groups.max()) + 1)
+        numbers, distinct = groups + first, torch.ones(count, dtype=torch.bool, device="cpu")
+        total = int(processes.sum(torch.tensor(float(int(groups.max()) + 1), device="cpu")).item())
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return (order % FOLDS)[numbers], distinct
+
+
+def _divergence(kind: OutputKind, f: Tensor, processes: Processes) -> Divergence:
+    """That of the kind; of values in units of their variance."""
+    if kind is not VALUE:
+        return kind.divergence
+    sums = torch.stack([torch.full_like(f[0], len(f)), f.sum(dim=0), f.square().sum(dim=0)]).double()
+    count, total, squares = processes.sum(sums)
+    spread = (squares / count - (total / count).square()).clamp(min=1e-12).sqrt().float()
+    return lambda f, outputs: kind.divergence(f / spread.to(f.device), outputs / spread.to(outputs.device))
+
+
+def _changes(corrections: Mapping[str, ChannelAffine], places: Sequence[Place]) -> tuple[LayerChange, ...]:
+    made = []
+    for place in places:
+        correction = corrections[place.name]
+        scale = (correction.scale - 1).abs().mean().item()
+        shift = (correction.shift.cpu() / place.spread).abs().mean().item()
+        made.append(LayerChange(place.name, place.channels, scale, shift))
+    return tuple(made)
+
+
+def _indices(mask: Tensor) -> Tensor:
+    return mask.nonzero().squeeze(1)

@@ -1,0 +1,98 @@
+"""A quantized network whose layers have corrections that are being fitted."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cat_plugin.correction.channel_affine import ChannelAffine, per_channel
+from cat_plugin.layers.images import Part
+from cat_plugin.layers.place import Place
+from cat_plugin.running.loaders import ForwardFn, model_device, run
+from cat_plugin.running.outputs import Output, extract, first_tensor, with_first_tensor
+
+
+class CorrectedNetwork:
+    """Runs the quantized model with corrections of its layers, which are two numbers a channel of one vector.
+
+    The vector holds the deviations of all scales from 1, then all offsets in units of the channels' spread.
+
+    Args:
+        layers: by name; places: theirs, in the order of the vector.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, nn.Module],
+        places: Sequence[Place],
+        output: Output = None,
+        forward_fn: ForwardFn | None = None,
+    ) -> None:
+        self.model, self.places = model, list(places)
+        self.device = model_device(model) or torch.device("cpu")
+        self._layers = [layers[place.name] for place in places]
+        self._spread = torch.cat([place.spread for place in places]).to(self.device)
+        self._sizes = [place.channels for place in places]
+        self._output, self._forward_fn = output, forward_fn
+
+    @property
+    def size(self) -> int:
+        """Length of the vector."""
+        return 2 * sum(self._sizes)
+
+    @contextmanager
+    def attached(self) -> Iterator["CorrectedNetwork"]:
+        """The hooks are on the layers inside the block; they act while `rows` is running."""
+        self._current: list[tuple[Tensor, Tensor]] | None = None
+        with ExitStack() as stack:
+            for index, layer in enumerate(self._layers):
+                stack.callback(layer.register_forward_hook(_Hook(self, index, self.places[index].axis)).remove)
+            yield self
+
+    def rows(self, part: Part, vector: Tensor | None) -> Tensor:
+        """(n, C) logits of the images in `part` that count, with the corrections of `vector`, or without."""
+        self._current = None if vector is None else self._split(vector)
+        try:
+            returned = run(self.model, part.batch, self._forward_fn)
+        finally:
+            self._current = None
+        return part.rows(extract(returned, "quantized_model", self._output))
+
+    def corrections(self, vector: Tensor) -> dict[str, ChannelAffine]:
+        """The corrections of `vector` as modules, by the names of layers."""
+        parts = self._split(vector.detach())
+        return {
+            place.name: ChannelAffine(scale.clone(), shift.clone(), place.axis)
+            for place, (scale, shift) in zip(self.places, parts, strict=True)
+        }
+
+    def _split(self, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
+        deviations, offsets = vector.chunk(2)
+        scales, shifts = (1 + deviations).split(self._sizes), (offsets * self._spread).split(self._sizes)
+        return list(zip(scales, shifts, strict=True))
+
+
+class _Hook:
+    """Forward hook that applies the current correction of layer `index`."""
+
+    def __init__(self, network: CorrectedNetwork, index: int, axis: int) -> None:
+        self._network, self._index, self._axis = network, index, axis
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        current = self._network._current
+        if current is None:
+            return None
+        values = first_tensor(output)
+        corrected = per_channel(values, *current[self._index], self._axis).to(values.dtype)
+        return with_first_tensor(output, corrected)
+
+
+def reached(network: CorrectedNetwork, gradient: Tensor | None) -> list[bool]:
+    """Which layers a gradient of the vector reaches."""
+    if gradient is None:
+        return [False] * len(network.places)
+    parts = (part.split(network._sizes) for part in gradient.chunk(2))
+    return [bool(scale.abs().sum() + shift.abs().sum() > 0) for scale, shift in zip(*parts, strict=True)]
