@@ -25,7 +25,8 @@ class LayerSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class ProductSummary:
-    """One product of two activations, such as queries and keys, with the bits of its factors (32: floating point)."""
+    """One product of two activations, such as queries and keys, or of an activation and a weight of no layer, with the
+    bits of its factors (32: floating point)."""
 
     name: str
     left_bits: int

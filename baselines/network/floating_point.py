@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from baselines.network.attention import Product
+from baselines.network.edges import trace_of_constants
 from baselines.network.quantizable import is_quantizable, looks_quantizable
 from baselines.network.routing import NUMBERED
 from baselines.network.trace import Operation, Trace, tensors_in, uncompiled
@@ -107,9 +108,12 @@ def _unquantized(folded: nn.Module, record: Trace) -> tuple[str, ...]:
         for name, module in modules.items()
         if looks_quantizable(module) and not (is_quantizable(module) and name in called)
     ]
-    for operation in record.operations:
+    again, is_constant = trace_of_constants(folded, record.images)
+    for operation in again.operations:
         module = modules[operation.owner]
-        if operation.function in _WEIGHTED and not isinstance(module, Product) and not _is_own(operation, module):
+        known = isinstance(module, Product) or _is_own(operation, module)
+        fixed = operation.function in NUMBERED and is_constant(operation.inputs)  # a table, the same for all images
+        if operation.function in _WEIGHTED and not known and not fixed:
             names.append(f"{operation.function.__name__} in {operation.owner or type(folded).__name__}")
     names += [f"{function} in {owner or type(folded).__name__}" for owner, function in record.unseen]
     return tuple(dict.fromkeys(names))
