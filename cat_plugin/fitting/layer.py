@@ -32,5 +32,5 @@ def fit_layer(store: LogitStore, config: CATConfig, processes: Processes = ALONE
         correction = fit_paper(q, f, *config.clusters_for(len(q)), config)
     else:
         correction = ClusterAffine.identity(store.classes)
-    n_images = int(processes.sum(torch.tensor(store.num_images)))
+    n_images = int(processes.sum(torch.tensor(store.num_images, device="cpu")))
     return Fit(correction, scores, None, n_images, None if images is None else len(q), 0, q, f)
