@@ -50,7 +50,7 @@ class QuantizationSummary:
         text += f" (weights: {weights}; inputs: {inputs})"
         if self.products:
             factors = Counter(bits for product in self.products for bits in (product.left_bits, product.right_bits))
-            text += f", {len(self.products)} products of activations (factors: {_counted(factors)})"
+            text += f", {len(self.products)} products (factors: {_counted(factors)})"
         return text
 
     def to_dict(self) -> dict[str, object]:

@@ -102,13 +102,19 @@ def _plain_name(operation: Operation) -> str:
 def _unquantized(folded: nn.Module, record: Trace) -> tuple[str, ...]:
     """What a user would expect to be quantized and is not: names of modules, and of functions with their module."""
     modules = dict(folded.named_modules())
-    called = set(record.started)
+    again, is_constant = trace_of_constants(folded, record.images)
+    in_products = [operation for operation in again.operations if isinstance(modules[operation.owner], Product)]
+    multiplied = {tensor.untyped_storage().data_ptr() for each in in_products for tensor in each.inputs}
+    quantized = set(record.started) | {
+        name
+        for name, module in modules.items()
+        if is_quantizable(module) and module.weight.untyped_storage().data_ptr() in multiplied
+    }
     names = [
         name
         for name, module in modules.items()
-        if looks_quantizable(module) and not (is_quantizable(module) and name in called)
+        if looks_quantizable(module) and not (is_quantizable(module) and name in quantized)
     ]
-    again, is_constant = trace_of_constants(folded, record.images)
     for operation in again.operations:
         module = modules[operation.owner]
         known = isinstance(module, Product) or _is_own(operation, module)

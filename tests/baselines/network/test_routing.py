@@ -232,6 +232,21 @@ def test_weights_of_no_layer_have_eight_bits_where_they_read_the_images_or_give_
     assert [(row.left_bits, row.right_bits) for row in summary.products] == [(8, 8), (32, 8)]
 
 
+def test_weight_of_a_layer_that_is_multiplied_by_instead_of_called_is_quantized():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.conv(x).mean((2, 3)) @ self.fc.weight.T)
+
+    summary = summarize(quantize(randomized(Tied()), images(8), method="rtn", w_bits=3, a_bits=4))
+    assert [row.name for row in summary.layers] == ["conv", "head"]
+    assert [(row.left_bits, row.right_bits) for row in summary.products] == [(4, 3)]
+    assert summary.floating_point.unquantized == ()
+
+
 def test_scales_of_weights_of_no_layer_are_learned():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Constant("right"))
     model[1].before = nn.Conv2d(4, 4, 1)
