@@ -25,7 +25,8 @@ class LayerSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class ProductSummary:
-    """One product of two activations, such as queries and keys, with the bits of its factors (32: floating point)."""
+    """One product of two activations, such as queries and keys, or of an activation and a weight of no layer, with the
+    bits of its factors (32: floating point)."""
 
     name: str
     left_bits: int
@@ -49,7 +50,7 @@ class QuantizationSummary:
         text += f" (weights: {weights}; inputs: {inputs})"
         if self.products:
             factors = Counter(bits for product in self.products for bits in (product.left_bits, product.right_bits))
-            text += f", {len(self.products)} products of activations (factors: {_counted(factors)})"
+            text += f", {len(self.products)} products (factors: {_counted(factors)})"
         return text
 
     def to_dict(self) -> dict[str, object]:

@@ -210,7 +210,7 @@ def _collect(
 
 def _cluster_sizes(store: LogitStore, correction: ClusterAffine, processes: Processes) -> tuple[int, ...]:
     """How many rows of all processes are in each cluster."""
-    sizes = torch.zeros(correction.num_clusters, dtype=torch.int64)
+    sizes = torch.zeros(correction.num_clusters, dtype=torch.int64, device="cpu")
     for q, _ in store.chunks():
         sizes += torch.bincount(correction.assign(q.to(store.dtype)), minlength=correction.num_clusters)
     return tuple(processes.sum(sizes).tolist())
@@ -218,7 +218,8 @@ def _cluster_sizes(store: LogitStore, correction: ClusterAffine, processes: Proc
 
 def _reused_share(reused: list[float], fit: Fit, processes: Processes) -> float | None:
     """Share of the images of all processes that the quantized model was calibrated on; None if it does not tell."""
-    known, told = processes.sum(torch.tensor([sum(reused), float(bool(reused))], dtype=torch.float64)).tolist()
+    counts = torch.tensor([sum(reused), float(bool(reused))], dtype=torch.float64, device="cpu")
+    known, told = processes.sum(counts).tolist()
     return known / fit.images if told else None
 
 

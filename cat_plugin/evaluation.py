@@ -147,7 +147,7 @@ class _Seen:
         targets, counted = _targets(drawn.labels(labels), classes, drawn.dense)
         rows = [logits[counted] for logits in outputs.values()]
         owners = drawn.images()
-        owners = (torch.arange(len(counted)) if owners is None else owners)[counted]
+        owners = (torch.arange(len(counted), device=counted.device) if owners is None else owners)[counted]
         top1, top5 = (torch.stack([top_k_correct(logits, targets, k) for logits in rows]) for k in (1, 5))
         return cls(targets, owners, top1, top5, keys, classes, drawn.dense)
 
@@ -161,13 +161,13 @@ class _Seen:
         if len(kinds) > 1:
             raise CATError(f"labelled images have outputs of several kinds, {sorted(kinds)} (classes, positions)")
         ((classes, dense),) = kinds
-        none = torch.empty(0, dtype=torch.int64)
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
         targets = torch.cat([none, *(part.targets for part in parts)])
         owners = torch.cat([none, *(part.owners + start for part, start in zip(parts, starts, strict=False))])
         hits = torch.cat([none.bool().reshape(0, 6), *(torch.cat([p.correct, p.among_top5]).T for p in parts)])
-        keys = torch.cat([torch.empty(0, 2, dtype=torch.float64), *(part.keys for part in parts)])
+        keys = torch.cat([torch.empty(0, 2, dtype=torch.float64, device="cpu"), *(part.keys for part in parts)])
         owners = owners + processes.before(len(keys))
-        ranks = processes.gather_rows(torch.full((len(keys),), processes.rank))
+        ranks = processes.gather_rows(torch.full((len(keys),), processes.rank, device="cpu"))
         targets, owners, hits, keys = map(processes.gather_rows, (targets, owners, hits, keys))
         kept = ~_had_by_others(keys, ranks)
         counted = kept[owners]
@@ -178,9 +178,9 @@ class _Seen:
 def _had_by_others(keys: Tensor, ranks: Tensor) -> Tensor:
     """(images,) bool: whether a process of lower rank has an image with the same `keys` (images, 2), too."""
     if len(ranks.unique()) < 2:
-        return torch.zeros(len(keys), dtype=torch.bool)
+        return torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
     groups = groups_of_alike(keys)
-    lowest = torch.full((len(keys),), int(ranks.max())).scatter_reduce(0, groups, ranks, "amin")
+    lowest = torch.full((len(keys),), int(ranks.max()), device=keys.device).scatter_reduce(0, groups, ranks, "amin")
     return ranks > lowest[groups]
 
 
@@ -209,7 +209,7 @@ def _targets(labels: Tensor | None, classes: int, dense: bool) -> tuple[Tensor, 
             "accuracy needs class labels, and the loader yields none: expected batches of (input, target) or dicts "
             "with a label key, with one integer class an image, or one a position where outputs have such"
         )
-    counted = torch.ones(len(labels), dtype=torch.bool)
+    counted = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     for ignored in IGNORED if dense else ():
         if not 0 <= ignored < classes:
             counted &= labels != ignored

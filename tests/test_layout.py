@@ -123,6 +123,7 @@ def without_device(code: str) -> list[int]:
         "arange",
         "linspace",
         "tensor",
+        "as_tensor",
         "eye",
         "rand",
         "randn",
@@ -203,7 +204,7 @@ def test_libraries_do_not_print_and_name_no_device(path):
     assert not device_literals(code)
 
 
-@pytest.mark.parametrize("path", sources("baselines"), ids=readable)
+@pytest.mark.parametrize("path", sources(*LIBRARIES), ids=readable)
 def test_tensors_are_made_on_a_device_that_is_named(path):
     assert not without_device(path.read_text("utf-8"))
 

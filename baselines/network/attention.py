@@ -9,18 +9,21 @@ from torch.nn import functional
 
 
 class Product(nn.Module):
-    """A product of two activations, such as queries and keys, or attention probabilities and values.
+    """A product of two activations, such as queries and keys, or attention probabilities and values; or of an
+    activation and a weight that is no layer's.
 
     Attributes:
         left_quantizer, right_quantizer: quantize the two factors; `None` where they stay in floating point.
+        weight_at: which factor is a parameter or buffer of the network, 0 or 1; `None` where both are activations.
     """
 
     left_quantizer: nn.Module | None
     right_quantizer: nn.Module | None
 
-    def __init__(self) -> None:
+    def __init__(self, weight_at: int | None = None) -> None:
         super().__init__()
         self.left_quantizer = self.right_quantizer = None
+        self.weight_at = weight_at
 
     def forward(
         self, left: Tensor, right: Tensor, function: Callable[[Tensor, Tensor], Tensor] = torch.matmul

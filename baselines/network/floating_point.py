@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from baselines.network.attention import Product
+from baselines.network.edges import trace_of_constants
 from baselines.network.quantizable import is_quantizable, looks_quantizable
 from baselines.network.routing import NUMBERED
 from baselines.network.trace import Operation, Trace, tensors_in, uncompiled
@@ -101,15 +102,24 @@ def _plain_name(operation: Operation) -> str:
 def _unquantized(folded: nn.Module, record: Trace) -> tuple[str, ...]:
     """What a user would expect to be quantized and is not: names of modules, and of functions with their module."""
     modules = dict(folded.named_modules())
-    called = set(record.started)
+    again, is_constant = trace_of_constants(folded, record.images)
+    in_products = [operation for operation in again.operations if isinstance(modules[operation.owner], Product)]
+    multiplied = {tensor.untyped_storage().data_ptr() for each in in_products for tensor in each.inputs}
+    quantized = set(record.started) | {
+        name
+        for name, module in modules.items()
+        if is_quantizable(module) and module.weight.untyped_storage().data_ptr() in multiplied
+    }
     names = [
         name
         for name, module in modules.items()
-        if looks_quantizable(module) and not (is_quantizable(module) and name in called)
+        if looks_quantizable(module) and not (is_quantizable(module) and name in quantized)
     ]
-    for operation in record.operations:
+    for operation in again.operations:
         module = modules[operation.owner]
-        if operation.function in _WEIGHTED and not isinstance(module, Product) and not _is_own(operation, module):
+        known = isinstance(module, Product) or _is_own(operation, module)
+        fixed = operation.function in NUMBERED and is_constant(operation.inputs)  # a table, the same for all images
+        if operation.function in _WEIGHTED and not known and not fixed:
             names.append(f"{operation.function.__name__} in {operation.owner or type(folded).__name__}")
     names += [f"{function} in {owner or type(folded).__name__}" for owner, function in record.unseen]
     return tuple(dict.fromkeys(names))

@@ -32,7 +32,7 @@ def made_plain(reference: nn.Module, example: Tensor) -> nn.Module:
     twin = _without_inplace(reference, example)
     settle(twin, example, replace_module)
     opened = _with_open_attention(twin, trace(twin, example), example)
-    return _with_routes(opened, trace(opened, example), example)
+    return _with_routes(opened, example)
 
 
 def _without_inplace(reference: nn.Module, example: Tensor) -> nn.Module:
@@ -108,9 +108,9 @@ def _with_open_attention(model: nn.Module, record: Trace, example: Tensor) -> nn
     return model
 
 
-def _with_routes(model: nn.Module, record: Trace, example: Tensor) -> nn.Module:
+def _with_routes(model: nn.Module, example: Tensor) -> nn.Module:
     """A copy of `model` in which functions that can be quantized are led through modules."""
-    routes = find_routes(model, record)
+    routes = find_routes(model, example)
     routed = _routed(model, routes)
     if not routes or same_outputs(model, routed, example):
         return routed

@@ -1,8 +1,8 @@
 """Functions that a module calls by itself, led through child modules, where they can be quantized and watched.
 
 An attention module multiplies queries and keys with an operator, calls one fused function for everything, or hands
-the weight of a linear layer to a function instead of calling the layer. A routed module does the same through modules:
-`Product`, `DotProductAttention` and the layer.
+the weight of a linear layer to a function instead of calling the layer. Others multiply by a bare parameter, or filter
+with a buffer. A routed module does the same through modules: `Product`, `DotProductAttention` and the layer.
 Its own forward pass stays as it is written; which calls are led where was found by watching one
 (`baselines.network.trace`).
 """
@@ -11,6 +11,7 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from baselines.network.attention import DotProductAttention, Product
-from baselines.network.quantizable import QUANTIZABLE, is_quantizable
-from baselines.network.trace import Operation, Trace
+from baselines.network.edges import trace_of_constants
+from baselines.network.quantizable import QUANTIZABLE, is_quantizable, looks_quantizable
+from baselines.network.trace import Operation
 
 _MATMULS = {
     *(torch.matmul, torch.linalg.matmul, torch.bmm, torch.mm),
@@ -43,47 +45,80 @@ class Routes:
 
     Attributes:
         owner: the module's name.
-        numbered: for each call of a product or of fused attention, in order: `"product"`, `"attention"`, or
-            `None` for one that stays as it is, since a factor is no activation.
+        numbered: for each call of a product or of fused attention, in order: which of `_KINDS` it is, or `None` for
+            one that stays as it is.
         layers: names, relative to the module, of layers whose weight it hands to a function.
+        filters: names, relative to the module, of parameters and buffers of no layer that it hands to a function of
+            torch's layers as the weight.
+        counted: whether the module is led at all; if not, it only keeps its calls apart from those of others.
     """
 
     owner: str
-    numbered: tuple[str | None, ...]
-    layers: tuple[str, ...]
+    numbered: tuple[str | None, ...] = ()
+    layers: tuple[str, ...] = ()
+    filters: tuple[str, ...] = ()
+    counted: bool = True
 
 
-def find_routes(model: nn.Module, record: Trace) -> list[Routes]:
-    """Routes for each module of `model` that calls products, fused attention, or functions with a layer's weight."""
-    constants = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+_KINDS: dict[str, Callable[[], nn.Module]] = {
+    "product": Product,
+    "weight on the left": functools.partial(Product, weight_at=0),
+    "weight on the right": functools.partial(Product, weight_at=1),
+    "attention": DotProductAttention,
+}
+"""What calls are led to."""
+
+
+def find_routes(model: nn.Module, example: Tensor) -> list[Routes]:
+    """Routes for each module of `model` that calls products, fused attention, or functions with a weight, in a pass
+    of `example`."""
+    record, is_constant = trace_of_constants(model, example)
+    stored = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     modules = dict(model.named_modules())
-    routes = []
+    routes, apart = [], []
     for owner in dict.fromkeys(operation.owner for operation in record.operations):
-        if is_quantizable(modules[owner]) or isinstance(modules[owner], (Product, _Routed)):
+        if isinstance(modules[owner], (Product, _Routed)):
             continue
         calls: dict[int, list[Operation]] = {}
         for operation in record.operations:
             if operation.owner == owner:
                 calls.setdefault(operation.call, []).append(operation)
+        module, operations = modules[owner], [operation for call in calls.values() for operation in call]
         numbered = [
-            tuple(_kind(operation, constants) for operation in call if operation.function in NUMBERED)
+            tuple(_kind(module, each, stored, is_constant) for each in call if each.function in NUMBERED)
             for call in calls.values()
         ]
-        if any(kinds != numbered[0] for kinds in numbered):
-            continue  # calls that differ cannot be numbered; what stays in floating point is said later
-        layers = _layers_used(modules[owner], [operation for call in calls.values() for operation in call])
-        if layers or any(numbered[0]):
-            routes.append(Routes(owner, numbered[0], layers))
-    return routes
+        # Calls that differ cannot be numbered; what stays in floating point is said later.
+        differ = any(kinds != numbered[0] for kinds in numbered)
+        if not is_quantizable(module) and not differ:
+            layers, filters = _layers_used(module, operations), _filters_used(module, operations)
+            if layers or filters or any(numbered[0]):
+                routes.append(Routes(owner, numbered[0], layers, filters))
+                continue
+        if any(numbered):
+            apart.append(owner)
+    led = {one.owner for one in routes}
+    around = {owner: {name for call in record.of(owner) for name in call.parents} for owner in apart}
+    return routes + [Routes(owner, counted=False) for owner in apart if around[owner] & led]
 
 
-def _kind(operation: Operation, constants: set[int]) -> str | None:
+def _kind(
+    module: nn.Module, operation: Operation, stored: set[int], is_constant: Callable[[tuple[Tensor, ...]], bool]
+) -> str | None:
+    """Which of `_KINDS` a call is, if any: a factor that lies in the memory of a parameter or buffer, `stored`, is a
+    weight. Where both are, the module is named by itself, or nothing of images or parameters is in the product, as in
+    a table of positions, it stays."""
     if operation.function is _ATTENTION:
         return "attention"
     factors = _factors(operation.function, operation.args, operation.kwargs)
-    if factors is None or any(t.untyped_storage().data_ptr() in constants for t in factors[:2]):
+    if factors is None:
         return None
-    return "product"
+    left, right = (factor.untyped_storage().data_ptr() in stored for factor in factors[:2])
+    if not left and not right:
+        return "product"
+    if (left and right) or looks_quantizable(module) or is_constant(factors[:2]):
+        return None
+    return "weight on the left" if left else "weight on the right"
 
 
 def _layers_used(module: nn.Module, operations: list[Operation]) -> tuple[str, ...]:
@@ -94,6 +129,20 @@ def _layers_used(module: nn.Module, operations: list[Operation]) -> tuple[str, .
     for operation in operations:
         call = _LayerCall.of(operation.function, operation.args, operation.kwargs)
         found += [name for name, layer in layers.items() if call is not None and call.is_as_of(layer)][:1]
+    return tuple(dict.fromkeys(found))
+
+
+def _filters_used(module: nn.Module, operations: list[Operation]) -> tuple[str, ...]:
+    """Names of the parameters and buffers inside of `module`, those of layers aside, that these operations use as
+    weights."""
+    if looks_quantizable(module):
+        return ()  # it is named by itself
+    of_layers = {id(value) for layer in module.modules() if is_quantizable(layer) for value in layer.parameters()}
+    own = {name: t for name, t in (*module.named_parameters(), *module.named_buffers()) if id(t) not in of_layers}
+    found = []
+    for operation in operations:
+        call = _LayerCall.of(operation.function, operation.args, operation.kwargs)
+        found += [name for name, value in own.items() if call is not None and call.is_with(value)][:1]
     return tuple(dict.fromkeys(found))
 
 
@@ -114,6 +163,10 @@ class _LayerCall:
         given = dict(zip(("input", "weight", "bias", *_CONV_SETTINGS), args, strict=False)) | kwargs
         parts = given.pop("input"), given.pop("weight"), given.pop("bias", None)
         return cls(_OF_LAYERS[function], *parts, given)
+
+    def is_with(self, value: Tensor) -> bool:
+        """Whether the weight is `value`, or a view of it."""
+        return self.weight is value or self.weight._base is value
 
     def is_as_of(self, layer: nn.Module) -> bool:
         """Whether this is what `layer` computes, its bias aside."""
@@ -162,11 +215,15 @@ def _factors(function: Callable, args: tuple, kwargs: dict) -> tuple[Tensor, Ten
 def route(model: nn.Module, routes: Routes) -> None:
     """Lead the calls of one module of `model`, in place: the same module, of a class that inherits from its own."""
     module = model.get_submodule(routes.owner)
-    kinds = {"product": Product, "attention": DotProductAttention}
+    if not routes.counted:
+        module.register_forward_pre_hook(_suspend)
+        module.register_forward_hook(_resume, always_call=True)
+        return
     name = "products"
     while hasattr(module, name):  # the user's own
         name = f"routed_{name}"
-    module.add_module(name, nn.ModuleList(kinds[kind]() for kind in routes.numbered if kind is not None))
+    kinds = [*filter(None, routes.numbered), *("weight on the right" for _ in routes.filters)]
+    module.add_module(name, nn.ModuleList(_KINDS[kind]() for kind in kinds))
     module._routes, module._products_name = routes, name
     module.__class__ = _routed_class(type(module))
 
@@ -198,20 +255,32 @@ def _blank(kind: type[nn.Module]) -> nn.Module:
 _innermost = threading.local()
 
 
+def _suspend(module: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of a module whose calls are not those of the module around it."""
+    _innermost.suspended = (*getattr(_innermost, "suspended", ()), getattr(_innermost, "router", None))
+    _innermost.router = None
+
+
+def _resume(module: nn.Module, args: tuple, output: object) -> None:
+    """Forward hook after `_suspend`."""
+    *_innermost.suspended, _innermost.router = _innermost.suspended
+
+
 class _Router(TorchFunctionMode):
     """Leads the calls of one forward pass of one module.
 
-    Modules inside call functions, too; those of routed ones and of the modules that calls are led to are not counted,
-    and no others call products.
+    Modules inside call functions, too; those of routed ones, of suspended ones and of the modules that calls are led to
+    are not counted, and no others call products.
     """
 
     def __init__(self, module: _Routed) -> None:
         super().__init__()
         self._module = module
         self._count = 0
-        products = iter(module.get_submodule(module._products_name))
-        self._targets = [None if kind is None else next(products) for kind in module._routes.numbered]
-        self._layers = [module.get_submodule(name) for name in module._routes.layers]
+        routes, products = module._routes, iter(module.get_submodule(module._products_name))
+        self._targets = [None if kind is None else next(products) for kind in routes.numbered]
+        self._layers = [module.get_submodule(name) for name in routes.layers]
+        self._filters = [(attrgetter(name)(module), next(products)) for name in routes.filters]
 
     def __enter__(self) -> "_Router":
         self._outside = getattr(_innermost, "router", None)
@@ -236,7 +305,14 @@ class _Router(TorchFunctionMode):
         if function in _OF_LAYERS:
             call = _LayerCall.of(function, args, kwargs)
             layer = next((layer for layer in self._layers if call.is_as_of(layer)), None)
-            return function(*args, **kwargs) if layer is None else call.led_through(layer)
+            if layer is not None:
+                return call.led_through(layer)
+            product = next((product for value, product in self._filters if call.is_with(value)), None)
+            if product is None:
+                return function(*args, **kwargs)
+            return product(
+                call.input, call.weight, lambda left, right: function(left, right, call.bias, **call.settings)
+            )
         target = self._next_target()
         if target is None:
             return function(*args, **kwargs)

@@ -52,6 +52,7 @@ def quantized_copy(folded: nn.Module, record: Trace, blocks: list[str], spec: Qu
         replace_module(network, name, layer)
     if spec.a_bits != OFF:
         _place_input_quantizers(network, record, blocks, names, spec, edges)
+    _place_factor_quantizers(network, record, spec, edges)
     return network
 
 
@@ -82,11 +83,23 @@ def _place_input_quantizers(
         if not hasattr(block, "input_quantizer"):
             block.input_quantizer = quantizer
             block.register_forward_pre_hook(quantize_on_entry)
+
+
+def _place_factor_quantizers(network: nn.Module, record: Trace, spec: QuantSpec, edges: Edges) -> None:
+    """Of products: two activations have the bits of activations, a weight and what it is multiplied with those that a
+    layer would have, one range for the whole weight."""
     for name, module in network.named_modules():
-        if isinstance(module, Product) and record.of(name):
-            left, right = record.of(name)[0].inputs[:2]
-            module.left_quantizer = _quantizer_for(left, spec.a_bits)
-            module.right_quantizer = _quantizer_for(right, spec.a_bits)
+        if not isinstance(module, Product) or not record.of(name):
+            continue
+        bits = [spec.activation_bits(name in edges.last)] * 2
+        if name in edges.fed_images:
+            bits = [OFF, OFF]
+        if module.weight_at is not None:
+            bits[module.weight_at] = spec.weight_bits(is_edge=name in edges.first | edges.last)
+        module.left_quantizer, module.right_quantizer = (
+            None if width == OFF else _quantizer_for(value, width)
+            for value, width in zip(record.of(name)[0].inputs[:2], bits, strict=True)
+        )
 
 
 def _entered_blocks(

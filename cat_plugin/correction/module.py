@@ -91,8 +91,8 @@ class ClusterAffine(Buffers):
     @classmethod
     def identity(cls, num_classes: int) -> "ClusterAffine":
         """The correction with one cluster that changes nothing."""
-        zeros, ones = torch.zeros(1, num_classes), torch.ones(1, num_classes)
-        return cls(zeros.T.contiguous(), torch.zeros(1), ones, zeros.clone())
+        zeros = torch.zeros(1, num_classes, device="cpu")
+        return cls(zeros.T.contiguous(), zeros.new_zeros(1), torch.ones_like(zeros), zeros.clone())
 
     @property
     def num_clusters(self) -> int:

@@ -112,7 +112,8 @@ def draw(store: LogitStore, config: CATConfig, processes: Processes) -> JudgedRo
     """A random order of sorted images, as many as `SELECTION_VALUES` allows, the same in all processes."""
     keys, counts = processes.gather_rows(store.keys()), processes.gather_rows(store.rows_per_image())
     distinct = different_images(keys)
-    chosen = distinct[torch.randperm(len(distinct), generator=torch.Generator().manual_seed(config.seed))]
+    generator = torch.Generator("cpu").manual_seed(config.seed)
+    chosen = distinct[torch.randperm(len(distinct), generator=generator, device="cpu")]
     fits = counts[chosen].cumsum(0) <= SELECTION_VALUES // store.classes
     fits[:MIN_IMAGES] = True
     chosen = chosen[fits]

@@ -45,8 +45,9 @@ def fit_clusters(q: Tensor, num_clusters: int, config: CATConfig) -> Clusters:
 
 def one_cluster(n_images: int, n_classes: int) -> Clusters:
     """All images together."""
-    zeros = torch.zeros(n_classes, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    return Clusters(*zeros, torch.zeros(n_images, dtype=torch.int64), torch.tensor([n_images]))
+    weight = torch.zeros(n_classes, 1, dtype=torch.float64, device="cpu")
+    ids = torch.zeros(n_images, dtype=torch.int64, device="cpu")
+    return Clusters(weight, weight.new_zeros(1), ids, ids.new_tensor([n_images]))
 
 
 def cluster(logits: np.ndarray, mean: np.ndarray, projection: np.ndarray, num_clusters: int, seed: int) -> Clusters:

@@ -14,6 +14,7 @@ from cat_plugin.fitting.paper import cross_fitted, fit_paper
 from cat_plugin.fitting.processes import ALONE, Processes
 from cat_plugin.fitting.scores import ErrorScores, HeldOutScores, score
 from cat_plugin.fitting.store import LogitStore, different_images
+from cat_plugin.kinds import SOFTMAX
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,8 +57,8 @@ def fit_cluster_affine(q: Tensor, f: Tensor, config: CATConfig | None = None) ->
         The correction, on the device of `q`, in float64 if `q` is and in float32 otherwise.
 
     Raises:
-        CATError: `q` and `f` are not finite floating-point (N, C) with N >= 1; in `"paper"` mode there are fewer images
-            than clusters; or `config` is no CATConfig.
+        CATError: `q` and `f` are not finite floating-point (N, C) with N >= 1; C is 1, where outputs are classes; in
+            `"paper"` mode there are fewer images than clusters; or `config` is no CATConfig.
 
     Example:
         >>> import torch
@@ -128,4 +129,10 @@ def _check(q: Tensor, f: Tensor, config: CATConfig | None) -> CATConfig:
         )
     check_finite(q, "q")
     check_finite(f, "f")
-    return CATConfig.resolve(config)
+    config = CATConfig.resolve(config)
+    if q.shape[1] == 1 and config.kind is SOFTMAX:
+        raise CATError(
+            f"q and f have shape {tuple(q.shape)}, one logit an image: that of the second of two classes; give both, "
+            '[0, z] as (N, 2), or set output_kind="sigmoid" for labels of their own, or "value" for numbers'
+        )
+    return config

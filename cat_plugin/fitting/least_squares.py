@@ -81,8 +81,8 @@ class SharedSums:
     """
 
     def __init__(self, features: int, classes: int) -> None:
-        self.sums = torch.zeros(features + 1, features + 1 + classes, dtype=torch.float64)
-        self.power = torch.zeros(classes, dtype=torch.float64)
+        self.sums = torch.zeros(features + 1, features + 1 + classes, dtype=torch.float64, device="cpu")
+        self.power = torch.zeros(classes, dtype=torch.float64, device="cpu")
 
     def add(self, z: Tensor, residual: Tensor) -> "SharedSums":
         """Adds images with features `z` (n, R) and what is left of their logits, (n, C), both float64."""
@@ -105,7 +105,7 @@ class SharedSums:
         cross = self.sums[:features, -classes:] - n_images * mean_z.outer(mean_residual)
         power = self.power - n_images * mean_residual.square()
         jitter = 1e-10 * gram.diagonal().sum().clamp(min=MIN_VARIANCE) / max(features, 1)
-        inverse = torch.linalg.inv(gram + jitter * torch.eye(features, dtype=gram.dtype))
+        inverse = torch.linalg.inv(gram + jitter * torch.eye(features, dtype=gram.dtype, device=gram.device))
         coefficients = inverse @ cross
         errors = (power.sum() - (coefficients * cross).sum()).clamp(min=0)
         noise = inverse.diagonal() * errors / (classes * (share * n_images - features - 1).clamp(min=1))
@@ -131,8 +131,8 @@ class DeviationSums:
 
     def __init__(self, num_clusters: int, mean: Tensor) -> None:
         self._mean = mean
-        self.counts = torch.zeros(num_clusters, dtype=torch.float64)
-        self.sums = torch.zeros(5, num_clusters, len(mean), dtype=torch.float64)
+        self.counts = torch.zeros(num_clusters, dtype=torch.float64, device="cpu")
+        self.sums = torch.zeros(5, num_clusters, len(mean), dtype=torch.float64, device="cpu")
 
     def add(self, q: Tensor, residual: Tensor, ids: Tensor) -> "DeviationSums":
         """Adds images with logits `q` and what is left of the targets, both (n, C) float64, in the clusters `ids`."""

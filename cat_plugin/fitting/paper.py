@@ -23,7 +23,8 @@ def fit_paper(q: Tensor, f: Tensor, num_clusters: int, config: CATConfig) -> Clu
 
 def cross_fitted(q: Tensor, f: Tensor, config: CATConfig, images: Tensor | None = None) -> Tensor | None:
     """(N, C) corrected logits, each row by the recipe fitted on the other folds; None for one image."""
-    fold_of = fold_of_rows(torch.arange(len(q)) if images is None else images, FOLDS, config.seed)
+    images = torch.arange(len(q), device="cpu") if images is None else images
+    fold_of = fold_of_rows(images, FOLDS, config.seed)
     if (fold_of == fold_of[0]).all():
         return None
     out = torch.empty_like(q)

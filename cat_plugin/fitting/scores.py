@@ -55,7 +55,8 @@ class HeldOutScores:
         images: (N,), the image of every row, where rows are positions.
         """
         before, after = kind.agreeing(f, q), kind.agreeing(f, out)
-        classes = torch.arange(f.shape[1]).expand_as(f) if before.shape == f.shape else kind.decisions(f)
+        labels = torch.arange(f.shape[1], device=f.device)
+        classes = labels.expand_as(f) if before.shape == f.shape else kind.decisions(f)
         return cls(
             agreement(f, q, kind),
             agreement(f, out, kind),

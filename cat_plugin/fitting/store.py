@@ -104,28 +104,28 @@ class LogitStore:
 
     def keys(self) -> Tensor:
         """(images, 2) float64, by which images are told apart and put in order, see `output_keys`."""
-        return torch.cat(self._keys) if self._keys else torch.empty(0, 2, dtype=torch.float64)
+        return torch.cat(self._keys) if self._keys else torch.empty(0, 2, dtype=torch.float64, device="cpu")
 
     def rows_per_image(self) -> Tensor:
         """(images,) int64."""
         images = self.images
         if images is None:
-            return torch.ones(self._length, dtype=torch.int64)
+            return torch.ones(self._length, dtype=torch.int64, device="cpu")
         return torch.bincount(images, minlength=self.num_images)
 
     def rows_of(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) int64 rows of the given images (m,), in their order, and for each row which of the m it belongs to."""
         counts = self.rows_per_image()
         starts, sizes = (counts.cumsum(0) - counts)[images], counts[images]
-        owners = torch.arange(len(images)).repeat_interleave(sizes)
-        within = torch.arange(len(owners)) - (sizes.cumsum(0) - sizes)[owners]
+        owners = torch.arange(len(images), device=sizes.device).repeat_interleave(sizes)
+        within = torch.arange(len(owners), device=sizes.device) - (sizes.cumsum(0) - sizes)[owners]
         return starts[owners] + within, owners
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All rows in order, `(q, f)`, as many at a time as memory takes."""
         size = max(CHUNK_VALUES // max(sum(self._widths), 1), 1)
         for start in range(0, self._length, size):
-            yield self.take(torch.arange(start, min(start + size, self._length)))
+            yield self.take(torch.arange(start, min(start + size, self._length), device="cpu"))
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The given rows (n,) int64, `(q, f)` in float64."""
@@ -169,12 +169,12 @@ class LogitStore:
             )
         if mine is None:
             ((self._widths, self._dtype, dense),) = kinds
-            self._parts = [tuple(torch.empty(0, width, dtype=self._dtype) for width in self._widths)]
-            self._images = [torch.empty(0, dtype=torch.int64)] if dense else []
+            self._parts = [tuple(torch.empty(0, width, dtype=self._dtype, device="cpu") for width in self._widths)]
+            self._images = [torch.empty(0, dtype=torch.int64, device="cpu")] if dense else []
 
     def gathered(self, processes: Processes) -> tuple[Tensor, Tensor, Tensor | None]:
         """All rows of all processes, `(q, f, images)`, logits (N, C) in the dtype of the store."""
-        q, f = (processes.gather_rows(part.to(self.dtype)) for part in self.take(torch.arange(len(self))))
+        q, f = (processes.gather_rows(part.to(self.dtype)) for part in self.take(torch.arange(len(self), device="cpu")))
         images = self.images
         if images is not None:
             images = processes.gather_rows(images + processes.before(self.num_images))
@@ -237,7 +237,7 @@ def _sorted(keys: Tensor) -> tuple[Tensor, Tensor]:
     order = torch.from_numpy(np.lexsort(keys.T.flip(0).numpy()))
     spread = (keys - keys.mean(dim=0)).abs().mean(dim=0)  # what all outputs have in common tells no images apart
     repeats = (keys[order].diff(dim=0).abs() <= 1e-5 * spread).all(dim=1)
-    return order, torch.cat([torch.zeros(min(len(keys), 1), dtype=torch.bool), repeats])
+    return order, torch.cat([repeats.new_zeros(min(len(keys), 1)), repeats])
 
 
 def _means(rows: Tensor, images: Tensor | None) -> Tensor:
@@ -245,5 +245,5 @@ def _means(rows: Tensor, images: Tensor | None) -> Tensor:
     if images is None:
         return rows
     found, index, sizes = images.unique(return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(found), rows.shape[1], dtype=torch.float64).index_add_(0, index, rows.double())
+    sums = rows.new_zeros(len(found), rows.shape[1], dtype=torch.float64).index_add_(0, index, rows.double())
     return sums / sizes.unsqueeze(1)

@@ -63,7 +63,7 @@ class Sample:
         """(n,) int64 fold of every row; the positions of an image are held out together."""
         n_folds = 10 if self.samples <= FEW_SAMPLES else 5
         if self.owners is None:
-            return torch.arange(len(self.rows.q)) % n_folds
+            return torch.arange(len(self.rows.q), device="cpu") % n_folds
         return fold_of_rows(self.owners, n_folds, self.seed)
 
 
@@ -80,7 +80,7 @@ def cross_fit(sample: Sample) -> tuple[Sample, dict[Family, Tensor]]:
     known: list[dict[Family, AffineMap]] = [{} for _ in parts]
 
     def outputs_of(families: Iterable[Family], trial: Sample) -> dict[Family, Tensor]:
-        outputs = {family: torch.empty(trial.rows.q.shape, dtype=torch.float32) for family in families}
+        outputs = {family: torch.empty_like(trial.rows.q, dtype=torch.float32) for family in families}
         for (held_out, others), maps in zip(parts, known, strict=True):
             found = fit_maps(outputs, trial.shared, trial.rows.take(others), known=maps)
             maps.update({family: found[family] for family in found if not family.clustered})

@@ -165,4 +165,4 @@ def _check_returned(q: Tensor, returned: Tensor) -> None:
 
 def _known(images: Tensor, calibration: frozenset[str]) -> Tensor:
     """(N,) bool: was the quantized model calibrated on an image, to judge by `calibration`."""
-    return torch.tensor([digest in calibration for digest in image_digests(images)], dtype=torch.bool)
+    return torch.tensor([digest in calibration for digest in image_digests(images)], dtype=torch.bool, device="cpu")

@@ -39,5 +39,6 @@ def known_calibration(model: nn.Module) -> frozenset[str] | None:
 
 def output_keys(q: Tensor, f: Tensor) -> Tensor:
     """(N, 2) float64: a mixture of the logits (N, C) of each model, which tells images apart and puts them in order."""
-    mixture = torch.randn(q.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    mixture = torch.randn(q.shape[1], generator=generator, dtype=torch.float64, device="cpu")
     return torch.stack([(part.cpu().double() * mixture).sum(1) for part in (q, f)], 1)

@@ -234,7 +234,7 @@ def _class_labels(targets: Any, n_images: int) -> Tensor | None:
     if targets is None:
         return None
     try:
-        targets = torch.as_tensor(targets).detach().cpu()
+        targets = torch.as_tensor(targets, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         return None
     is_class = not targets.is_floating_point() and not targets.is_complex() and targets.dtype != torch.bool

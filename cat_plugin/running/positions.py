@@ -90,7 +90,8 @@ class Drawn:
         """(rows,) int64, the image in the batch that each row belongs to; None where every row is one."""
         if not self.dense:
             return None
-        return self._take(torch.arange(self.shape[0]).repeat_interleave(self.positions))
+        images = torch.arange(self.shape[0], device="cpu")
+        return self._take(images.repeat_interleave(self.positions))
 
     def _take(self, rows: Tensor) -> Tensor:
         return rows if self.index is None else rows[self.index.to(rows.device)]
@@ -105,7 +106,7 @@ class PositionDraw:
     def __init__(self, class_axis: int | None, budget: int | None, seed: int, binary: bool = False) -> None:
         self._binary = binary
         self._class_axis, self._budget = class_axis, budget
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
 
     def __call__(self, output: Tensor) -> Drawn:
         """Those for the images of `output`.
@@ -118,8 +119,9 @@ class PositionDraw:
         binary = self._binary and output.shape[class_axis] == 1
         if self._budget is None or positions <= self._budget or n_images == 0:
             return Drawn(output.shape, class_axis, None, binary)
-        drawn = [torch.randperm(positions, generator=self._generator)[: self._budget] for _ in range(n_images)]
-        index = torch.stack(drawn).sort(dim=1).values + positions * torch.arange(n_images).unsqueeze(1)
+        shuffled = (torch.randperm(positions, generator=self._generator, device="cpu") for _ in range(n_images))
+        index = torch.stack([order[: self._budget] for order in shuffled]).sort(dim=1).values
+        index += positions * torch.arange(n_images, device="cpu").unsqueeze(1)
         return Drawn(output.shape, class_axis, index.flatten(), binary)
 
 
@@ -136,4 +138,5 @@ def _without_ones(shape: Iterable[int]) -> list[int]:
 def fold_of_rows(images: Tensor, folds: int, seed: int) -> Tensor:
     """(N,) int64 fold of every row, the same for all rows of an image; `images` (N,) says whose they are."""
     found, index = images.unique(return_inverse=True)
-    return (torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)) % folds)[index]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return (torch.randperm(len(found), generator=generator, device="cpu") % folds)[index]

@@ -26,7 +26,7 @@ def test_table_of_a_small_network():
     summary = summarize(quantize(randomized(Small()), images(8), method="rtn", w_bits=4, a_bits=3))
     assert str(summary).splitlines() == [
         "2 layers with 60 weights (weights: 2 at 8 bits; inputs: 1 at 8 bits, 1 at FP), "
-        "2 products of activations (factors: 4 at 3 bits)",
+        "2 products (factors: 4 at 3 bits)",
         "",
         "name        kind     weights  weight bits  input bits",
         "stem        Conv2d   48       8            FP",

@@ -170,12 +170,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 LEFT: Mapping[str, str] = MappingProxyType(
     {
-        "csatv2": "a cosine transform that is fixed",
-        "gemma4_vit": "products of positions with tables",
         "lowformer": "transposed convolutions",
         "sequencer": "recurrent layers",
-        "swiftformer": "products with bare parameters",
-        "tresnet": "blur filters that are fixed",
     }
 )
 """What stays in floating point although one would expect it to be quantized, by family."""

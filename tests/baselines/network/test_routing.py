@@ -152,19 +152,183 @@ def test_modules_routed_inside_of_routed_ones_keep_their_calls_apart():
     assert summary.floating_point.unquantized == ()
 
 
-def test_product_with_a_parameter_stays_in_floating_point_and_that_is_said(caplog):
-    class Bare(nn.Module):
+class Constant(nn.Module):
+    """Multiplies by a parameter or a buffer of its own, between two layers."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.before, self.after = how, nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(4, 3)
+        self.square, self.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+        self.register_buffer("blur", torch.tensor([[1.0, 2, 1], [2, 5, 2], [1, 2, 1]]).view(1, 1, 3, 3) / 17)
+        self.register_buffer("cosines", torch.randn(8, 8))
+
+    def forward(self, x):
+        x = self.multiplied(self.before(x).relu())
+        return self.head(self.pool(self.after(x)).flatten(1))
+
+    def multiplied(self, x):
+        if self.how == "right":
+            return x @ self.square.T
+        if self.how == "left":
+            return torch.einsum("ij,ncjk->ncik", self.square, x)
+        if self.how == "linear":
+            return functional.linear(x, self.cosines, bias=self.bias)
+        return functional.conv2d(x, self.blur.expand(4, 1, 3, 3), padding=1, groups=4)
+
+    def weight(self):
+        return {"conv": self.blur, "linear": self.cosines}.get(self.how, self.square)
+
+
+def near(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rounded to a grid of `2**bits` values between the extremes and zero."""
+    low, high = values.min().clamp(max=0), values.max().clamp(min=0)
+    step = (high - low) / (2**bits - 1)
+    return ((values / step).round() + (-low / step).round()).clamp(0, 2**bits - 1) * step - (-low / step).round() * step
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(3, 2), (32, 2), (3, 32)])
+@pytest.mark.parametrize("how", ["right", "left", "linear", "conv"])
+def test_products_with_weights_of_no_layer_are_quantized(how, w_bits, a_bits):
+    """The reference rounds both factors for itself, between the extremes of what it sees."""
+    model, x = randomized(Constant(how)), images(8)
+    network = quantize(model, x, method="rtn", range_method="minmax", w_bits=w_bits, a_bits=a_bits)
+    summary = summarize(network)
+    left, right = (w_bits, a_bits) if how == "left" else (a_bits, w_bits)
+    assert [(product.left_bits, product.right_bits) for product in summary.products] == [(left, right)]
+    assert summary.floating_point.unquantized == ()
+    seen = []
+    network.after.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    network(x)
+    with torch.no_grad():
+        twin = copy.deepcopy(model)
+        entered = network.before(x).relu()
+        if a_bits < 32:  # the ranges are those of the network in floating point
+            read, low, high = model.before(x).relu(), 0, 2**a_bits - 1
+            step = read.max() / high
+            entered = (entered / step).round().clamp(low, high) * step
+        if w_bits < 32:
+            twin.weight().copy_(near(model.weight(), w_bits))
+        expected = twin.multiplied(entered)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_no_layer_have_eight_bits_where_they_read_the_images_or_give_the_outputs():
+    class Ends(nn.Module):
+        """A fixed filter first, then a layer that reads what it makes of the images, and a head without a layer."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("blur", torch.full((3, 1, 3, 3), 1 / 9))
+            self.a, self.b, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x):
+            x = self.a(functional.conv2d(x, self.blur, groups=3)).relu()
+            return self.b(x).mean((2, 3)) @ self.head
+
+    summary = summarize(quantize(randomized(Ends()), images(8), method="rtn", w_bits=3, a_bits=3))
+    assert [(row.name, row.weight_bits, row.input_bits) for row in summary.layers] == [("a", 8, 32), ("b", 3, 3)]
+    # Numbered ones come first, filters after them.
+    assert [(row.left_bits, row.right_bits) for row in summary.products] == [(8, 8), (32, 8)]
+
+
+def test_weight_of_a_layer_that_is_multiplied_by_instead_of_called_is_quantized():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.conv(x).mean((2, 3)) @ self.fc.weight.T)
+
+    summary = summarize(quantize(randomized(Tied()), images(8), method="rtn", w_bits=3, a_bits=4))
+    assert [row.name for row in summary.layers] == ["conv", "head"]
+    assert [(row.left_bits, row.right_bits) for row in summary.products] == [(4, 3)]
+    assert summary.floating_point.unquantized == ()
+
+
+def test_scales_of_weights_of_no_layer_are_learned():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Constant("right"))
+    model[1].before = nn.Conv2d(4, 4, 1)
+    before, after = (
+        quantize(randomized(model), images(32), method=how, w_bits=3, a_bits=3, iters=5, batch_size=16).state_dict()
+        for how in ("rtn", "qdrop")
+    )
+    scales = [key for key in after if "products" in key and key.endswith("scale")]
+    assert len(scales) == 2 and all(before[key] != after[key] for key in scales)
+
+
+def test_product_with_a_weight_that_is_computed_stays_in_floating_point_and_that_is_said(caplog):
+    class Computed(nn.Module):
         def __init__(self):
             super().__init__()
             self.weight, self.fc = nn.Parameter(torch.eye(3)), nn.Linear(3, 2)
 
         def forward(self, x):
-            return self.fc(x.mean((2, 3)) @ self.weight.T)
+            return self.fc(functional.linear(x.mean((2, 3)), self.weight.exp()))
 
-    network = quantize(randomized(Bare()), images(8), method="rtn")
+    network = quantize(randomized(Computed()), images(8), method="rtn")
     assert not any(isinstance(module, Product) for module in network.modules())
-    assert summarize(network).floating_point.unquantized == ("matmul in Bare",)
-    assert "left in floating point" in caplog.text and "matmul in Bare" in caplog.text
+    assert summarize(network).floating_point.unquantized == ("linear in Computed",)
+    assert "left in floating point" in caplog.text and "linear in Computed" in caplog.text
+
+
+def test_tables_of_positions_are_neither_quantized_nor_said():
+    class Rotary(Attention):
+        def __init__(self):
+            super().__init__("operator")
+            self.register_buffer("frequencies", torch.tensor([[1.0, 0.01]]))
+
+        def forward(self, x):
+            angles = torch.arange(x.shape[1], dtype=x.dtype)[:, None] @ self.frequencies
+            return super().forward(x * angles.repeat(1, 2).cos())
+
+    model = Transformer("operator")
+    model.block.attention = Rotary()
+    summary = summarize(quantize(randomized(model), images(8), method="rtn"))
+    assert len(summary.products) == 2
+    assert summary.floating_point.unquantized == () and summary.floating_point.operations["matmul"] == 1
+
+
+class ByOperator(nn.Linear):
+    """A layer that multiplies for itself."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Summed(nn.Module):
+    """Products in another number at each of its calls."""
+
+    def forward(self, x, times):
+        for _ in range(times):
+            x = (x @ x.mT).softmax(-1) @ x
+        return x
+
+
+@pytest.mark.parametrize("inner", ["layer", "differing calls"])
+def test_products_of_modules_inside_that_are_not_led_are_not_counted(inner):
+    class Around(Attention):
+        def __init__(self):
+            super().__init__("operator")
+            self.inner = Summed() if inner == "differing calls" else ByOperator(4, 4)
+
+        def forward(self, x):
+            x = self.inner(self.inner(x, 1), 2) if inner == "differing calls" else self.inner(x)
+            return super().forward(x)
+
+    model = Transformer("operator")
+    model.block.attention = Around()
+    network = quantize(randomized(model), images(8), method="rtn", w_bits=8, a_bits=8)
+    assert (network(images(4)) - model(images(4))).norm() < 0.1 * model(images(4)).norm()
+    summary = summarize(network)
+    assert [row.name for row in summary.products] == ["block.attention.products.0", "block.attention.products.1"]
+    assert ("block.attention.inner" in [row.name for row in summary.layers]) == (inner == "layer")
+    left = ("matmul in block.attention.inner",) if inner == "differing calls" else ()
+    assert summary.floating_point.unquantized == left
+    with pytest.raises(RuntimeError):
+        network.block.attention(torch.zeros(2, 5, 7))
+    assert torch.isfinite(network(images(2))).all()
 
 
 def test_more_products_than_seen_are_a_clear_error():

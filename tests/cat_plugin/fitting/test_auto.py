@@ -126,7 +126,7 @@ def test_too_few_images_leave_the_model_alone(n_images):
 @pytest.mark.parametrize("classes", [1, 2])
 def test_few_classes(classes):
     q, f = paired_logits(100, classes)
-    correction = fit_cluster_affine(q, f)
+    correction = select(q, f, CATConfig()).correction
     assert isinstance(correction, ClusterAffine)
     assert torch.isfinite(correction(q)).all()
 
@@ -230,5 +230,5 @@ def test_gain_on_images_that_were_not_fitted_on():
 
 def test_one_class_has_no_scale_to_find():
     f = torch.randn(200, 1, generator=torch.Generator().manual_seed(0))
-    correction = fit_cluster_affine(f / 2, f)
+    correction = select(f / 2, f, CATConfig()).correction
     assert correction(f).abs().max() <= 10 * f.abs().max()

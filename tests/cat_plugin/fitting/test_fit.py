@@ -81,6 +81,27 @@ def test_errors(q, f, message):
         fit_cluster_affine(q, f, CATConfig.paper())
 
 
+@pytest.mark.parametrize("config", [CATConfig(), CATConfig.paper(4), CATConfig(output_kind="softmax")])
+def test_a_single_logit_is_no_class(config):
+    q, f = paired_logits(300, 1)
+    with pytest.raises(CATError, match=r"\(300, 1\), one logit an image: .* second of two classes; give both"):
+        fit_cluster_affine(q, f, config)
+
+
+@pytest.mark.parametrize("output_kind", ["sigmoid", "value"])
+def test_a_single_label_or_value_is_corrected(output_kind):
+    q = paired_logits(300, 1)[0]
+    corrected = fit_cluster_affine(q, 2 * q + 1, CATConfig(output_kind=output_kind))(q)
+    assert (corrected - (2 * q + 1)).norm() < 0.1 * (q + 1).norm()
+
+
+def test_two_classes_of_one_logit_are_corrected():
+    q = torch.nn.functional.pad(paired_logits(300, 1)[0], (1, 0))
+    corrected = fit_cluster_affine(q, 2 * q + torch.tensor([0.0, 1.0]))(q)
+    z = corrected.diff(dim=1) - 2 * q[:, 1:]
+    assert (z - 1).abs().mean() < 0.1
+
+
 @pytest.mark.parametrize("config", [CATConfig(), CATConfig.paper(4)], ids=["auto", "paper"])
 def test_scores_are_those_of_the_held_out_outputs(config):
     q, f = paired_logits(203, 10, dtype=torch.float32)
