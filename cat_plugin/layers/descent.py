@@ -74,7 +74,7 @@ class Descent:
         images: Tensor,
         schedule: Schedule,
         seed: int,
-        after_epoch: Callable[[int, Tensor], None] | None = None,
+        after_epoch: Callable[[Tensor], None] | None = None,
         after_step: Callable[[], None] | None = None,
     ) -> Tensor:
         """The vector that is best for the given images (n,) int64 of this process, after `schedule`.
@@ -87,7 +87,7 @@ class Descent:
         adam = torch.optim.Adam([vector], lr=rate)
         generator = torch.Generator().manual_seed(seed)
         step = 0
-        for epoch in range(schedule.epochs):
+        for _ in range(schedule.epochs):
             for part in self._kept.parts(images, schedule.steps, generator):
                 adam.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / schedule.total)) / 2
                 vector.grad = self._gradient(vector, part)
@@ -99,7 +99,7 @@ class Descent:
             if not vector.detach().isfinite().all():
                 raise CATError(f"the corrections of layers are not finite after {step} steps; give other images")
             if after_epoch is not None:
-                after_epoch(epoch + 1, vector.detach())
+                after_epoch(vector.detach())
         return vector.detach()
 
     def _gradient(self, vector: Tensor, part: Part) -> Tensor:

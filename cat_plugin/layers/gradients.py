@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 ROUNDINGS = {torch.round, Tensor.round, torch.floor, Tensor.floor, torch.ceil, Tensor.ceil}
 ROUNDINGS_IN_PLACE = {torch.round_, Tensor.round_, torch.floor_, Tensor.floor_, torch.ceil_, Tensor.ceil_}
-LIMITS = {torch.clamp, Tensor.clamp, torch.clip, Tensor.clip, torch.minimum, Tensor.minimum, torch.maximum, Tensor.maximum}
+LIMITS = {torch.clamp, Tensor.clamp, torch.clip, Tensor.clip}
+LIMITS |= {torch.minimum, Tensor.minimum, torch.maximum, Tensor.maximum}
 LIMITS_IN_PLACE = {torch.clamp_, Tensor.clamp_, torch.clip_, Tensor.clip_}
 PROTOCOL = "straight_through"
 """Method of quantizers that know how to pass gradients: gives a context in which they do, at the same values."""

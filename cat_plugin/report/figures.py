@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 from cat_plugin.errors import CATError
 from cat_plugin.fitting.evidence import Candidate, Evidence
 from cat_plugin.fitting.scores import ErrorScores, HeldOutScores
+from cat_plugin.layers.evidence import LayersEvidence
 from cat_plugin.metrics import ClassChanges
 from cat_plugin.report.accuracy import AccuracyReport
 from cat_plugin.report.clusters import ClusterProfile
+from cat_plugin.report.layer_figures import draw_curve, draw_sizes
 from cat_plugin.saving.files import replacing
 from cat_plugin.saving.names import check_class_names
 
@@ -40,6 +42,7 @@ class Drawable(Protocol):
     clusters: Sequence[ClusterProfile]
     num_clusters: int
     positions: int | None
+    layers: LayersEvidence | None
     layer: str | None
 
 
@@ -50,16 +53,21 @@ def plot_report(
     target = None if path is None else _writable(path)
     names = _checked_names(report, class_names)
     panels, clusters = _summary_panels(report, names), report.clusters[:CLUSTERS_DRAWN]
-    if not panels and not clusters:
+    layers = report.layers if report.layers is not None and report.layers.curve else None
+    if not panels and not clusters and layers is None:
         raise CATError("the report holds nothing to draw: no labelled images, and no agreement on held-out images")
     with plain_style():
-        heights = [height for height, there in ((4.0, panels), (5.0, clusters)) if there]
+        heights = [height for height, there in ((4.0, panels), (3.5, layers), (5.0, clusters)) if there]
         figure = new_figure(12, sum(heights))
         parts = iter(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
         if panels:
             axes = next(parts).subplots(1, len(panels), squeeze=False)[0]
             for axis, draw in zip(axes, panels, strict=True):
                 draw(axis)
+        if layers is not None:
+            curve, sizes = next(parts).subplots(1, 2, squeeze=False, width_ratios=(1, 2))[0]
+            draw_curve(curve, layers)
+            draw_sizes(sizes, layers)
         if clusters:
             kind = "images" if report.positions is None else "positions"
             draw_clusters(next(parts), clusters, report.num_clusters, names, f"{kind} held out")

@@ -100,7 +100,8 @@ class CATReport:
     def plot(self, path: str | os.PathLike[str] | None = None, *, class_names: Sequence[str] | None = None) -> "Figure":
         """The report as a figure, by matplotlib (`pip install 'cat-plugin[plots]'`).
 
-        Shows what CAT gains, with intervals; the families of maps that were tried; which classes win and lose, by
+        Shows what CAT gains, with intervals; the held-out divergence as layers were fitted, and how much is corrected
+        along the network; the families of maps that were tried; which classes win and lose, by
         labels where an `eval_loader` was given, by the full-precision model's predictions on held-out images otherwise;
         and the mean logits of the largest clusters in all three models, on held-out images.
 
