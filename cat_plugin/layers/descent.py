@@ -18,9 +18,11 @@ logger = logging.getLogger(__name__)
 
 BATCH = 32
 """Images a step, of all processes together."""
-RATE, HIGHEST_RATE = 0.22, 0.02
-"""Of Adam at the start, in scales and in offsets as shares of their channel's spread: `RATE` over the number of layers,
-since what all of them change adds up. It falls to 0 by a cosine."""
+RATES = {"far": 0.22, "near": 0.055}
+"""Of Adam at the start, in scales and in offsets as shares of their channel's spread, over the number of layers, since
+what all of them change adds up. Rounded networks are far from their best, reconstructed ones near it."""
+FEWEST_LAYERS = 11
+"""With fewer layers the rate is as with so many."""
 PULL = 1e-5
 """Towards the identity: weight of the summed squares of all deviations in the loss."""
 SMALLEST_MICRO_BATCH = 1
@@ -73,23 +75,25 @@ class Descent:
         self,
         images: Tensor,
         schedule: Schedule,
+        rate: str,
         seed: int,
         after_epoch: Callable[[Tensor], None] | None = None,
         after_step: Callable[[], None] | None = None,
     ) -> Tensor:
-        """The vector that is best for the given images (n,) int64 of this process, after `schedule`.
+        """The vector that is best for the given images (n,) int64 of this process, after `schedule`, with one of
+        `RATES` that falls to 0 by a cosine.
 
         Raises:
             CATError: the divergence is not finite, whatever is tried.
         """
         vector = torch.zeros(self._network.size, device=self._network.device, requires_grad=True)
-        rate = min(RATE / len(self._network.places), HIGHEST_RATE)
-        adam = torch.optim.Adam([vector], lr=rate)
+        first = RATES[rate] / max(len(self._network.places), FEWEST_LAYERS)
+        adam = torch.optim.Adam([vector], lr=first)
         generator = torch.Generator().manual_seed(seed)
         step = 0
         for _ in range(schedule.epochs):
             for part in self._kept.parts(images, schedule.steps, generator):
-                adam.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / schedule.total)) / 2
+                adam.param_groups[0]["lr"] = first * (1 + math.cos(math.pi * step / schedule.total)) / 2
                 vector.grad = self._gradient(vector, part)
                 self._scaler.step(adam)
                 self._scaler.update()

@@ -51,6 +51,7 @@ class LayersEvidence:
     images          that they were fitted on
     layers          what is corrected, in the order of the network
     unreached       names of layers that no gradient reaches, which are left as they are
+    rate            of the steps, that held-out images want: "far" or "near"
     share           of the way from the identity that held-out images want
     epochs, steps   passes over the images, and steps in each
     curve           held-out divergence before, and after each epoch; a mean over the folds
@@ -66,6 +67,7 @@ class LayersEvidence:
     images: int = 0
     layers: tuple[LayerChange, ...] = ()
     unreached: tuple[str, ...] = ()
+    rate: str = ""
     share: float = 0.0
     epochs: int = 0
     steps: int = 0

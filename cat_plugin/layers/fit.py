@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from cat_plugin.correction.channel_affine import ChannelAffine
 from cat_plugin.fitting.processes import Processes
 from cat_plugin.fitting.store import LogitStore, groups_of_alike
 from cat_plugin.kinds import VALUE, OutputKind
-from cat_plugin.layers.descent import BATCH, Augment, Descent, Divergence, Schedule
+from cat_plugin.layers.descent import BATCH, RATES, Augment, Descent, Divergence, Schedule
 from cat_plugin.layers.evidence import LayerChange, LayersEvidence
 from cat_plugin.layers.gradients import fitting_through
 from cat_plugin.layers.images import KeptImages, Part
@@ -34,6 +34,8 @@ from cat_plugin.running.loaders import ForwardFn, run
 from cat_plugin.running.outputs import Output, extract
 
 logger = logging.getLogger(__name__)
+
+Key = TypeVar("Key")
 
 MIN_IMAGES = 64
 """Under which `"auto"` does not try."""
@@ -142,31 +144,37 @@ class _Fit:
             return left_alone(failure, unreached=unreached)
         images = int(self.processes.sum(torch.tensor(float(self.distinct.sum()), device="cpu")).item())
         schedule = schedule_for(images // FOLDS)
-        total = FOLDS * REPEATS * schedule.total
+        total = (FOLDS * REPEATS + len(RATES) - 1) * schedule.total
         self._log_costs(network, placed, total)
-        curves, vectors = [], []
         held_out = {share: torch.empty_like(self.q) for share in SHARES}
         bar = tqdm(total=total, desc="CAT: fitting layers", disable=not progress)
         with bar, fitting_through(self.model), network.attached():
             descent = Descent(network, self.kept, self._targets, self.divergence, self.processes, self.augment)
+            rate, curves, vectors = None, [], []
             for fold in range(FOLDS):
-                inside, outside = self.fold_of != fold, self.fold_of == fold
-                watched = _indices(outside & self.distinct)[:WATCHED]
-                made = []
-                for repeat in range(REPEATS):
-                    curve = [self._mean(self.q, watched)]
+                chosen, outside = _indices((self.fold_of != fold) & self.distinct), _indices(self.fold_of == fold)
 
-                    def watch(vector: Tensor, watched=watched, curve=curve) -> None:
-                        curve.append(self._mean(self._outputs(network, vector, watched), watched))
-                        bar.set_postfix_str(f"held-out divergence {curve[0]:.4f} -> {curve[-1]:.4f}")
+                def fit(
+                    rate: str, repeat: int, chosen=chosen, outside=outside, fold=fold
+                ) -> tuple[Tensor, list[float]]:
+                    return self._fitted(network, descent, schedule, rate, fold + FOLDS * repeat, chosen, outside, bar)
 
-                    seed = self.config.seed + fold + FOLDS * repeat
-                    chosen = _indices(inside & self.distinct)
-                    made.append(descent.fit(chosen, schedule, seed, watch, bar.update))
-                    curves.append(curve)
-                self._predict(network, torch.stack(made).mean(dim=0), _indices(outside), held_out)
-                vectors += made
-            share = self._best(held_out)
+                if rate is None:
+                    tried = {rate: fit(rate, 0) for rate in RATES}
+                    rate = self._best(
+                        {rate: self._outputs(network, tried[rate][0], outside) for rate in tried}, outside
+                    )
+                    made = [tried[rate]]
+                else:
+                    made = [fit(rate, 0)]
+                made += [fit(rate, repeat) for repeat in range(1, REPEATS)]
+                vectors += [vector for vector, _ in made]
+                curves += [curve for _, curve in made]
+                mean = torch.stack([vector for vector, _ in made]).mean(dim=0)
+                rows = self.rows_of(outside)[0]
+                for part, outputs in held_out.items():
+                    outputs[rows] = self._outputs(network, part * mean, outside)
+            share = self._best(held_out, _indices(self.distinct))
         vector = torch.stack(vectors).mean(dim=0)
         corrections = network.corrections(share * vector)
         changes = _changes(corrections, network.places)
@@ -176,6 +184,7 @@ class _Fit:
             images=images,
             layers=changes,
             unreached=unreached,
+            rate=rate,
             share=share,
             epochs=schedule.epochs,
             steps=schedule.steps,
@@ -184,6 +193,27 @@ class _Fit:
             seconds=time.perf_counter() - started,
         )
         return LayersFit(corrections, evidence, held_out[share])
+
+    def _fitted(
+        self,
+        network: CorrectedNetwork,
+        descent: Descent,
+        schedule: Schedule,
+        rate: str,
+        number: int,
+        chosen: Tensor,
+        outside: Tensor,
+        bar: tqdm,
+    ) -> tuple[Tensor, list[float]]:
+        """The vector of a fit on the images `chosen`, and the divergence on others before it and after each epoch."""
+        watched = outside[self.distinct[outside]][:WATCHED]
+        curve = [self._mean(self.q, watched)]
+
+        def watch(vector: Tensor) -> None:
+            curve.append(self._mean(self._outputs(network, vector, watched), watched))
+            bar.set_postfix_str(f"held-out divergence {curve[0]:.4f} -> {curve[-1]:.4f}")
+
+        return descent.fit(chosen, schedule, rate, self.config.seed + number, watch, bar.update), curve
 
     def _places(self, layers: dict[str, nn.Module]) -> list[Place]:
         with measuring(layers) as measures:
@@ -237,13 +267,6 @@ class _Fit:
             rows = [network.rows(part, vector).to("cpu", torch.float32) for part in self.kept.parts(images)]
         return torch.cat(rows) if rows else self.q[:0]
 
-    def _predict(
-        self, network: CorrectedNetwork, vector: Tensor, images: Tensor, held_out: dict[float, Tensor]
-    ) -> None:
-        rows = self.rows_of(images)[0]
-        for share, outputs in held_out.items():
-            outputs[rows] = self._outputs(network, share * vector, images)
-
     def _mean(self, outputs: Tensor, images: Tensor) -> float:
         """Mean divergence over the given images of all processes, where `outputs` are theirs, or those of all kept."""
         rows = self.rows_of(images)[0]
@@ -253,9 +276,9 @@ class _Fit:
         total, count = self.processes.sum(sums).tolist()
         return total / max(count, 1.0)
 
-    def _best(self, held_out: dict[float, Tensor]) -> float:
-        everything = _indices(self.distinct)
-        means = {share: self._mean(outputs, everything) for share, outputs in held_out.items()}
+    def _best(self, outputs: Mapping[Key, Tensor], images: Tensor) -> Key:
+        """The key of the outputs that are nearest to full precision on the given images."""
+        means = {key: self._mean(rows, images) for key, rows in outputs.items()}
         return self.processes.agree(min(means, key=means.get))
 
     def _log_costs(self, network: CorrectedNetwork, placed: Sequence[Place], steps: int) -> None:

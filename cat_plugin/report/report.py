@@ -182,8 +182,8 @@ class CATReport:
             lines += [f"    {name:<20}{closeness}" for name, closeness in known.items() if closeness is not None]
         if layers.accepted:
             lines.append(
-                f"  fitted in {layers.epochs} epochs of {layers.steps} steps, {layers.seconds:.0f} s; share "
-                f"{layers.share:g}; {layers.operations:,} multiply-adds an image"
+                f"  fitted in {layers.epochs} epochs of {layers.steps} steps, {layers.seconds:.0f} s; rate "
+                f"{layers.rate!r}, share {layers.share:g}; {layers.operations:,} multiply-adds an image"
             )
             changed = sorted(layers.layers, key=lambda layer: -max(layer.scale, layer.shift))[:MOST_CHANGED]
             lines.append("  changed most (mean size of scale - 1, and of offsets in spreads of their channel):")
