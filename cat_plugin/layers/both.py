@@ -29,8 +29,9 @@ def fit_both_levels(
     """The correction of the output, and those of layers; None where layers are not to be looked at.
 
     Layers are used where their outputs on held-out images are nearer to full precision than those of the model as it
-    is, and than those with the output corrected alone. The correction of the output is then fitted on such outputs, and
-    the scores of both together are on images that neither level was fitted on.
+    is, by a margin beyond chance, and where both levels together come nearer than the output corrected alone. The
+    correction of the output is then fitted on such outputs, and the scores of both together are on images that neither
+    level was fitted on.
 
     Args:
         kept: the images of this process, and store: outputs of both models for all images; kept ones come first.
@@ -61,22 +62,24 @@ def _judged(
     alone: the correction of the output without them; inside: held-out outputs with corrected layers.
     """
     q, f, owners, kind = alone.q, alone.f, alone.owners, config.kind
-    outputs = {"plain": q, "output": q if alone.out is None else alone.out}
+    outputs = {"plain": q, "output": _either(alone.out, q)}
     outputs["inside"] = judged_outputs(inside, config, processes).to(q.dtype)
-    speaking = faults(kind, f, outputs["inside"], {MODEL: q, OUTPUT: outputs["output"]}, owners)
-    speaking = processes.agree(speaking)
-    together = None if speaking else fit_and_score(inside, config, processes)
-    if together is not None and together.out is not None:
-        outputs["both"] = together.out
+    against = [f"against {MODEL}, {each}" for each in faults(kind, f, outputs["inside"], q, owners, margin=True)]
+    together = None
+    if not processes.agree(against):
+        together = fit_and_score(inside, config, processes)
+        outputs["both"] = _either(together.out, together.q)
+        worse = faults(kind, f, outputs["both"], outputs["output"], owners, margin=False)
+        against = [f"against {OUTPUT}, {each}" for each in worse]
+    against = processes.agree(against)
     known = {name: Closeness.of(f, out, kind) for name, out in outputs.items()}
-    evidence = dataclasses.replace(layers.evidence, **known)
-    if speaking:
-        evidence = dataclasses.replace(evidence, accepted=False, reason=f"nothing to gain: {'; '.join(speaking)}")
-        return None, LayersFit({}, evidence)
-    gained = known["plain"].divergence - known["inside"].divergence
-    evidence = dataclasses.replace(evidence, reason=f"on held-out images, the divergence falls by {gained:.4f}")
-    out = _either(together.out, together.q)
-    scores = score(kind, f, q, out, owners)
+    if against:
+        reason = f"nothing to gain: {'; '.join(against)}"
+        return None, LayersFit({}, dataclasses.replace(layers.evidence, accepted=False, reason=reason, **known))
+    fall = known["plain"].divergence - known["inside"].divergence
+    reason = f"on held-out images, the divergence falls by {fall:.4f}"
+    scores = score(kind, f, q, outputs["both"], owners)
+    evidence = dataclasses.replace(layers.evidence, reason=reason, **known)
     return dataclasses.replace(together, scores=scores), dataclasses.replace(layers, evidence=evidence)
 
 

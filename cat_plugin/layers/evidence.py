@@ -80,21 +80,23 @@ class LayersEvidence:
     seconds: float = 0.0
 
 
-def faults(kind: OutputKind, f: Tensor, out: Tensor, others: dict[str, Tensor], owners: Tensor | None) -> Sequence[str]:
-    """What speaks against the outputs `out` (n, C), in place of each of the `others`: no fall of the divergence by more
-    than the margin of `cat_plugin.fitting.evidence`, or predictions that agree less.
+def faults(
+    kind: OutputKind, f: Tensor, out: Tensor, other: Tensor, owners: Tensor | None, *, margin: bool
+) -> Sequence[str]:
+    """What speaks against the outputs `out` (n, C) in place of the `other`: a divergence from `f` that does not fall,
+    or with `margin` not by more than that of `cat_plugin.fitting.evidence`, or predictions that agree less.
 
     owners: (n,), the image of each row, where rows are positions.
     """
     found = []
     images = len(f) if owners is None else len(owners.unique())
-    for name, other in others.items():
-        fall = kind.divergence(f.double(), other.double()) - kind.divergence(f.double(), out.double())
-        gain, error = fall.mean().item(), standard_error(fall, owners)
-        if not gain > float(student_t.ppf(LEVEL, max(images - 1, 1))) * error:
-            found.append(f"against {name}, the divergence changes by {-gain:+.4f} +- {error:.4f}")
-        if kind.decisions:
-            net = (kind.agreeing(f, out).double() - kind.agreeing(f, other).double()).mean(dim=1)
-            if net.mean().item() < MIN_AGREEMENT * standard_error(net, owners):
-                found.append(f"against {name}, {-100 * net.mean().item():.2f} % fewer predictions agree with FP")
+    fall = kind.divergence(f.double(), other.double()) - kind.divergence(f.double(), out.double())
+    gain, error = fall.mean().item(), standard_error(fall, owners)
+    least = float(student_t.ppf(LEVEL, max(images - 1, 1))) * error if margin else 0.0
+    if not gain > least:
+        found.append(f"the divergence changes by {-gain:+.4f} +- {error:.4f}")
+    if kind.decisions:
+        net = (kind.agreeing(f, out).double() - kind.agreeing(f, other).double()).mean(dim=1)
+        if net.mean().item() < MIN_AGREEMENT * standard_error(net, owners):
+            found.append(f"{-100 * net.mean().item():.2f} % fewer predictions agree with FP")
     return found
