@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 BATCH = 32
 """Images a step, of all processes together."""
-RATES = {"far": 0.44, "midway": 0.14, "near": 0.044}
+RATES = {"near": 0.044, "midway": 0.14, "far": 0.44}
 """Of Adam at the start, in scales and in offsets as shares of their channel's spread, over the number of layers, since
-what all of them change adds up. Rounded networks are far from their best, reconstructed ones near it."""
+what all of them change adds up. Reconstructed networks are near their best, rounded ones far."""
 FEWEST_LAYERS = 20
 """With fewer layers the rate is as with so many."""
 PULL = 1e-5

@@ -29,6 +29,7 @@ from cat_plugin.layers.gradients import fitting_through
 from cat_plugin.layers.images import KeptImages, Part
 from cat_plugin.layers.network import CorrectedNetwork, reached
 from cat_plugin.layers.place import Place, candidates, check_named, measuring, places
+from cat_plugin.metrics import standard_error
 from cat_plugin.running.inference import inference
 from cat_plugin.running.loaders import ForwardFn, run
 from cat_plugin.running.outputs import Output, extract
@@ -203,10 +204,10 @@ class _Fit:
     ) -> tuple[Tensor, list[float]]:
         """The vector of a fit on the images `chosen`, and the divergence on others before it and after each epoch."""
         watched = outside[self.distinct[outside]][:WATCHED]
-        curve = [self._mean(self.q, watched)]
+        curve = [self._divergences(self.q, watched).mean().item()]
 
         def watch(vector: Tensor) -> None:
-            curve.append(self._mean(self._outputs(network, vector, watched), watched))
+            curve.append(self._divergences(self._outputs(network, vector, watched), watched).mean().item())
             bar.set_postfix_str(f"held-out divergence {curve[0]:.4f} -> {curve[-1]:.4f}")
 
         return descent.fit(chosen, schedule, rate, self.config.seed + number, watch, bar.update), curve
@@ -263,19 +264,24 @@ class _Fit:
             rows = [network.rows(part, vector).to("cpu", torch.float32) for part in self.kept.parts(images)]
         return torch.cat(rows) if rows else self.q[:0]
 
-    def _mean(self, outputs: Tensor, images: Tensor) -> float:
-        """Mean divergence over the given images of all processes, where `outputs` are theirs, or those of all kept."""
-        rows = self.rows_of(images)[0]
+    def _divergences(self, outputs: Tensor, images: Tensor) -> Tensor:
+        """(n,) float64 mean divergence of each of the given images of all processes, where `outputs` are theirs, or
+        those of all kept."""
+        rows, owners = self.rows_of(images)
         outputs = outputs if len(outputs) == len(rows) else outputs[rows]
         divergence = self.divergence(self.f[rows], outputs).double()
-        sums = torch.tensor([divergence.sum().item(), float(len(rows))], dtype=torch.float64, device="cpu")
-        total, count = self.processes.sum(sums).tolist()
-        return total / max(count, 1.0)
+        sums = torch.zeros(len(images), dtype=torch.float64, device="cpu").index_add_(0, owners, divergence)
+        return self.processes.gather_rows(sums / torch.bincount(owners, minlength=len(images)))
 
     def _best(self, outputs: Mapping[Key, Tensor], images: Tensor) -> Key:
-        """The key of the outputs that are nearest to full precision on the given images."""
-        means = {key: self._mean(rows, images) for key, rows in outputs.items()}
-        return self.processes.agree(min(means, key=means.get))
+        """The key of the outputs that are nearest to full precision on the given images: the first one, unless another
+        is nearer by more than a standard error."""
+        best, least = None, None
+        for key, rows in outputs.items():
+            found = self._divergences(rows, images)
+            if least is None or (least - found).mean().item() > standard_error(least - found):
+                best, least = key, found
+        return self.processes.agree(best)
 
     def _log_costs(self, network: CorrectedNetwork, placed: Sequence[Place], steps: int) -> None:
         """Says what the fit will take."""
