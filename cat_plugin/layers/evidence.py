@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from cat_plugin.fitting.evidence import LEVEL, MIN_AGREEMENT
+from cat_plugin.fitting.evidence import LEVEL, MIN_AGREEMENT, MIN_CHANGED
 from cat_plugin.kinds import OutputKind
 from cat_plugin.metrics import agreement, kl_divergence, standard_error
 
@@ -84,7 +84,8 @@ def faults(
     kind: OutputKind, f: Tensor, out: Tensor, other: Tensor, owners: Tensor | None, *, margin: bool
 ) -> Sequence[str]:
     """What speaks against the outputs `out` (n, C) in place of the `other`: a divergence from `f` that does not fall,
-    or with `margin` not by more than that of `cat_plugin.fitting.evidence`, or predictions that agree less.
+    or with `margin` not by more than that of `cat_plugin.fitting.evidence`; predictions that agree less, or with
+    `margin` hardly change.
 
     owners: (n,), the image of each row, where rows are positions.
     """
@@ -99,4 +100,7 @@ def faults(
         net = (kind.agreeing(f, out).double() - kind.agreeing(f, other).double()).mean(dim=1)
         if net.mean().item() < MIN_AGREEMENT * standard_error(net, owners):
             found.append(f"{-100 * net.mean().item():.2f} % fewer predictions agree with FP")
+        changed = 100.0 * (kind.decisions(other) != kind.decisions(out)).double().mean().item()
+        if margin and changed < MIN_CHANGED:
+            found.append(f"corrections would change {changed:.2f} % of the predictions")
     return found
