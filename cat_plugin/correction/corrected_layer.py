@@ -38,8 +38,9 @@ def corrected_layer(layer: nn.Module, correction: ChannelAffine) -> nn.Module:
 
 
 def _of(layer: nn.Module) -> CorrectedLayer:
-    layer.__class__ = _class_of(type(layer))
-    return layer
+    made = object.__new__(_class_of(type(layer)))  # not every class can be given to an object that is there
+    made.__dict__.update(layer.__dict__)
+    return made
 
 
 @functools.cache
