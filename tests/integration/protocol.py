@@ -25,7 +25,7 @@ N_CALIB, N_CAT, BATCH_SIZE = 256, 1024, 64
 TOLERANCE = 1e-4  # of the logits of a baked, exported or converted model
 # Share of the images that may differ by more after a conversion: other sums of floats round other values at a tie.
 TIES = 0.02
-HEADER = ("toolkit", "version", "bits", "network", "FP", "quantized", "+ CAT", "agreement with FP")
+HEADER = ("toolkit", "version", "bits", "network", "FP", "quantized", "+ CAT", "agreement with FP", "layers")
 VERDICTS = ("hook", "bake", "torch.export", "ONNX Runtime")
 NOTES = "Notes, on the toolkit's own model, without CAT:"
 
@@ -66,7 +66,8 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the table; top-1 and agreement in percent of the test images; one verdict for each of `VERDICTS`."""
+    """A line of the table; top-1 and agreement in percent of the test images; how many layers are corrected, of how many
+    that gradients reach; one verdict for each of `VERDICTS`."""
 
     toolkit: str
     version: str
@@ -76,6 +77,7 @@ class Row:
     quantized: float
     corrected: float
     agreement: tuple[float, float]
+    layers: str
     verdicts: tuple[Verdict, ...]
 
 
@@ -102,6 +104,7 @@ def check(
     before = outputs(quantized, task)
     cat_model = apply_cat(wrapper or quantized, fp, task.fresh)
     corrected = outputs(quantized, task)
+    layers = cat_model.report.layers
     accuracy = compare_accuracy(fp, quantized, cat_model, task.test)
     agreement = agreement_with(fp, before, task), agreement_with(fp, corrected, task)
     baked = cat_model.bake()
@@ -112,7 +115,7 @@ def check(
     assert_same(outputs(quantized, task), before)
     assert not find_hooks(quantized)
     assert_close(joined(outputs(baked, task)), joined(corrected))
-    converted = [verdict(convert, baked, quantized, cat_model.correction, task) for convert in converters]
+    converted = [verdict(convert, baked, quantized, cat_model, task) for convert in converters]
     check_saved(cat_model, task, corrected)
     assert_same(outputs(quantized, task), before)
     return Row(
@@ -124,6 +127,7 @@ def check(
         quantized=accuracy.quantized_top1,
         corrected=accuracy.cat_top1,
         agreement=agreement,
+        layers=f"{len(cat_model.layers)} of {len(layers.layers)}",
         verdicts=(Verdict(True), Verdict(True), *converted),
     )
 
@@ -180,11 +184,11 @@ def agreement_with(fp: nn.Module, batches: list, task: Task) -> float:
 
 
 @torch.no_grad()
-def verdict(convert: Convert, baked: nn.Module, quantized: nn.Module, correction: nn.Module, task: Task) -> Verdict:
+def verdict(convert: Convert, baked: nn.Module, quantized: nn.Module, cat_model: CATWrapper, task: Task) -> Verdict:
     """Whether the baked model can be converted; asserts that it can wherever the toolkit's own model can be.
 
-    The converted model must give the baked one's logits; or else, CAT's correction of what the toolkit's own model
-    gives after the same conversion.
+    The converted model must give the baked one's logits; or else, where the output alone is corrected, CAT's correction
+    of what the toolkit's own model gives after the same conversion.
     """
     ours = attempt(convert, baked, task)
     if isinstance(ours, Tensor) and share_off(ours, joined(outputs(baked, task))) <= TIES:
@@ -196,7 +200,8 @@ def verdict(convert: Convert, baked: nn.Module, quantized: nn.Module, correction
         )
         return Verdict(False, own)
     assert isinstance(own, Tensor), f"{convert.__name__}: the baked model gives other logits"
-    assert share_off(ours, correction(own)) <= TIES, f"{convert.__name__}: another correction"
+    if not cat_model.layers:
+        assert share_off(ours, cat_model.correction(own)) <= TIES, f"{convert.__name__}: another correction"
     plain_logits = joined(outputs(quantized, task))
     same = (own.argmax(1) == plain_logits.argmax(1)).double().mean()
     off = share_off(own, plain_logits)
@@ -245,6 +250,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         scores = (f"{score:.2f}" for score in (row.fp, row.quantized, row.corrected))
         agreement = " -> ".join(f"{value:.1f}" for value in row.agreement)
-        lines.append((row.toolkit, row.version, row.bits, row.network, *scores, agreement, *map(cell, row.verdicts)))
+        about = row.toolkit, row.version, row.bits, row.network, *scores, agreement, row.layers
+        lines.append((*about, *map(cell, row.verdicts)))
     numbered = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
     return "\n".join([markdown_table(lines), *(["", NOTES, "", *numbered] if numbered else [])])
