@@ -66,7 +66,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A line of the table; top-1 and agreement in percent of the test images; how many layers are corrected, of how many
+    """A line of the table; top-1 and agreement in percent of the test images; layers that are corrected, of those
     that gradients reach; one verdict for each of `VERDICTS`."""
 
     toolkit: str
