@@ -40,10 +40,8 @@ Key = TypeVar("Key")
 MIN_IMAGES = 64
 """Under which `"auto"` does not try."""
 STEPS = 150
-"""Of a fit on 768 images; as the square root of their number, so that more images are seen less often each."""
-FOLDS = 4
-TRIALS = 3
-"""A fit that tries a rate is so many times shorter."""
+"""Of a fit on 683 images, two thirds of 1,024; as the square root of their number, so that more images are seen less often each."""
+FOLDS = 3
 SHARES = (1.0, 0.5)
 """Of the way from the identity to the fitted corrections."""
 WATCHED = 64
@@ -70,7 +68,7 @@ def left_alone(reason: str, **known: Any) -> LayersFit:
 def schedule_for(images: int) -> Schedule:
     """Of a fit on so many images."""
     steps = max(round(images / BATCH), 1)
-    total = STEPS * math.sqrt(images / 768)
+    total = STEPS * math.sqrt(images / 683)
     return Schedule(max(round(total / steps), 1), steps)
 
 
@@ -148,8 +146,7 @@ class _Fit:
         if self.folds < 2:
             return left_alone("all images come in one batch that only forward_fn takes apart; give smaller batches")
         schedule = schedule_for(images * (FOLDS - 1) // FOLDS)
-        trial = Schedule(max(round(schedule.epochs / TRIALS), 1), schedule.steps)
-        total = self.folds * schedule.total + len(RATES) * trial.total
+        total = (self.folds + len(RATES) - 1) * schedule.total
         self._log_costs(network, placed, total)
         held_out = {share: torch.empty_like(self.q) for share in SHARES}
         bar = tqdm(total=total, desc="CAT: fitting layers", disable=not progress)
@@ -158,8 +155,12 @@ class _Fit:
             rate, curves, vectors = None, [], []
             for fold in range(self.folds):
                 chosen, outside = _indices((self.fold_of != fold) & self.distinct), _indices(self.fold_of == fold)
-                rate = rate or self._rate(network, descent, trial, chosen, outside, bar)
-                vector, curve = self._fitted(network, descent, schedule, rate, fold, chosen, outside, bar)
+                tried = {
+                    each: self._fitted(network, descent, schedule, each, fold, chosen, outside, bar)
+                    for each in ([rate] if rate else RATES)
+                }
+                rate = rate or self._best({r: self._outputs(network, tried[r][0], outside) for r in tried}, outside)
+                vector, curve = tried[rate]
                 vectors.append(vector)
                 curves.append(curve)
                 rows = self.rows_of(outside)[0]
@@ -184,13 +185,6 @@ class _Fit:
             seconds=time.perf_counter() - started,
         )
         return LayersFit(corrections, evidence, held_out[share])
-
-    def _rate(
-        self, network: CorrectedNetwork, descent: Descent, trial: Schedule, chosen: Tensor, outside: Tensor, bar: tqdm
-    ) -> str:
-        """The rate that comes nearest to full precision in a short fit."""
-        tried = {rate: descent.fit(chosen, trial, rate, self.config.seed, None, bar.update) for rate in RATES}
-        return self._best({rate: self._outputs(network, vector, outside) for rate, vector in tried.items()}, outside)
 
     def _fitted(
         self,
