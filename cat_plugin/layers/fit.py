@@ -40,7 +40,8 @@ Key = TypeVar("Key")
 MIN_IMAGES = 64
 """Under which `"auto"` does not try."""
 STEPS = 150
-"""Of a fit on 683 images, two thirds of 1,024; as the square root of their number, so that more images are seen less often each."""
+"""Of a fit on 683 images, two thirds of 1,024; as the square root of their number, so that of more images each is seen
+less often."""
 FOLDS = 3
 SHARES = (1.0, 0.5)
 """Of the way from the identity to the fitted corrections."""
