@@ -12,7 +12,7 @@ from torch import nn
 
 import cat_plugin
 from cat_plugin import CATConfig, CATError, CATWrapper, ClusterAffine, apply_cat
-from cat_plugin.saving.pretrained import CONFIG_NAME, TENSORS_NAME
+from cat_plugin.saving.pretrained import CONFIG_NAME, FORMAT_VERSION, TENSORS_NAME
 from tests.cat_plugin.helpers import SmallNet, images, model_pair, state_of
 
 FILES = {CONFIG_NAME, TENSORS_NAME}
@@ -72,7 +72,7 @@ def test_round_trip_is_exact(config, tmp_path):
 def test_what_is_written_can_be_read_by_others(saved):
     folder, cat_model = saved
     values = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
-    assert (values["format_version"], values["library_version"]) == (1, cat_plugin.__version__)
+    assert (values["format_version"], values["library_version"]) == (FORMAT_VERSION, cat_plugin.__version__)
     assert values["config"] == cat_model.config.to_dict()
     assert values["report"] == cat_model.report.to_dict()
     assert values["report"]["evidence"]["candidates"]
