@@ -120,7 +120,7 @@ def save(
         tensors_sha256=hashlib.sha256(data).hexdigest(),
         fingerprint=Fingerprint.of(model),
         output=FUNCTIONS if isinstance(output, tuple) else output,
-        layers=tuple(SavedLayer(name, part.axis, len(part.scale)) for name, part in layers.items()),
+        layers=tuple(SavedLayer(name=name, axis=part.axis, channels=len(part.scale)) for name, part in layers.items()),
         class_names=check_class_names(class_names, correction.num_classes),
         config=config,
         report=None if report is None else to_plain(report),
