@@ -53,7 +53,7 @@ def test_other_channels_are_an_error(shape, axis):
     ids=str,
 )
 def test_buffers_of_other_shapes_are_an_error(scale, shift, axis):
-    with pytest.raises(CATError, match="expected .C,. twice and an axis counted from the last one"):
+    with pytest.raises(CATError, match=r"expected \(C,\) twice and an axis counted from the last one"):
         ChannelAffine(torch.ones(scale), torch.ones(shift), axis)
 
 
