@@ -34,7 +34,7 @@ def test_equals_corrections_by_hand():
     half = network.size // 2
     with torch.no_grad():
         for name, quantizer in (("first", model.rounded), ("second", model.rounded_again), ("last", None)):
-            hidden = getattr(model, name)(hidden if name != "last" else hidden.mean(dim=(2, 3)))
+            hidden = getattr(model, name)(hidden if name != "last" else hidden.amax(dim=(2, 3)))
             channels = hidden.shape[1]
             shape = (1, -1, *[1] * (hidden.ndim - 2))
             scale, offset = 1 + vector[at : at + channels], vector[half + at : half + at + channels] * spreads[name]
