@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cat_plugin.checks import check_finite, check_same_shape
 from cat_plugin.correction.hook import uncorrected
 from cat_plugin.errors import CATError
 from cat_plugin.fitting.processes import ALONE, Processes
 from cat_plugin.fitting.store import groups_of_alike
 from cat_plugin.metrics import ClassChanges, paired_statistics, percent, top_k_correct
 from cat_plugin.report.accuracy import AccuracyReport
+from cat_plugin.running.checks import check_finite, check_same_shape
 from cat_plugin.running.collect import progress_bar, to_cpu
 from cat_plugin.running.digests import output_keys
 from cat_plugin.running.inference import inference

@@ -12,8 +12,8 @@ LIBRARIES = ("cat_plugin", "baselines")
 PACKAGES = (*LIBRARIES, "benchmarks")
 MAY_IMPORT = {"cat_plugin": set(), "baselines": set(), "benchmarks": {"cat_plugin", "baselines"}}
 ROOMS = {
-    "cat_plugin": "api wrapper evaluation | report | saving fitting | correction | running "
-    "| config metrics checks kinds errors",
+    "cat_plugin": "api wrapper evaluation | report | layers saving | fitting | correction | running "
+    "| config metrics kinds errors",
     "baselines": "api | summary inputs | reconstruction | quantization | network | recipes versions files graphs",
     "benchmarks": "__main__ perf | commands | reports | measure | networks | datasets | runs | anchors wording",
 }

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import BenchmarkError
 from benchmarks.measure.paired_logits import PairedLogits, Source
-from cat_plugin.checks import check_finite
+from cat_plugin.running.checks import check_finite
 
 LOGITS = ("q_calib", "f_calib", "q_test", "f_test")
 LABELS = "y_test"

@@ -4,7 +4,6 @@ import dataclasses
 
 from torch import Tensor
 
-from cat_plugin.checks import check_finite
 from cat_plugin.config import CATConfig
 from cat_plugin.correction.module import ClusterAffine, compute_dtype
 from cat_plugin.errors import CATError
@@ -15,6 +14,7 @@ from cat_plugin.fitting.processes import ALONE, Processes
 from cat_plugin.fitting.scores import ErrorScores, HeldOutScores, score
 from cat_plugin.fitting.store import LogitStore, different_images
 from cat_plugin.kinds import SOFTMAX
+from cat_plugin.running.checks import check_finite
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -69,7 +69,7 @@ class KeptImages:
         if generator is not None:
             order = order[torch.randperm(len(order), generator=generator, device="cpu")]
         if self._single:
-            chunks = order.tensor_split(count) if count else order.split(size)
+            chunks = order.tensor_split(count) if count else order.split(size) if len(order) else ()
             for chosen in chunks:
                 yield self._take(chosen)
             return

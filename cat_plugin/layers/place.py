@@ -13,8 +13,9 @@ from cat_plugin.errors import CATError
 from cat_plugin.fitting.processes import Processes
 from cat_plugin.running.models import inside
 from cat_plugin.running.outputs import first_tensor
+from cat_plugin.running.positions import class_axis_of
 from cat_plugin.running.taps import find_layer, is_in_compiled
-from cat_plugin.running.weights import is_layer, weights_of
+from cat_plugin.running.weights import is_layer, is_packed, weights_of
 
 SMALLEST_SPREAD = 0.01
 """Of a channel, as a share of the mean spread of the layer's channels."""
@@ -74,7 +75,8 @@ class Measure:
         if values is None or values.ndim < 2:
             self.shapes.add((-1, 0))
             return
-        axis = -1 - min(self.axes, values.ndim - 2)
+        axes = values.ndim - 1 - class_axis_of(values) if self.axes is None else self.axes
+        axis = -1 - min(axes, values.ndim - 2)
         channels = values.shape[axis]
         self.shapes.add((axis, channels))
         self.axis = axis
@@ -92,13 +94,16 @@ class Measure:
         return self.axis, self.sums.shape[1], self.numbers
 
 
-def _spatial_axes(module: nn.Module) -> int:
-    """How many axes follow that of the channels: as many as those of the weights beyond inputs and outputs."""
+def _spatial_axes(module: nn.Module) -> int | None:
+    """How many axes follow that of the channels: as many as those of the weights beyond inputs and outputs.
+
+    None where there are no such weights, as of blocks: by the shape of what they give, then.
+    """
     if isinstance(module, nn.modules.conv._ConvNd):
         return len(module.kernel_size)
     if isinstance(module, nn.Linear):
         return 0
-    return max((weight.ndim - 2 for weight in weights_of(module)), default=0)
+    return max((weight.ndim - 2 for weight in weights_of(module)), default=0 if is_packed(module) else None)
 
 
 @contextmanager

@@ -43,7 +43,6 @@ class Drawable(Protocol):
     num_clusters: int
     positions: int | None
     layers: LayersEvidence | None
-    layer: str | None
 
 
 def plot_report(
@@ -183,7 +182,8 @@ def readable(label: int, names: Sequence[str] | None) -> str:
 def _summary_panels(report: Drawable, names: Sequence[str] | None) -> list[Callable[["Axes"], None]]:
     """What there is to draw of the whole model, as functions that draw it."""
     panels: list[Callable[[Axes], None]] = []
-    accuracy, agreement = report.accuracy, None if report.layer is not None else report.held_out
+    accuracy, held_out = report.accuracy, report.held_out
+    agreement = held_out if isinstance(held_out, HeldOutScores) else None  # values have no predictions that agree
     gains = {}
     if accuracy is not None:
         kind, count = _counted(accuracy.images, accuracy.positions)

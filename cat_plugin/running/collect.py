@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cat_plugin.checks import Faults, check_same_shape
 from cat_plugin.errors import CATError
+from cat_plugin.running.checks import Faults, check_same_shape
 from cat_plugin.running.digests import image_digests, known_calibration, output_keys
 from cat_plugin.running.inference import inference
 from cat_plugin.running.loaders import (

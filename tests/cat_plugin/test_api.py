@@ -57,7 +57,8 @@ def test_report_of_one_image(pair):
     report = apply_cat(*pair, images(1)).report
     assert report.held_out is None
     assert "the images are too few to split" in str(report)
-    assert "the model is left as it is\n  1 images are too few to learn from" in str(report)
+    assert "the model is left as it is\n  layers: 1 different images are too few for layers" in str(report)
+    assert "\n  output: 1 images are too few to learn from" in str(report)
     assert "left as it is" in report.summary()
     assert report.warnings == ("1 different images are few: corrections gain from about a thousand",)
 
@@ -125,6 +126,7 @@ def test_public_names():
         "CATConfig",
         "CATError",
         "CATWrapper",
+        "ChannelAffine",
         "ClusterAffine",
         "apply_cat",
         "compare_accuracy",

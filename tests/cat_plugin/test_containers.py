@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from cat_plugin import CATError, CATWrapper, ClusterAffine, apply_cat, fit_cluster_affine
+from cat_plugin import CATConfig, CATError, CATWrapper, ChannelAffine, ClusterAffine, apply_cat, fit_cluster_affine
 from cat_plugin.saving.fingerprint import Fingerprint
 from cat_plugin.saving.pretrained import CONFIG_NAME
 from tests.cat_plugin.helpers import images, model_pair, paired_logits
+from tests.cat_plugin.layers.networks import pictures, planted
 
 
 def pair():
@@ -48,14 +49,16 @@ CONTAINERS = {
 )
 def test_the_same_model_is_known_in_every_container(then, now, layer, tmp_path):
     quantized, fp = pair()
-    cat_model = apply_cat(quantized, fp, images(400), layer=layer)
-    expected = cat_model(images(50, seed=1))
+    cat_model = apply_cat(quantized, fp, images(400), config=CATConfig(layers="none"))
     cat_model.remove()
     saved_from = CONTAINERS[then](quantized)
     prefix = {"data-parallel": "module.", "compiled": "_orig_mod."}.get(then, "")
-    wrapper = CATWrapper(saved_from, cat_model.correction, layer=layer and prefix + layer)
+    layers = {prefix + layer: ChannelAffine(torch.linspace(0.5, 1.5, 16), torch.ones(16), -1)} if layer else {}
+    wrapper = CATWrapper(saved_from, cat_model.correction, layers=layers)
+    expected = wrapper(images(50, seed=1))
     wrapper.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / CONFIG_NAME).read_text("utf-8"))["layer"] == layer
+    saved = json.loads((tmp_path / CONFIG_NAME).read_text("utf-8"))["layers"]
+    assert saved == ([{"name": "first", "axis": -1, "channels": 16}] if layer else [])
     loaded = CATWrapper.from_pretrained(tmp_path, CONTAINERS[now](pair()[0]))
     torch.testing.assert_close(loaded(images(50, seed=1)), expected, rtol=0, atol=0)
     assert not torch.equal(expected, pair()[0](images(50, seed=1)))
@@ -67,11 +70,31 @@ def test_the_same_model_is_known_in_every_container(then, now, layer, tmp_path):
 def test_layers_inside_of_what_is_compiled_are_refused(contain, layer, tmp_path):
     """A hook there is passed over where the compiler does not look for it again."""
     quantized, fp = pair()
-    with pytest.raises(CATError, match=r"inside of a compiled .*, where hooks need not run; give the model that was"):
-        CATWrapper(contain(quantized), ClusterAffine.identity(16), layer=layer)
-    apply_cat(quantized, fp, images(400), layer="first").save_pretrained(tmp_path)
+    change = ChannelAffine(torch.ones(16), torch.ones(16), -1)
+    message = r"inside of a compiled .*, where hooks need not run; give the model that was"
+    with pytest.raises(CATError, match=message):
+        CATWrapper(contain(quantized), ClusterAffine.identity(10), layers={layer: change})
+    with pytest.raises(CATError, match=message):
+        apply_cat(contain(quantized), fp, images(400), config=CATConfig(layers=(layer,)))
+    CATWrapper(quantized, ClusterAffine.identity(10), layers={"first": change}).save_pretrained(tmp_path)
     with pytest.raises(CATError, match="inside of a compiled OptimizedModule"):
         CATWrapper.from_pretrained(tmp_path, compiled(pair()[0]))
+
+
+@pytest.mark.parametrize("contain", [compiled, lambda m: nn.Sequential(compiled(m))], ids=["outside", "inside"])
+def test_layers_inside_of_what_is_compiled_are_left_alone(contain):
+    quantized, fp = pair()
+    cat_model = apply_cat(contain(quantized), fp, images(400), config=CATConfig(layers="all"))
+    assert cat_model.layers == {}
+    assert cat_model.report.layers.reason == "no layer with weights that takes a hook is in the model"
+
+
+def test_layers_of_data_parallel_models_are_those_of_the_model():
+    expected = apply_cat(*planted(), pictures(96))
+    quantized, fp = planted()
+    cat_model = apply_cat(nn.DataParallel(quantized), fp, pictures(96))
+    assert expected.layers and list(cat_model.layers) == [f"module.{name}" for name in expected.layers]
+    assert torch.equal(cat_model(pictures(9)), expected(pictures(9)))
 
 
 def test_another_model_in_a_container_is_still_refused(tmp_path):
@@ -96,8 +119,6 @@ def test_full_precision_models_may_be_scripts(make):
     torch.testing.assert_close(cat_model(images()), expected(images()), rtol=1e-3, atol=1e-3)  # freezing rounds
     assert cat_model.report.accuracy.paired.images == 100
     assert cat_model.report.warnings == expected.report.warnings
-    with pytest.raises(CATError, match="layer 'first' of fp_model is TorchScript"):
-        apply_cat(copy.deepcopy(pair()[0]), torch.jit.script(fp), images(400), layer="first")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -109,7 +130,8 @@ def test_quantized_scripts_are_a_clear_error_whose_advice_holds(make, tmp_path):
     with pytest.raises(CATError, match=r"takes no hooks; give it inside .* torch.nn.Sequential\(model\)"):
         apply_cat(loaded, fp, images(400))
     cat_model = apply_cat(nn.Sequential(loaded), fp, images(400))
-    expected = apply_cat(quantized, fp, images(400))(images())
+    assert cat_model.report.layers.reason == "no layer with weights that takes a hook is in the model"
+    expected = apply_cat(quantized, fp, images(400), config=CATConfig(layers="none"))(images())
     torch.testing.assert_close(cat_model(images()), expected, rtol=1e-3, atol=1e-3)
 
 

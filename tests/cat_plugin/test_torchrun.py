@@ -135,6 +135,9 @@ FAILURES = {
     "at the first look at the models": "apply_cat(quantized, fp if rank == 0 else quantized, x)",
     "before that": "apply_cat(quantized, fp if rank == 0 else 5, x)",
     "while fitting": "apply_cat(quantized, fp, x[200 * rank:][:200])",
+    "in a step of the layers": "apply_cat(failing(quantized, rank), fp, x[200 * rank:][:200])",
+    "as views are made": "apply_cat(quantized, fp, x[200 * rank:][:200], augment=lambda x: x if rank == 0 else 1 / 0)",
+    "by views of another shape": "apply_cat(quantized, fp, x[200 * rank:][:200], augment=lambda x: x[:, rank:])",
     "after that": "apply_cat(quantized, fp, x[200 * rank:][:200])",
 }
 
@@ -145,12 +148,21 @@ def test_an_error_of_one_process_ends_all_within_seconds(tmp_path):
         f"""
 import cat_plugin.api as api
 failures = {FAILURES}
+def failing(model, rank):
+    # In a pass with gradients, after those that try whether there are any.
+    passes = []
+    def hook(module, args, output):
+        passes.append(torch.is_grad_enabled())
+        if rank == 1 and sum(passes) > 4:
+            raise MemoryError("in a step")
+    model.last.register_forward_hook(hook)
+    return model
 def breaking(name):
     return lambda *args, **kwargs: 1 / 0
 told = {{}}
 for when, code in failures.items():
     quantized, fp = models()
-    start, broken = time.monotonic(), {{"while fitting": "fit_and_score", "after that": "CATReport"}}.get(when)
+    start, broken = time.monotonic(), {{"while fitting": "fit_both_levels", "after that": "CATReport"}}.get(when)
     real = getattr(api, broken) if broken else None
     if broken and rank == 1:
         setattr(api, broken, breaking(broken))
@@ -189,7 +201,8 @@ except CATError as error:
 
 
 def test_processes_that_are_asked_for_different_things(tmp_path):
-    differing = "{'config': CATConfig(seed=rank)}, {'layer': [None, 'first'][rank]}, {'eval_loader': [None, []][rank]}"
+    layers = "{'config': CATConfig(layers=['none', 'all'][rank])}"
+    differing = f"{{'config': CATConfig(seed=rank)}}, {layers}, {{'eval_loader': [None, []][rank]}}"
     for told in run(
         f"""
 errors = []

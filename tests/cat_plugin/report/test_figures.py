@@ -8,6 +8,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from cat_plugin import CATConfig, CATError, apply_cat
+from cat_plugin.fitting.scores import ErrorScores
+from cat_plugin.layers.evidence import LayerChange, LayersEvidence
 from cat_plugin.metrics import ClassChanges
 from cat_plugin.report.figures import CLASSES_DRAWN, draw_classes
 from tests.cat_plugin.helpers import images, model_pair
@@ -95,16 +97,34 @@ def test_by_labels_where_they_are_known_by_full_precision_otherwise(report):
     assert len(unlabelled["what CAT gains"].patches) == 1
 
 
-def test_paper_mode_and_layers_have_what_is_known_of_them():
+def test_paper_mode_has_what_is_known_of_it(report):
     quantized, fp = (model.eval() for model in model_pair())
     paper = apply_cat(quantized, fp, images(200), config=CATConfig.paper(8))
     found = panels(paper.report.plot())
     assert not any(title.startswith("families") for title in found)
     assert sum(title.startswith("cluster") for title in found) == 4
-    paper.remove()
-    layer = apply_cat(quantized, fp, images(200), layer="first").report
+    assert not any(title.startswith("layers") for title in found)
+    nothing = {"accuracy": None, "held_out": None, "evidence": None, "layers": None, "clusters": ()}
     with pytest.raises(CATError, match="nothing to draw"):
-        layer.plot()
+        dataclasses.replace(report, **nothing).plot()
+
+
+@pytest.mark.parametrize(("accepted", "outcome"), [(True, "used"), (False, "not used")])
+def test_layers_have_their_curve_and_sizes(report, accepted, outcome):
+    changes = LayerChange("first", 16, 0.25, 0.5), LayerChange("last", 10, 0.125, 1.0)
+    evidence = LayersEvidence(accepted, "for a reason", layers=changes, curve=(0.5, 0.25, 0.375))
+    found = panels(dataclasses.replace(report, layers=evidence).plot())
+    (curve,) = found[f"layers: held-out divergence from FP ({outcome})"].lines
+    assert curve.get_xydata().tolist() == [[0, 0.5], [1, 0.25], [2, 0.375]]
+    sizes = found["size of the correction along the network (mean over channels)"]
+    assert [list(line.get_ydata()) for line in sizes.lines] == [[0.25, 0.125], [0.5, 1.0]]
+    alone = dataclasses.replace(report, layers=evidence, accuracy=None, held_out=None, evidence=None, clusters=())
+    assert len(panels(alone.plot())) == 2
+
+
+def test_values_have_no_agreement_to_draw(report):
+    found = panels(dataclasses.replace(report, accuracy=None, held_out=ErrorScores(1.0, 0.5, 0.1)).plot())
+    assert "families of maps (share of the weight)" in found and "what CAT gains" not in found
 
 
 @pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])

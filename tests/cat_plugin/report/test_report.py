@@ -7,6 +7,7 @@ import pytest
 from cat_plugin import CATConfig, CATError, apply_cat
 from cat_plugin.fitting.evidence import Candidate, Evidence
 from cat_plugin.fitting.scores import ErrorScores, HeldOutScores
+from cat_plugin.layers.evidence import Closeness, LayerChange, LayersEvidence
 from cat_plugin.report.layers import LayerCount
 from cat_plugin.report.report import CATReport
 from tests.cat_plugin.helpers import images, model_pair
@@ -14,6 +15,22 @@ from tests.cat_plugin.helpers import images, model_pair
 SCORES = HeldOutScores(60.0, 62.5, 0.3, 0.2, 1.0, 4.0)
 EVIDENCE = Evidence(
     40, 0.01, 0.002, 5.0, True, "on held-out images, all is well", (Candidate("affine", 0.1, 0.02, 0.75),)
+)
+LAYERS = LayersEvidence(
+    True,
+    "for a reason",
+    images=2000,
+    layers=(LayerChange("first", 16, 0.2, 0.3), LayerChange("last", 10, 0.5, 0.1)),
+    unreached=tuple("abcdef"),
+    share=0.75,
+    epochs=3,
+    steps=7,
+    plain=Closeness(0.5, 60.0),
+    output=Closeness(0.4, 61.0),
+    inside=Closeness(0.2, 62.0),
+    both=Closeness(0.1, None),
+    operations=1234,
+    seconds=12.3,
 )
 REPORT = CATReport(
     images=2000,
@@ -39,7 +56,7 @@ def fitted(config=None, labels=False, n_images=400, classes=10):
 
 def test_what_is_printed():
     expected = [
-        "CAT fitted on 2,000 images: 1 cluster",
+        "CAT fitted on 2,000 images: 1 cluster of the output",
         "  on held-out images, all is well",
         "  tried (fall of the held-out softened KL in nats, share of the weight):",
         "    affine                        +0.1000 +- 0.0200    75%",
@@ -52,33 +69,46 @@ def test_what_is_printed():
 @pytest.mark.parametrize(
     ("changes", "lines"),
     [
-        ({"evidence": None}, ["CAT fitted on 2,000 images, 1 cluster"]),
+        ({"evidence": None}, ["CAT fitted on 2,000 images, 1 cluster of the output"]),
         (
             {"evidence": None, "num_clusters": 3, "cluster_sizes": (7, 1990, 3)},
-            ["CAT fitted on 2,000 images, 3 clusters of 3 to 1990 images each"],
+            ["CAT fitted on 2,000 images, 3 clusters of 3 to 1990 images each of the output"],
         ),
         (
             {"positions": 9000, "num_clusters": 2, "cluster_sizes": (1000, 8000)},
-            ["CAT fitted on 2,000 images (9,000 positions): 2 clusters of 1000 to 8000 positions each"],
+            ["CAT fitted on 2,000 images (9,000 positions): 2 clusters of 1000 to 8000 positions each of the output"],
         ),
         (
             {"evidence": dataclasses.replace(EVIDENCE, accepted=False, candidates=())},
             ["CAT fitted on 2,000 images: the model is left as it is", "  on held-out images, all is well"],
         ),
         (
-            {"evidence": None, "layer": "body", "held_out": ErrorScores(1.0, 0.5, 0.1)},
+            {"held_out": ErrorScores(1.0, 0.5, 0.1)},
+            ["  held out: squared error to FP 1 -> 0.5 (fall 0.5 +- 0.1)"],
+        ),
+        (
+            {"layers": LAYERS},
             [
-                "CAT fitted to layer 'body' on 2,000 images, 1 cluster",
-                "  held out: squared error to FP 1 -> 0.5 (fall 0.5 +- 0.1)",
+                "CAT fitted on 2,000 images: 2 layers corrected, 1 cluster of the output",
+                "  layers: for a reason",
+                "    model               0.5000, 60.00 % agree",
+                "    output only         0.4000, 61.00 % agree",
+                "    layers              0.2000, 62.00 % agree",
+                "    layers and output   0.1000",
+                "  fitted in 3 epochs of 7 steps, 12 s; share 0.75; 1,234 multiply-adds an image",
+                "    last                          0.500  0.100",
+                "    first                         0.200  0.300",
+                "  no gradient reaches 6 layers: a, b, c, d, e, ...",
+                "  output: on held-out images, all is well",
             ],
         ),
         (
-            {"evidence": None, "layer": "body", "held_out": ErrorScores(1.0, 0.95, 0.1)},
-            ["CAT fitted to layer 'body' on 2,000 images: the model is left as it is"],
+            {"layers": LAYERS, "evidence": dataclasses.replace(EVIDENCE, accepted=False)},
+            ["CAT fitted on 2,000 images: 2 layers corrected, the output is left as it is"],
         ),
         (
-            {"evidence": None, "layer": "body", "held_out": None},
-            ["CAT fitted to layer 'body' on 2,000 images: the model is left as it is"],
+            {"layers": LayersEvidence(False, "too few"), "evidence": dataclasses.replace(EVIDENCE, accepted=False)},
+            ["CAT fitted on 2,000 images: the model is left as it is", "  layers: too few"],
         ),
         ({"held_out": None}, ["  held out: nothing, the images are too few to split"]),
         (
@@ -104,12 +134,13 @@ def test_lines_of_other_outcomes(changes, lines):
             {"evidence": dataclasses.replace(EVIDENCE, accepted=False), "held_out": None},
             "2,000 images, left as it is",
         ),
+        ({"held_out": ErrorScores(1.0, 0.5, 0.1)}, "2,000 images, 1 cluster, squared error to FP 1 -> 0.5"),
         (
-            {"evidence": None, "layer": "body", "held_out": ErrorScores(1.0, 0.5, 0.1)},
-            "layer 'body', 2,000 images, 1 cluster, squared error to FP 1 -> 0.5",
+            {"layers": LAYERS, "evidence": dataclasses.replace(EVIDENCE, accepted=False), "held_out": None},
+            "2,000 images, 2 layers, output left as it is",
         ),
     ],
-    ids=["accepted", "clusters", "declined", "layer"],
+    ids=["accepted", "clusters", "declined", "values", "layers"],
 )
 def test_summary_is_one_line(changes, expected):
     assert dataclasses.replace(REPORT, **changes).summary() == expected

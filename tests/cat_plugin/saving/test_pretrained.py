@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import cat_plugin
-from cat_plugin import CATConfig, CATError, CATWrapper, ClusterAffine, apply_cat
-from cat_plugin.saving.pretrained import CONFIG_NAME, TENSORS_NAME
+from cat_plugin import CATConfig, CATError, CATWrapper, ChannelAffine, ClusterAffine, apply_cat
+from cat_plugin.saving.pretrained import CONFIG_NAME, FORMAT_VERSION, TENSORS_NAME
 from tests.cat_plugin.helpers import SmallNet, images, model_pair, state_of
+from tests.cat_plugin.layers.networks import pictures, planted
 
 FILES = {CONFIG_NAME, TENSORS_NAME}
 
@@ -41,6 +42,14 @@ def folder(saved, tmp_path):
     return tmp_path
 
 
+def all_buffers(cat_model):
+    """Buffers of both levels, by their names in the file."""
+    buffers = dict(cat_model.correction.named_buffers())
+    for name, part in cat_model.layers.items():
+        buffers |= {f"layers.{name}.{key}": buffer for key, buffer in part.named_buffers()}
+    return buffers
+
+
 def fresh_model():
     return model_pair()[0].eval()
 
@@ -63,8 +72,8 @@ def test_round_trip_is_exact(config, tmp_path):
     assert (loaded.config, loaded.report) == (cat_model.config, cat_model.report)
     assert loaded.report.accuracy.paired.images == 400
     assert str(loaded.report) == str(cat_model.report)
-    theirs = dict(cat_model.correction.named_buffers())
-    assert {name: (b.dtype, b.shape) for name, b in loaded.correction.named_buffers()} == {
+    theirs = all_buffers(cat_model)
+    assert {name: (b.dtype, b.shape) for name, b in all_buffers(loaded).items()} == {
         name: (b.dtype, b.shape) for name, b in theirs.items()
     }
 
@@ -72,15 +81,18 @@ def test_round_trip_is_exact(config, tmp_path):
 def test_what_is_written_can_be_read_by_others(saved):
     folder, cat_model = saved
     values = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
-    assert (values["format_version"], values["library_version"]) == (1, cat_plugin.__version__)
+    assert (values["format_version"], values["library_version"]) == (FORMAT_VERSION, cat_plugin.__version__)
     assert values["config"] == cat_model.config.to_dict()
     assert values["report"] == cat_model.report.to_dict()
     assert values["report"]["evidence"]["candidates"]
     assert values["tensors_sha256"] == hashlib.sha256((folder / TENSORS_NAME).read_bytes()).hexdigest()
     tensors = safetensors.torch.load_file(folder / TENSORS_NAME)
     assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
-        name: buffer.tolist() for name, buffer in cat_model.correction.named_buffers()
+        name: buffer.tolist() for name, buffer in all_buffers(cat_model).items()
     }
+    assert values["layers"] == [
+        {"name": name, "axis": part.axis, "channels": len(part.scale)} for name, part in cat_model.layers.items()
+    ]
 
 
 def test_saving_and_loading_leave_the_model_as_it_was(tmp_path):
@@ -338,8 +350,8 @@ def test_saved_by_pytorch_is_not_run(folder):
         ("{}", "does not say its format_version"),
         ('{"format_version": "1"}', "does not say its format_version"),
         ('{"format_version": true}', "does not say its format_version"),
-        ('{"format_version": 2, "library_version": "9.9"}', "is of format 2, written by cat-plugin 9.9; .* format 1"),
-        ('{"format_version": 1}', r"lacks \['fingerprint', 'library_version', 'tensors_sha256'\]"),
+        ('{"format_version": 1, "library_version": "0.9"}', "is of format 1, written by cat-plugin 0.9; .* format 2"),
+        ('{"format_version": 2}', r"lacks \['fingerprint', 'library_version', 'tensors_sha256'\]"),
     ],
 )
 def test_texts_that_are_no_config(folder, text, message):
@@ -366,6 +378,7 @@ def test_texts_that_are_no_config(folder, text, message):
         (["report", "evidence", "candidates"], [{}], r"candidates\[0\] has unknown fields \[\] and lacks \['kl_gain'"),
         (["report", "held_out"], "x" * 100, r"the file.report.held_out is 'x{40,}\.\.\.; expected"),
         (["class_names"], ["a"], "class_names are 1; expected a list of 10 texts"),
+        (["layers"], {}, "the file.layers is {}; expected tuple"),
         (["output"], 1.5, "the file.output is 1.5; expected"),
         (["output"], "\0", None),
     ],
@@ -415,3 +428,94 @@ def test_saving_again_replaces(tmp_path, saved):
     saved[1].save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert CATWrapper.from_pretrained(tmp_path, fresh_model()).report == saved[1].report
+
+
+def with_layers():
+    """A wrapper with corrections of two layers that differ in every number."""
+    parts = {"first": 16, "last": 10}
+    layers = {name: ChannelAffine(1 + torch.rand(size), torch.rand(size), -1) for name, size in parts.items()}
+    return CATWrapper(fresh_model(), ClusterAffine.identity(10), layers=layers)
+
+
+def test_fitted_layers_come_back_as_they_were(tmp_path):
+    cat_model = apply_cat(*planted(), pictures(96), config=CATConfig(layers="all"))
+    assert cat_model.layers
+    cat_model.save_pretrained(tmp_path)
+    loaded = CATWrapper.from_pretrained(tmp_path, planted()[0])
+    x = pictures(16, seed=1)
+    assert torch.equal(loaded(x), cat_model(x)) and torch.equal(loaded.bake()(x), cat_model(x))
+    assert loaded.report == cat_model.report
+
+
+def test_layers_come_back_as_they_were(tmp_path):
+    cat_model = with_layers()
+    cat_model.save_pretrained(tmp_path)
+    loaded = CATWrapper.from_pretrained(tmp_path, fresh_model())
+    assert torch.equal(loaded(images()), cat_model(images()))
+    assert not torch.equal(loaded(images()), fresh_model()(images()))
+    model = loaded.remove()
+    assert torch.equal(model(images()), fresh_model()(images()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_types_of_layers_are_kept(dtype, tmp_path):
+    change = ChannelAffine(torch.rand(16).to(dtype), torch.rand(16).to(dtype), -1)
+    CATWrapper(fresh_model(), ClusterAffine.identity(10), layers={"first": change}).save_pretrained(tmp_path)
+    loaded = CATWrapper.from_pretrained(tmp_path, fresh_model()).layers["first"]
+    assert loaded.scale.dtype == dtype and torch.equal(loaded.scale, change.scale)
+    assert torch.equal(loaded.shift, change.shift)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers.last.shift": None}, "lacks layers.last.scale or layers.last.shift, of a layer that"),
+        ({"layers.other.scale": torch.ones(3)}, r"has the tensors .*'layers.other.scale'"),
+        ({"layers.last.shift": torch.ones(9)}, r"scale \(10,\), shift \(9,\) and axis -1; expected"),
+        ({"layers.last.scale": torch.ones(10, 1), "layers.last.shift": torch.ones(10, 1)}, r"got scale \(10, 1\)"),
+        (
+            {"layers.last.scale": torch.ones(9), "layers.last.shift": torch.ones(9)},
+            "layer 'last' has 9 channels; cat_config.json has 10",
+        ),
+        ({"layers.last.scale": torch.full((10,), torch.nan)}, "layers.last.scale has 10 values that are not finite"),
+        ({"layers.last.shift": torch.full((10,), -torch.inf)}, "layers.last.shift has 10 values that are not finite"),
+        ({"layers.last.scale": torch.ones(10, dtype=torch.int64)}, "layers.last.scale is torch.int64; expected one of"),
+    ],
+    ids=["missing", "unknown", "shapes", "axes", "channels", "nan", "inf", "integers"],
+)
+def test_tampered_tensors_of_layers(tmp_path, changes, message):
+    with_layers().save_pretrained(tmp_path)
+    tensors = {**safetensors.torch.load_file(tmp_path / TENSORS_NAME), **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    resign(tmp_path, safetensors.torch.save(kept))
+    refused(tmp_path, rf"{TENSORS_NAME} holds no correction \(.*{message}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "second"}, "lacks layers.second.scale or layers.second.shift"),
+        ({"channels": 11}, "layer 'first' has 16 channels; cat_config.json has 11"),
+        ({"axis": 0}, "axis 0; expected"),
+        ({"axis": "last"}, r"the file.layers\[0\].axis is 'last'; expected int"),
+        ({"name": 3}, r"the file.layers\[0\].name is 3; expected str"),
+    ],
+    ids=["name", "channels", "axis", "type of axis", "type of name"],
+)
+def test_tampered_layers(tmp_path, changes, message):
+    with_layers().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / CONFIG_NAME).read_text("utf-8"))
+    values["layers"][0] |= changes
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(values))
+    refused(tmp_path, message)
+
+
+def test_a_layer_that_the_model_does_not_have(tmp_path):
+    with_layers().save_pretrained(tmp_path)
+    model = change(fresh_model(), "name")
+    before = state_of(model)
+    with pytest.raises(CATError, match="holds a correction for another quantized model"):
+        CATWrapper.from_pretrained(tmp_path, model)
+    with pytest.raises(CATError, match="'last' is no layer of SmallNet; its children are first, norm, drop, renamed"):
+        CATWrapper.from_pretrained(tmp_path, model, strict=False)
+    assert state_of(model) == before

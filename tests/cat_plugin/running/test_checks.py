@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cat_plugin import CATError
-from cat_plugin.checks import Faults, check_finite, check_same_shape
+from cat_plugin.running.checks import Faults, check_finite, check_same_shape
 
 NAN, INF = float("nan"), float("inf")
 LOGITS = torch.tensor([[NAN, 1.0, -INF], [0.0, 1e30, -1e30], [INF, 0.0, 0.0]])

@@ -1,0 +1,227 @@
+"""The fit of all layers, through `apply_cat`, on a network with errors planted in every channel."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from cat_plugin import CATConfig, CATError, apply_cat
+from tests.cat_plugin.helpers import state_of
+from tests.cat_plugin.layers.networks import Net, Rounded, distance, pictures, planted
+
+ALL = CATConfig(layers="all")
+IMAGES = 64
+
+
+def outputs(model, x=None):
+    with torch.no_grad():
+        return model(pictures(100, seed=9) if x is None else x)
+
+
+@functools.cache
+def fitted():
+    quantized, fp = planted()
+    return apply_cat(quantized, fp, pictures(IMAGES), config=ALL)
+
+
+def same(first, second):
+    assert list(first.layers) == list(second.layers) != []
+    for name, part in first.layers.items():
+        assert torch.equal(part.scale, second.layers[name].scale)
+        assert torch.equal(part.shift, second.layers[name].shift)
+
+
+def test_planted_errors_are_found():
+    """Also on images that were not fitted on; and nothing of the model changes."""
+    cat_model, (quantized, fp) = fitted(), planted()
+    expected, plain = outputs(fp), outputs(quantized)
+    assert distance(outputs(cat_model), expected) < 0.6 * distance(plain, expected)
+    evidence = cat_model.report.layers
+    assert evidence.accepted and evidence.inside.divergence < 0.4 * evidence.plain.divergence
+    assert evidence.curve[-1] < 0.6 * evidence.curve[0] and evidence.images == IMAGES and evidence.unreached == ()
+    assert {name: (part.axis, len(part.scale)) for name, part in cat_model.layers.items()} == {
+        "first": (-3, 6),
+        "second": (-3, 8),
+        "last": (-1, 5),
+    }
+    assert evidence.operations == 6 * 6 * 6 + 8 * 4 * 4 + 5
+    assert cat_model.report.added_parameters >= 2 * (6 + 8 + 5)
+
+
+def test_batches_and_seeds():
+    """The same corrections from batches of any size, and others with another seed."""
+    x = pictures(IMAGES)
+    again = apply_cat(*planted(), [part.clone() for part in x.split(IMAGES)], config=ALL)
+    same(fitted(), again)
+    small = apply_cat(*planted(), list(x.split(10)), config=ALL)
+    torch.testing.assert_close(outputs(small), outputs(fitted()), rtol=0, atol=0.1)
+    other = apply_cat(*planted(), x, config=CATConfig(layers="all", seed=1))
+    assert not torch.equal(outputs(other), outputs(again))
+
+
+def test_state_of_both_models_stays():
+    quantized, fp = planted()
+    quantized.train()
+    quantized.last.weight.requires_grad_(False)
+    quantized.first.bias.grad = torch.ones(6)
+    before = state_of(quantized, fp)
+    apply_cat(quantized, fp, pictures(IMAGES), config=ALL, augment="flip").remove()
+    assert state_of(quantized, fp) == before
+
+
+class Stop(nn.Module):
+    """Raises at the given pass of the model."""
+
+    def __init__(self, at, error):
+        super().__init__()
+        self.left, self.error = at, error
+
+    def __call__(self, module, args):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error("stopped")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("at", [1, 2, 3, 4, 9, 20], ids=lambda at: f"pass {at}")
+def test_an_error_at_any_pass_leaves_all_as_it_was(at, error):
+    quantized, fp = planted()
+    handle = quantized.last.register_forward_pre_hook(Stop(at, error))
+    quantized.first.bias.grad = torch.ones(6)
+    before = state_of(quantized, fp)
+    try:
+        apply_cat(quantized, fp, pictures(IMAGES), config=ALL).remove()
+    except error:
+        pass
+    else:  # a trial of gradients that fails is no error, but no layers either
+        assert error is RuntimeError
+    handle.remove()
+    before[0]["hooks"] = [{} for _ in before[0]["hooks"]]
+    assert state_of(quantized, fp) == before
+
+
+class NoGradient(Rounded):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+class LastRounded(Net):
+    """Rounds its output without a gradient, so that none reaches a layer."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            return (super().forward(x) * 8).round() / 8
+
+
+def test_layers_that_no_gradient_reaches_are_named():
+    quantized, fp = planted(rounding=NoGradient)
+    cat_model = apply_cat(quantized, fp, pictures(IMAGES), config=ALL)
+    assert cat_model.report.layers.unreached == ("first", "second")
+    assert set(cat_model.layers) <= {"last"}
+    assert "no gradient reaches 2 layers: first, second" in str(cat_model.report)
+
+
+def exported(model):
+    dynamic = ({0: torch.export.Dim("images", min=1)},)
+    return torch.export.export(model, (pictures(4),), dynamic_shapes=dynamic).module()
+
+
+def scripted(model):
+    return nn.Sequential(torch.jit.trace(model, pictures(2)))
+
+
+def without(model):
+    other = LastRounded().eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [exported, scripted, without])
+def test_models_without_layers_or_gradients_are_corrected_at_their_output(make):
+    quantized, fp = planted()
+    report = apply_cat(make(quantized), fp, pictures(IMAGES)).report
+    assert not report.layers.accepted and report.evidence.accepted
+    assert report.layers.reason.startswith(
+        ("no layer with weights that takes a hook", "no gradient reaches a layer of")
+    )
+
+
+def test_repeated_images_count_once():
+    x = pictures(IMAGES)
+    repeated = apply_cat(*planted(), torch.cat([x, x[:20]]), config=ALL)
+    assert repeated.report.layers.images == IMAGES
+
+
+def test_too_few_images():
+    cat_model = apply_cat(*planted(), pictures(20))
+    assert cat_model.layers == {} and "20 different images are too few for layers" in cat_model.report.layers.reason
+
+
+class Maps(Net):
+    """Logits at every position (N, 5, 4, 4)."""
+
+    def forward(self, x):
+        x = self.rounded(torch.relu(self.first(x)))
+        x = self.rounded_again(torch.relu(self.second(x)))
+        return self.last(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class One(Net):
+    def forward(self, x):
+        return super().forward(x)[:, 1:2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(Net, {"output_kind": "sigmoid"}), (Net, {"output_kind": "value"}), (One, {}), (Maps, {"positions": 5})],
+    ids=["sigmoid", "value", "one logit", "maps"],
+)
+def test_kinds_of_outputs(kind, options):
+    quantized, fp = planted()
+    for model in (quantized, fp):
+        model.__class__ = kind
+    plain, expected = outputs(quantized), outputs(fp)
+    cat_model = apply_cat(quantized, fp, pictures(IMAGES), config=CATConfig(layers="all", **options))
+    evidence = cat_model.report.layers
+    assert evidence.curve[-1] < 0.8 * evidence.curve[0]
+    assert distance(outputs(cat_model), expected) < 0.8 * distance(plain, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_types_of_models(dtype):
+    quantized, fp = (model.to(dtype) for model in planted())
+    x = pictures(100, seed=9).to(dtype)
+    plain, expected = outputs(quantized, x).double(), outputs(fp, x).double()
+    cat_model = apply_cat(quantized, fp, pictures(IMAGES).to(dtype), config=ALL)
+    assert cat_model.layers and outputs(cat_model, x).dtype == dtype
+    assert distance(outputs(cat_model, x).double(), expected) < 0.6 * distance(plain, expected)
+
+
+def test_inside_of_inference_mode():
+    with torch.inference_mode():
+        cat_model = apply_cat(*planted(), pictures(IMAGES), config=ALL)
+    same(cat_model, fitted())
+    cat_model.quantized_model(pictures(2)).sum().backward()
+
+
+def test_views_and_inputs_by_a_function():
+    batches = [{"x": part} for part in pictures(IMAGES).split(16)]
+    cat_model = apply_cat(*planted(), batches, config=ALL, forward_fn=lambda model, batch: model(batch["x"]))
+    assert cat_model.layers
+    flipped = apply_cat(*planted(), pictures(IMAGES), config=ALL, augment="flip")
+    assert flipped.layers and flipped.report.layers.images == IMAGES
+    with pytest.raises(CATError, match="augment='turn' should be \"flip\", or a function of a batch of images"):
+        apply_cat(*planted(), pictures(IMAGES), augment="turn")
+
+
+def test_names():
+    cat_model = apply_cat(*planted(), pictures(IMAGES), config=CATConfig(layers=("second",)))
+    assert set(cat_model.layers) <= {"second"} and [each.name for each in cat_model.report.layers.layers] == ["second"]
+    quantized, fp = planted()
+    before = state_of(quantized, fp)
+    with pytest.raises(CATError, match="'third' is no layer of Net"):
+        apply_cat(quantized, fp, pictures(IMAGES), config=CATConfig(layers=("second", "third")))
+    assert state_of(quantized, fp) == before
