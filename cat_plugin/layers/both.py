@@ -39,11 +39,13 @@ def fit_both_levels(
     """
     if kept is None:
         return fit_and_score(store, config, processes), None
-    known = store if len(kept) == store.num_images else store.first(len(kept))
+    complete = all(processes.gather(len(kept) == store.num_images))
+    known = store if complete else store.first(len(kept))
     alone = fit_and_score(known, config, processes)
     distinct = len(different_images(processes.gather_rows(known.keys())))
-    if config.layers == AUTO and distinct < MIN_IMAGES:
-        layers = left_alone(f"{distinct} different images are too few for layers; give at least {MIN_IMAGES}")
+    least = MIN_IMAGES if config.layers == AUTO else 2
+    if distinct < least:
+        layers = left_alone(f"{distinct} different images are too few for layers; give at least {least}")
     else:
         layers = fit_layers(quantized_model, fp_model, kept, known, config, processes, **how)
     if layers.evidence.accepted:
@@ -51,7 +53,7 @@ def fit_both_levels(
         together, layers = _judged(alone, layers, inside, config, processes)
         if layers.evidence.accepted:
             return together, layers
-    return alone if known is store else fit_and_score(store, config, processes), layers
+    return alone if complete else fit_and_score(store, config, processes), layers
 
 
 def _judged(

@@ -1,5 +1,6 @@
 """The calibration images, kept so that they can be run again, some at a time, in another order."""
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -179,5 +180,5 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def _copied(batch: Any) -> Any:
-    """A copy of a tensor on the CPU, which a loader may overwrite; others are kept as they are."""
-    return batch.detach().to("cpu", copy=True) if isinstance(batch, Tensor) else batch
+    """A copy, which no loader overwrites; of a tensor on the CPU."""
+    return batch.detach().to("cpu", copy=True) if isinstance(batch, Tensor) else copy.deepcopy(batch)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class CorrectedNetwork:
         self._spread = torch.cat([place.spread for place in places]).to(self.device)
         self._sizes = [place.channels for place in places]
         self._output, self._forward_fn = output, forward_fn
+        # Another thread that runs the model meanwhile gets its plain output.
+        self._current: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("corrections here", default=None)
 
     @property
     def size(self) -> int:
@@ -46,7 +49,6 @@ class CorrectedNetwork:
     @contextmanager
     def attached(self) -> Iterator["CorrectedNetwork"]:
         """The hooks are on the layers inside the block; they act while `rows` is running."""
-        self._current: list[tuple[Tensor, Tensor]] | None = None
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers):
                 stack.callback(layer.register_forward_hook(_Hook(self, index, self.places[index].axis)).remove)
@@ -54,11 +56,11 @@ class CorrectedNetwork:
 
     def rows(self, part: Part, vector: Tensor | None) -> Tensor:
         """(n, C) logits of the images in `part` that count, with the corrections of `vector`, or without."""
-        self._current = None if vector is None else self._split(vector)
+        token = self._current.set(None if vector is None else self._split(vector))
         try:
             returned = run(self.model, part.batch, self._forward_fn)
         finally:
-            self._current = None
+            self._current.reset(token)
         return part.rows(extract(returned, "quantized_model", self._output))
 
     def corrections(self, vector: Tensor) -> dict[str, ChannelAffine]:
@@ -82,7 +84,7 @@ class _Hook:
         self._network, self._index, self._axis = network, index, axis
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        current = self._network._current
+        current = self._network._current.get()
         if current is None:
             return None
         values = first_tensor(output)
