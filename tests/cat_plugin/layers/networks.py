@@ -28,8 +28,8 @@ class Net(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.first = nn.Conv2d(3, 6, 3)
-            self.second = nn.Conv2d(6, 8, 3)
-            self.last = nn.Linear(8, 5)
+            self.second = nn.Conv2d(6, 24, 3)
+            self.last = nn.Linear(24, 5)
             self.last.weight.data *= 10
         self.rounded, self.rounded_again = rounding(), rounding()
 
@@ -39,7 +39,7 @@ class Net(nn.Module):
         return self.last(x.amax(dim=(2, 3)))
 
 
-def planted(seed=0, size=0.4, rounding=Rounded):
+def planted(seed=0, size=0.6, rounding=Rounded):
     """`(quantized, fp)`: the first has another scale and offset in every channel of every layer."""
     fp = Net(seed, nn.Identity).eval()
     with torch.no_grad():
@@ -51,7 +51,7 @@ def planted(seed=0, size=0.4, rounding=Rounded):
         for layer in (quantized.first, quantized.second, quantized.last):
             scale = 1 + size * (torch.rand(len(layer.bias), generator=generator) - 0.5)
             layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.ndim - 1)))
-            layer.bias.mul_(scale).add_(size * 0.5 * torch.randn(len(scale), generator=generator))
+            layer.bias.mul_(scale).add_(0.2 * size * torch.randn(len(scale), generator=generator))
     return quantized, fp
 
 

@@ -42,11 +42,11 @@ def test_planted_errors_are_found():
     assert evidence.curve[-1] < 0.6 * evidence.curve[0] and evidence.images == IMAGES and evidence.unreached == ()
     assert {name: (part.axis, len(part.scale)) for name, part in cat_model.layers.items()} == {
         "first": (-3, 6),
-        "second": (-3, 8),
+        "second": (-3, 24),
         "last": (-1, 5),
     }
-    assert evidence.operations == 6 * 6 * 6 + 8 * 4 * 4 + 5
-    assert cat_model.report.added_parameters >= 2 * (6 + 8 + 5)
+    assert evidence.operations == 6 * 6 * 6 + 24 * 4 * 4 + 5
+    assert cat_model.report.added_parameters >= 2 * (6 + 24 + 5)
 
 
 def test_batches_and_seeds():
@@ -144,9 +144,7 @@ def test_models_without_layers_or_gradients_are_corrected_at_their_output(make):
     quantized, fp = planted()
     report = apply_cat(make(quantized), fp, pictures(IMAGES)).report
     assert not report.layers.accepted and report.evidence.accepted
-    assert report.layers.reason.startswith(
-        ("no layer with weights that takes a hook", "no gradient reaches a layer of")
-    )
+    assert report.layers.reason.startswith(("no layer ", "no gradient reaches a layer"))
 
 
 def test_repeated_images_count_once():
