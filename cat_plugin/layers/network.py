@@ -35,7 +35,8 @@ class CorrectedNetwork:
         self.model, self.places = model, list(places)
         self.device = model_device(model) or torch.device("cpu")
         self._layers = [layers[place.name] for place in places]
-        self._spread = torch.cat([place.spread for place in places]).to(self.device)
+        with torch.inference_mode(False):  # what was measured in inference mode takes part in gradients
+            self._spread = torch.cat([place.spread for place in places]).to(self.device)
         self._sizes = [place.channels for place in places]
         self._output, self._forward_fn = output, forward_fn
         # Another thread that runs the model meanwhile gets its plain output.

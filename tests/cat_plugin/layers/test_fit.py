@@ -199,8 +199,9 @@ def test_types_of_models(dtype):
 
 
 def test_inside_of_inference_mode():
+    quantized, fp = planted()
     with torch.inference_mode():
-        cat_model = apply_cat(*planted(), pictures(IMAGES), config=ALL)
+        cat_model = apply_cat(quantized, fp, pictures(IMAGES), config=ALL)
     same(cat_model, fitted())
     cat_model.quantized_model(pictures(2)).sum().backward()
 
