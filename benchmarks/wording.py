@@ -8,6 +8,11 @@ def signed(points: float) -> str:
     return f"{round(points, 2) + 0.0:+.2f}"
 
 
+def spread(mean: float, std: float | None, sign: str = "") -> str:
+    """`mean ± std`, the latter where it is known."""
+    return f"{mean:{sign}.2f}" if std is None else f"{mean:{sign}.2f} ± {std:.2f}"
+
+
 def bits_name(w_bits: int, a_bits: int) -> str:
     """Such as `W2A4`."""
     return f"W{w_bits}A{a_bits}"

@@ -14,6 +14,7 @@ from benchmarks.commands.parsers import parse_compare
 from benchmarks.datasets.registry import DATASETS
 from benchmarks.measure.accuracy import Measurement, measure
 from benchmarks.measure.protocol import Protocol, Setting, settings_grid
+from benchmarks.reports import cost_report
 from benchmarks.reports.comparison_plots import plot_comparison
 from benchmarks.reports.comparison_report import to_markdown, write_report
 from benchmarks.runs.environment import code_digest, versions
@@ -52,7 +53,8 @@ def _measure_grid(args: argparse.Namespace) -> None:
     written = write_report(folder, measured, weights) | plot_comparison(folder, measured, dataset.classes)
     about = environment(args.command, args.seeds, args.device, sum(each.seconds for each in measured))
     write_environment(folder, about | {"fp_check": loaded.fp_check} | settings)
-    print(f"\n{to_markdown(measured, weights)}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
+    text = "\n\n".join(filter(None, [to_markdown(measured, weights), cost_report.to_markdown(measured)]))
+    print(f"\n{text}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
 
 
 main = command_line(NAME, parse_compare, _measure_grid, resumes=True)

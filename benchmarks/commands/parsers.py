@@ -114,7 +114,8 @@ def _compare_parser() -> argparse.ArgumentParser:
 
 def _ablate_parser() -> argparse.ArgumentParser:
     parser = _parser(
-        "ablate", "Change one setting of the correction at a time, around paper mode and the default, on fresh images."
+        "ablate",
+        "Change one setting of the output's correction at a time, around paper mode and the default, on fresh images.",
     )
     add_source_options(parser)
     how = parser.add_argument_group("what to change")
@@ -151,7 +152,8 @@ def _robustness_parser() -> argparse.ArgumentParser:
 
 def _nulls_parser() -> argparse.ArgumentParser:
     parser = _parser(
-        "nulls", "Fit the default on generated logits where nothing can be gained, and count how often it is accepted."
+        "nulls",
+        "Fit the output's correction on generated logits where nothing can be gained, and count what is accepted.",
     )
     how = parser.add_argument_group("draws")
     how.add_argument(

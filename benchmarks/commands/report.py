@@ -9,6 +9,7 @@ from benchmarks.commands import ablate, compare, nulls, robustness
 from benchmarks.commands.exit_codes import command_line
 from benchmarks.commands.parsers import parse_report
 from benchmarks.measure.accuracy import Measurement
+from benchmarks.reports import cost_report
 from benchmarks.reports.comparison_plots import plot_comparison
 from benchmarks.reports.comparison_report import title, to_markdown, write_report
 from benchmarks.runs.folders import read_settings
@@ -34,7 +35,7 @@ def _report(args: argparse.Namespace) -> None:
             print(f"{text}\n")
         _print_files(folder, files)
     for weights, measured in compared:
-        print(f"\n{to_markdown(measured, weights)}")
+        print("\n" + "\n\n".join(filter(None, [to_markdown(measured, weights), cost_report.to_markdown(measured)])))
 
 
 main = command_line("report", parse_report, _report, resumes=False)

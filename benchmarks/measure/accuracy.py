@@ -1,7 +1,7 @@
 """One row of the table: quantize, fit the corrections on other training images, score on the test images."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,15 +9,19 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from benchmarks.datasets.dataset import Dataset
-from benchmarks.measure.corrections import DEFAULT_MODE, MODES, corrections
-from benchmarks.measure.network_logits import paired_logits
+from benchmarks.measure.corrections import DEFAULT_MODE, EARLIER_NAMES, MODES, OUTPUT_MODE, corrections
+from benchmarks.measure.network_logits import Corrected, Networks
+from benchmarks.measure.paired_logits import PairedLogits
 from benchmarks.measure.protocol import LowBitNetwork, Protocol, Setting
 from benchmarks.runs.row_files import Record
+from cat_plugin.report.clusters import ClusterProfile
+
+QUANTIZATION = "quantization"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row(LowBitNetwork):
-    """A line of `results.csv`; top-1 accuracies and `cat_delta` (CAT minus low-bit) in percent.
+    """A line of `results.csv`; top-1 accuracies and `*_delta` (with the correction minus low-bit) in percent.
 
     `iters` is what was asked for, also where a method learns nothing. Scores of corrections that were not asked for
     are None, and `cat_paper_top1` is where there are fewer images than the paper's 64 clusters.
@@ -32,22 +36,42 @@ class Row(LowBitNetwork):
     lq_top1: float
     plain_affine_top1: float | None
     cat_paper_top1: float | None
-    cat_top1: float | None
-    cat_delta: float | None
+    output_top1: float | None
+    layers_top1: float | None
+    output_delta: float | None
+    layers_delta: float | None
 
 
 class Measurement(Record[Row]):
-    """A row with the predictions of the networks `fp`, `lq`, `plain_affine`, `cat_paper` and `cat`."""
+    """A row with the predictions of the networks `fp`, `lq`, and of every correction, by the names of `MODES`.
+
+    `parts` are the seconds of `quantization` and of the fit of every correction.
+    """
 
     row_type: ClassVar[type] = Row
 
     @staticmethod
     def figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
-        """`n_eval`, all scores and `cat_delta`."""
+        """`n_eval`, all scores, and what CAT changes."""
         labels, networks = predictions["labels"], ("fp", "lq", *MODES)
         scores = {name: top1(predictions[name], labels) if name in predictions else None for name in networks}
-        delta = None if scores["cat"] is None else round(scores["cat"] - scores["lq"], 4)
-        return {"n_eval": len(labels), **{f"{name}_top1": score for name, score in scores.items()}, "cat_delta": delta}
+        deltas = {
+            f"{mode}_delta": None if scores[mode] is None else round(scores[mode] - scores["lq"], 4)
+            for mode in (OUTPUT_MODE, DEFAULT_MODE)
+        }
+        return {"n_eval": len(labels), **{f"{name}_top1": score for name, score in scores.items()}, **deltas}
+
+    @classmethod
+    def of_earlier(
+        cls, values: dict[str, Any], predictions: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """With the names of today; nothing of layers was measured then."""
+        if f"{DEFAULT_MODE}_top1" in values:
+            return values, predictions
+        names = {f"{old}_{what}": f"{new}_{what}" for old, new in EARLIER_NAMES.items() for what in ("top1", "delta")}
+        values = {names.get(name, name): value for name, value in values.items()}
+        values |= {f"{DEFAULT_MODE}_{what}": None for what in ("top1", "delta")}
+        return values, {EARLIER_NAMES.get(name, name): classes for name, classes in predictions.items()}
 
 
 def measure(
@@ -72,13 +96,11 @@ def measure(
         BenchmarkError: a test image is among those for quantization or for corrections.
     """
     started = time.perf_counter()
-    pairs = paired_logits(
-        setting, protocol, dataset, fp_model, cache=cache, cache_device=cache_device, progress=progress
-    )
+    kept = {"cache": cache, "cache_device": cache_device, "progress": progress}
+    networks = Networks.made(setting, protocol, dataset, fp_model, **kept)
     configs = corrections(protocol.n_cat, setting.seed)
-    fitted = {mode: pairs.fit(config) for mode, config in configs.items() if mode in modes}
-    predictions = pairs.score(fitted)
-    profiles = pairs.profile(fitted[DEFAULT_MODE]) if DEFAULT_MODE in fitted else ()
+    corrected = {mode: networks.correct(config) for mode, config in configs.items() if mode in modes}
+    predictions = networks.logits.score({mode: each.logits for mode, each in corrected.items()})
     row = Row(
         dataset=dataset.name,
         model=model_name,
@@ -88,7 +110,17 @@ def measure(
         n_cat=protocol.n_cat,
         **Measurement.figures(predictions),
     )
-    return Measurement(row, predictions, time.perf_counter() - started, profiles)
+    parts = {QUANTIZATION: networks.quantization_seconds} | {mode: each.seconds for mode, each in corrected.items()}
+    known = {name: round(seconds, 3) for name, seconds in parts.items() if seconds is not None}
+    seconds = time.perf_counter() - started
+    return Measurement(row, predictions, seconds, _profiles(networks.logits, corrected), known)
+
+
+def _profiles(pairs: PairedLogits, corrected: Mapping[str, Corrected]) -> tuple[ClusterProfile, ...]:
+    """Of the library's default, or of the default for outputs where that is not there, in the clusters of the latter,
+    which are those of the low-bit network's logits."""
+    found = [corrected[mode] for mode in (OUTPUT_MODE, DEFAULT_MODE) if mode in corrected]
+    return pairs.profile(found[0].correction, found[-1].logits) if found else ()
 
 
 def top1(predicted: Tensor, labels: Tensor) -> float:

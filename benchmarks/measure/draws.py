@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from benchmarks.measure.accuracy import top1
-from benchmarks.measure.corrections import corrections
+from benchmarks.measure.corrections import EARLIER_NAMES, corrections_of_logits
 from benchmarks.measure.intervals import paired_figures
 from benchmarks.measure.paired_logits import FRESH, PairedLogits, Source
 from benchmarks.runs.files import digest_text
@@ -90,6 +90,13 @@ class Draw(Record[Gain]):
             **paired_figures(difference),
         }
 
+    @classmethod
+    def of_earlier(
+        cls, values: dict[str, Any], predictions: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """With the mode's name of today."""
+        return values | {"mode": EARLIER_NAMES.get(values["mode"], values["mode"])}, predictions
+
 
 def cells(sources: Sequence[Source], images: Sequence[int], max_draws: int) -> list[Cell]:
     """The whole grid, source by source; the paper's correction only where images are enough for its clusters."""
@@ -98,7 +105,7 @@ def cells(sources: Sequence[Source], images: Sequence[int], max_draws: int) -> l
         for source in sources
         for number in images
         for draw in range(source.draws(number, max_draws))
-        for mode, config in corrections(number, FIT_SEED).items()
+        for mode, config in corrections_of_logits(number, FIT_SEED).items()
     ]
 
 
@@ -109,6 +116,6 @@ def measure(cell: Cell, pairs: PairedLogits) -> Draw:
         BenchmarkError: a test image is among the draw's.
     """
     started = time.perf_counter()
-    predictions = pairs.score({CORRECTED: pairs.fit(cell.config, cell.rows, cell.origin)})
+    predictions = pairs.score({CORRECTED: pairs.fit(cell.config, cell.rows, cell.origin)(pairs.test_q)})
     described = {"source": cell.source.name, "images": cell.images, "draw": cell.draw, "mode": cell.mode}
     return Draw(Gain(**described, **Draw.figures(predictions)), predictions, time.perf_counter() - started)

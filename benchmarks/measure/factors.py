@@ -1,15 +1,15 @@
-"""The settings of a correction that `ablate` changes, one at a time, around paper mode and the default."""
+"""The settings of a correction that `ablate` changes, one at a time, around paper mode and the default for outputs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.measure.corrections import corrections
+from benchmarks.measure.corrections import OUTPUT_MODE, corrections_of_logits
 from benchmarks.measure.draws import FIT_SEED, Cell
 from benchmarks.measure.paired_logits import ORIGINS, Source
 from cat_plugin import CATConfig
 
-ABLATED = ("cat_paper", "cat")
+ABLATED = ("cat_paper", OUTPUT_MODE)
 Value = int | float | str
 
 
@@ -94,8 +94,8 @@ FACTORS: dict[str, Factor] = {
 
 
 def centre(n_cat: int) -> dict[str, CATConfig]:
-    """What is changed: paper mode and the default."""
-    return {mode: config for mode, config in corrections(n_cat, FIT_SEED).items() if mode in ABLATED}
+    """What is changed: paper mode and the default for the output."""
+    return {mode: config for mode, config in corrections_of_logits(n_cat, FIT_SEED).items() if mode in ABLATED}
 
 
 def points(

@@ -1,11 +1,11 @@
 """Keeps test images out of all that is quantized, fitted or chosen."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import BenchmarkError
-from benchmarks.datasets.images import Images, digests, shown
-from cat_plugin import CATConfig, ClusterAffine, fit_cluster_affine
+from benchmarks.datasets.images import Images, batches, digests, shown
+from cat_plugin import CATConfig, CATWrapper, ClusterAffine, apply_cat, fit_cluster_affine
 from cat_plugin.fitting.fit import Fit, fit_and_score
 from cat_plugin.fitting.store import LogitStore
 
@@ -67,6 +67,31 @@ def fit_positions_guarded(q: Tensor, f: Tensor, config: CATConfig, guard: LeakGu
     images, positions = q.shape[:2]
     owners = torch.arange(images).repeat_interleave(positions) if positions > 1 else None
     return fit_and_score(LogitStore.of(q.flatten(0, 1), f.flatten(0, 1), owners), config)
+
+
+def fit_networks_guarded(
+    quantized: nn.Module,
+    fp_model: nn.Module,
+    images: Images,
+    config: CATConfig,
+    guard: LeakGuard,
+    *,
+    progress: bool = False,
+) -> CATWrapper:
+    """`apply_cat`, the only call of it in the benchmarks; the correction is attached to `quantized`.
+
+    Args:
+        quantized: the low-bit network, and `fp_model` the full-precision one.
+        images: what to fit on.
+        config: what to fit.
+        guard: of the test images.
+        progress: show progress bars.
+
+    Raises:
+        BenchmarkError: one of the images is a test image.
+    """
+    guard.check(images, FITTED)
+    return apply_cat(quantized, fp_model, batches(images, None), config=config, progress=progress)
 
 
 def joined(q: Tensor, f: Tensor) -> Tensor:

@@ -1,25 +1,32 @@
-"""Paired logits of networks that are quantized here."""
+"""Networks that are quantized here, their paired logits, and corrections of them."""
 
 import logging
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from baselines.files import atomic_path, digest_tensors
 from benchmarks.datasets.calibration_split import split_calibration
 from benchmarks.datasets.dataset import Dataset
 from benchmarks.datasets.images import ImageFiles, Images, batches, digests, stacked
-from benchmarks.measure.leak_guard import LeakGuard
+from benchmarks.measure.leak_guard import LeakGuard, fit_networks_guarded
 from benchmarks.measure.paired_logits import PairedLogits, Source
 from benchmarks.measure.protocol import Protocol, Setting, quantization_options
-from benchmarks.networks.quantized import cache_key, quantized_model
+from benchmarks.networks.quantized import cache_key, timed_quantized_model
+from benchmarks.runs.clock import clock
 from benchmarks.runs.files import digest_text
-from cat_plugin.running.collect import PairedOutputs, collect_outputs
+from cat_plugin import CATConfig, ClusterAffine
+from cat_plugin.running.collect import PairedOutputs, collect_outputs, to_cpu
+from cat_plugin.running.inference import inference
+from cat_plugin.running.loaders import iterate_inputs, model_device
 
 logger = logging.getLogger(__name__)
 
@@ -27,40 +34,134 @@ SCORING_BATCH = 256
 LOGITS_FORMAT = "q and f: fresh images, those tuned on, test images"  # changes with what is stored of a network
 
 
-def paired_logits(
-    setting: Setting,
-    protocol: Protocol,
-    dataset: Dataset,
-    fp_model: nn.Module,
-    *,
-    cache: Path | None = None,
-    cache_device: str = "model",
-    progress: bool = False,
-) -> PairedLogits:
-    """Quantize `fp_model` as `setting` says and run both networks on the images of all parts.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Corrected:
+    """What `correction` of the output, with those of layers where there are any, makes of a low-bit network.
 
-    Raises:
-        BenchmarkError: a test image is among those for quantization or for corrections.
+    `logits` `(M, C)` are those for the test images, `seconds` what the fit took, running the networks on its images
+    included, see `clock`.
     """
-    calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
-    guard = LeakGuard(dataset.test_images)
-    guard.check(dataset.train_images[calib], "images for quantization")
-    guard.check(dataset.train_images[cat], "images for corrections")
-    device, options = protocol.device, quantization_options(setting, protocol)
-    images = stacked(dataset.train_images[calib]).to(device)
-    quantized = quantized_model(fp_model, images, cache, cache_device=cache_device, progress=progress, **options)
 
-    def outputs(images: Images, title: str) -> PairedOutputs:
-        loader = batches(images, title if progress else None)
-        return collect_outputs(quantized, fp_model, loader, batch_size=SCORING_BATCH)
+    correction: ClusterAffine
+    logits: Tensor
+    seconds: float
 
-    parts = {
-        "tuned": outputs(images, "images for quantization"),
-        "fit": outputs(dataset.train_images[cat], "images for corrections"),
-        "test": outputs(dataset.test_images, "test images"),
-    }
-    logits = {f"{part}_{name}": getattr(found, name) for part, found in parts.items() for name in "qf"}
-    return PairedLogits(**logits, labels=dataset.test_labels)
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Networks:
+    """A low-bit network `quantized` and its original, with the images that corrections are fitted on.
+
+    `quantization_seconds` is None where it is unknown.
+    """
+
+    quantized: nn.Module
+    fp_model: nn.Module
+    dataset: Dataset
+    tuned_images: Images
+    fit_images: Images
+    guard: LeakGuard
+    quantization_seconds: float | None
+    progress: bool = False
+
+    @classmethod
+    def made(
+        cls,
+        setting: Setting,
+        protocol: Protocol,
+        dataset: Dataset,
+        fp_model: nn.Module,
+        *,
+        cache: Path | None = None,
+        cache_device: str = "model",
+        progress: bool = False,
+    ) -> "Networks":
+        """Quantize `fp_model` as `setting` says.
+
+        Raises:
+            BenchmarkError: a test image is among those for quantization or for corrections.
+        """
+        calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
+        guard = LeakGuard(dataset.test_images)
+        guard.check(dataset.train_images[calib], "images for quantization")
+        guard.check(dataset.train_images[cat], "images for corrections")
+        device, options = protocol.device, quantization_options(setting, protocol)
+        images = stacked(dataset.train_images[calib]).to(device)
+        kept = {"cache_device": cache_device, "progress": progress}
+        quantized, seconds = timed_quantized_model(fp_model, images, cache, **kept, **options)
+        return cls(
+            quantized=quantized,
+            fp_model=fp_model,
+            dataset=dataset,
+            tuned_images=images,
+            fit_images=dataset.train_images[cat],
+            guard=guard,
+            quantization_seconds=seconds,
+            progress=progress,
+        )
+
+    @cached_property
+    def logits(self) -> PairedLogits:
+        """Of both networks for the images of all parts."""
+        parts = {
+            "tuned": self._outputs(self.tuned_images, "images for quantization"),
+            "fit": self._fit_outputs[0],
+            "test": self._outputs(self.dataset.test_images, "test images"),
+        }
+        logits = {f"{part}_{name}": getattr(found, name) for part, found in parts.items() for name in "qf"}
+        return PairedLogits(**logits, labels=self.dataset.test_labels)
+
+    @property
+    def collect_seconds(self) -> float:
+        """That running both networks on the images for corrections took."""
+        return self._fit_outputs[1]
+
+    def correct(self, config: CATConfig) -> Corrected:
+        """A correction fitted on the images for that, and the test images' logits with it; the networks stay as they
+        were.
+
+        Raises:
+            BenchmarkError: a test image is among the images to fit on.
+        """
+        logits, started = self.logits, self._now()
+        if not config.corrects_layers:
+            correction = logits.fit(config)
+            seconds = self.collect_seconds + self._now() - started
+            return Corrected(correction=correction, logits=correction(logits.test_q), seconds=seconds)
+        attached = fit_networks_guarded(
+            self.quantized, self.fp_model, self.fit_images, config, self.guard, progress=self.progress
+        )
+        seconds = self._now() - started
+        try:
+            return Corrected(correction=attached.correction, logits=self._test_logits(), seconds=seconds)
+        finally:
+            attached.remove()
+
+    @cached_property
+    def _fit_outputs(self) -> tuple[PairedOutputs, float]:
+        started = self._now()
+        return self._outputs(self.fit_images, "images for corrections"), self._now() - started
+
+    def _now(self) -> float:
+        return clock(self.tuned_images.device)
+
+    def _outputs(self, images: Images, title: str) -> PairedOutputs:
+        loader = batches(images, title if self.progress else None)
+        return collect_outputs(self.quantized, self.fp_model, loader, batch_size=SCORING_BATCH)
+
+    def _test_logits(self) -> Tensor:
+        """`(M, C)` of the low-bit network as it is now, with what is attached to it."""
+        loader = batches(self.dataset.test_images, "corrected test images" if self.progress else None)
+        device = model_device(self.quantized)
+        with inference({"quantized_model": self.quantized}):
+            found = [to_cpu(self.quantized(batch.to(device))) for batch, _ in iterate_inputs(loader, SCORING_BATCH)]
+        return torch.cat(found)
+
+
+def paired_logits(
+    setting: Setting, protocol: Protocol, dataset: Dataset, fp_model: nn.Module, **kept: Any
+) -> PairedLogits:
+    """The logits of `Networks.made`, which has the same arguments."""
+    return Networks.made(setting, protocol, dataset, fp_model, **kept).logits
 
 
 def network_sources(

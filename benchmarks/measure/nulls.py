@@ -120,14 +120,14 @@ def null_cells(cases: Iterable[NullCase], draws: int, seed: int) -> list[NullCel
 
 
 def measure_null(cell: NullCell) -> NullDraw:
-    """Draw logits, fit the default on them, and compare classes with the FP model's on fresh images."""
+    """Draw logits, fit the default for outputs on them, and compare classes with the FP model's on fresh images."""
     started, case = time.perf_counter(), cell.case
     # Of the name: draws of other cases and sizes have nothing in common.
     generator = torch.Generator().manual_seed(int(digest_text(cell.name), 16))
     q, f = case.draw(cell.images, case.positions, generator)
     fresh = case.draw(FRESH_IMAGES, min(case.positions, FRESH_POSITIONS), generator)
     fresh_q, fresh_f = (logits.flatten(0, 1) for logits in fresh)
-    fit = fit_positions_guarded(q, f, CATConfig(seed=cell.draw), LeakGuard(position_rows(*fresh)))
+    fit = fit_positions_guarded(q, f, CATConfig(layers="none", seed=cell.draw), LeakGuard(position_rows(*fresh)))
     networks = {LABELS: fresh_f, "lq": fresh_q, CORRECTED: fit.correction(fresh_q)}
     predictions = {name: logits.argmax(1).to(torch.int16) for name, logits in networks.items()}
     described = {"case": case.name, "images": cell.images, "draw": cell.draw, "accepted": fit.evidence.accepted}

@@ -61,16 +61,19 @@ class PairedLogits:
         q, f = (self.fit_q, self.fit_f) if origin == FRESH else (self.tuned_q, self.tuned_f)
         return fit_guarded(q[rows], f[rows], config, self._guard)
 
-    def score(self, corrections: dict[str, ClusterAffine]) -> dict[str, Tensor]:
-        """Classes that are predicted for the test images, int16 `(M,)`: `labels`, `fp`, `lq` and corrected."""
-        logits = {"fp": self.test_f, "lq": self.test_q}
-        logits |= {name: correction(self.test_q) for name, correction in corrections.items()}
+    def score(self, corrected: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Classes that are predicted for the test images, int16 `(M,)`: `labels`, `fp`, `lq` and corrected.
+
+        `corrected` are logits `(M, C)` for the test images, by the names of corrections.
+        """
+        logits = {"fp": self.test_f, "lq": self.test_q, **corrected}
         predictions = {name: values.argmax(1).to(torch.int16) for name, values in logits.items()}
         return {"labels": self.labels.to(torch.int16), **predictions}
 
-    def profile(self, correction: ClusterAffine) -> tuple[ClusterProfile, ...]:
-        """What the correction does to the logits of the test images, cluster by cluster."""
-        return profile_clusters(correction, self.test_q, self.test_f, correction(self.test_q))
+    def profile(self, correction: ClusterAffine, corrected: Tensor) -> tuple[ClusterProfile, ...]:
+        """What becomes of the logits of the test images, which are `corrected` `(M, C)`, in each of the clusters of
+        `correction`."""
+        return profile_clusters(correction, self.test_q, self.test_f, corrected)
 
 
 @dataclass(frozen=True)

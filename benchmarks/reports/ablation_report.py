@@ -50,7 +50,7 @@ def factor_markdown(factor: str, lines: Sequence[Line]) -> str:
     """What one factor does: over all sources and draws, in each source, and as published."""
     title = (
         f"{FACTORS[factor].label}: gain in top-1 over the low-bit model, in percentage points; all else as in "
-        "paper mode (K = 64, alpha = 0.4) and in the default."
+        "paper mode (K = 64, alpha = 0.4) and in the default for outputs."
     )
     groups = {
         (_readable(value), MODES[mode]): [line.gain for line in lines if (line.value, line.mode) == (value, mode)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.measure.accuracy import Measurement
 from benchmarks.measure.comparisons import modes_in, over_seeds, summarize
-from benchmarks.measure.corrections import MODES
+from benchmarks.measure.corrections import DEFAULT_MODE, MODES, OUTPUT_MODE
 from benchmarks.reports.plots import GAIN_LABEL, LINEAR_TO, STYLES, blank_figure, gain_axis, new_figure
 from benchmarks.runs.row_files import change
 from benchmarks.wording import bits_name
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 GAINS, CLASSES, LOGITS = "gains.png", "classes.png", "logits.png"
 CLASSES_DRAWN = 20
 """With more classes than this, those at either end are drawn."""
-HATCHES = {"plain_affine": "", "cat_paper": "///", "cat": "..."}  # tell bars apart without colour
+HATCHES = {"plain_affine": "", "cat_paper": "///", "output": "...", "layers": "xx"}  # tell bars apart without colour
 
 
 @plain_style()
@@ -114,23 +114,33 @@ def draw_changes(measured: Sequence[Measurement], classes: Sequence[str] | None)
 
 
 def draw_logits(measured: Sequence[Measurement], classes: Sequence[str] | None) -> "Figure | None":
-    """Mean logits of the largest clusters in all three networks, of the network on which CAT gains most."""
+    """Mean logits of the largest clusters in all three networks, of the network on which CAT gains most.
+
+    CAT is the library's default, or that for outputs where layers were not corrected.
+    """
     profiled = [each for each in measured if any(profile.quantized != profile.corrected for profile in each.profiles)]
     if not profiled:
         return None
-    best = max(profiled, key=lambda each: (each.row.cat_delta, each.row.method))
+    best = max(profiled, key=lambda each: (_by_cat(each)[1], each.row.method))
     figure = blank_figure(LOGITS, 12, 5.4)
     if figure is None:
         return None
     row, profiles = best.row, best.profiles
     figure.suptitle(
         f"{row.model} by {row.method}, {bits_name(row.w_bits, row.a_bits)}, seed {row.seed}, on test images: "
-        f"top-1 {row.lq_top1:.2f} -> {row.cat_top1:.2f} % (FP {row.fp_top1:.2f} %), the largest gain of this run",
+        f"top-1 {row.lq_top1:.2f} -> {_by_cat(best)[0]:.2f} % (FP {row.fp_top1:.2f} %), the largest gain of this run",
         fontsize="medium",
     )
     (part,) = figure.subfigures(1, 1, squeeze=False)[0]
     draw_clusters(part, profiles[:CLUSTERS_DRAWN], len(profiles), classes, "test images")
     return figure
+
+
+def _by_cat(measurement: Measurement) -> tuple[float, float]:
+    """Top-1 and gain of the correction that the profiles are of."""
+    row = measurement.row
+    mode = OUTPUT_MODE if row.layers_top1 is None else DEFAULT_MODE
+    return getattr(row, f"{mode}_top1"), getattr(row, f"{mode}_delta")
 
 
 def class_gains(measured: Sequence[Measurement]) -> Iterator[tuple[str, Tensor]]:

@@ -9,8 +9,9 @@ from benchmarks.measure.accuracy import Measurement, Row
 from benchmarks.measure.comparisons import Summary, by_setting, compare, modes_in, summarize
 from benchmarks.measure.corrections import MODES
 from benchmarks.reports import published
+from benchmarks.reports.cost_report import write_costs
 from benchmarks.reports.tables import markdown_table, to_csv, write_texts
-from benchmarks.wording import bits_name, signed
+from benchmarks.wording import bits_name, signed, spread
 
 
 def write_report(folder: Path, measured: Sequence[Measurement], weights: str | None = None) -> dict[str, bool]:
@@ -18,7 +19,7 @@ def write_report(folder: Path, measured: Sequence[Measurement], weights: str | N
 
     `results.csv` has a line a network, `comparisons.csv` one a network and correction, `summary.csv` one a
     method, bit setting and correction, over seeds; `results.json` holds all three, `results.md` the table to read,
-    whose title says which full-precision `weights` there were.
+    whose title says which full-precision `weights` there were. For `costs.*`, see `write_costs`.
     """
     parts = {
         "results": [measurement.row for measurement in measured],
@@ -29,7 +30,7 @@ def write_report(folder: Path, measured: Sequence[Measurement], weights: str | N
     plain = {name: [asdict(line) for line in lines] for name, lines in parts.items()}
     texts["results.json"] = json.dumps(plain, indent=2) + "\n"
     texts["results.md"] = to_markdown(measured, weights) + "\n"
-    return write_texts(folder, texts)
+    return write_texts(folder, texts) | write_costs(folder, measured)
 
 
 def to_markdown(measured: Sequence[Measurement], weights: str | None = None) -> str:
@@ -88,8 +89,3 @@ def _gain(line: Summary, kinds: Iterable[str]) -> list[str]:
 def readable_p(p_value: float) -> str:
     """Three decimals."""
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
-
-
-def spread(mean: float, std: float | None, sign: str = "") -> str:
-    """`mean ± std`, the latter where it is known."""
-    return f"{mean:{sign}.2f}" if std is None else f"{mean:{sign}.2f} ± {std:.2f}"

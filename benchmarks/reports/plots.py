@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Colours of Okabe and Ito, which people with any colour vision tell apart; markers tell them apart without colour.
-STYLES = {"plain_affine": ("#0072B2", "o"), "cat_paper": ("#D55E00", "s"), "cat": ("#009E73", "^")}
+STYLES = {
+    "plain_affine": ("#0072B2", "o"),
+    "cat_paper": ("#D55E00", "s"),
+    "output": ("#009E73", "^"),
+    "layers": ("#CC79A7", "D"),
+}
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 MARKERS = "o", "s", "^", "D", "v", "P", "X"
 LINEAR_TO = 1.0  # points, up to which the axis of gains is linear; logarithmic beyond, since some losses are huge

@@ -22,7 +22,16 @@ OTHERS = {
     "mnasnet1_0": "The papers' MNasNet is of twice the width (x2.0); torchvision and timm have none wider than x1.4.",
     "regnet_x_400mf": "The papers' smaller RegNetX has 600 MF: regnetx_006, of timm.",
 }
-HEADER = "quantized by", "figures of", "FP", "low-bit", "difference", "gain of CAT (paper)", "gain of CAT"
+HEADER = (
+    "quantized by",
+    "figures of",
+    "FP",
+    "low-bit",
+    "difference",
+    "gain of paper",
+    "gain of output",
+    "gain of layers",
+)
 OURS = "this run"
 CAVEAT = (
     "Published networks start from other full-precision weights than torchvision's (PD-Quant's from those that BRECQ's "
@@ -64,11 +73,11 @@ def _lines(measured: Sequence[Measurement], known: Sequence[Published]) -> list[
         theirs = [each for each in known if (each.method, each.w_bits, each.a_bits) == first.setting]
         if not theirs:
             continue
-        gains = [_gain(found.get(mode)) for mode in ("cat_paper", "cat")]
+        gains = [_gain(found.get(mode)) for mode in ("cat_paper", "output", "layers")]
         lines.append((first.title, OURS, *_scores(first.fp_top1, first.lq_top1), *gains))
         for each in theirs:
             scores = _scores(each.fp_top1, each.top1)
-            lines.append((first.title, each.source, *scores, _points(each.cat_gain), "-"))
+            lines.append((first.title, each.source, *scores, _points(each.cat_gain), "-", "-"))
     return lines
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from benchmarks.measure.corrections import MODES
+from benchmarks.measure.corrections import LOGITS_MODES
 from benchmarks.measure.draws import Gain
 from benchmarks.measure.paired_logits import Source
 from benchmarks.reports.plots import GAIN_LABEL, STYLES, gain_axis, new_figure
@@ -40,8 +40,8 @@ def to_markdown(gains: Sequence[Gain], notes: Sequence[str]) -> str:
 def sizes_table(gains: Sequence[Gain]) -> str:
     """One line a number of images and mode, over the draws of all sources."""
     groups = {
-        (f"{images:,}", MODES[mode]): [gain.gain for gain in gains if (gain.images, gain.mode) == (images, mode)]
-        for images, mode in product(_sizes(gains), MODES)
+        (f"{images:,}", LOGITS_MODES[mode]): [gain.gain for gain in gains if (gain.images, gain.mode) == (images, mode)]
+        for images, mode in product(_sizes(gains), LOGITS_MODES)
     }
     return gains_table("images", groups)
 
@@ -59,12 +59,12 @@ def gains_table(header: str, groups: Mapping[tuple[str, str], Sequence[float]]) 
 
 def sources_table(gains: Sequence[Gain]) -> str:
     """One line a source and number of images, with the mean gain of every mode over the draws."""
-    lines = [("source", "images", "draws", "FP", "low-bit", *MODES.values())]
+    lines = [("source", "images", "draws", "FP", "low-bit", *LOGITS_MODES.values())]
     for source, images in product(dict.fromkeys(gain.source for gain in gains), _sizes(gains)):
         found = [gain for gain in gains if (gain.source, gain.images) == (source, images)]
         if found:
             first, draws = found[0], len({gain.draw for gain in found})
-            means = [mean_gain(gain.gain for gain in found if gain.mode == mode) for mode in MODES]
+            means = [mean_gain(gain.gain for gain in found if gain.mode == mode) for mode in LOGITS_MODES]
             lines.append(
                 (source, f"{images:,}", str(draws), f"{first.fp_top1:.2f}", f"{first.lq_top1:.2f}", *means),
             )
@@ -87,7 +87,7 @@ def shortfalls(sources: Sequence[Source], images: Sequence[int], max_draws: int)
 @plain_style()
 def plot(gains: Sequence[Gain], path: Path) -> bool:
     """Draw every gain as a dot against the number of images, one panel a mode; False without matplotlib."""
-    modes = [mode for mode in MODES if any(gain.mode == mode for gain in gains)]
+    modes = [mode for mode in LOGITS_MODES if any(gain.mode == mode for gain in gains)]
     sources, sizes = list(dict.fromkeys(gain.source for gain in gains)), _sizes(gains)
     drawing = new_figure(path.name, len(modes))
     if drawing is None:
@@ -102,7 +102,9 @@ def plot(gains: Sequence[Gain], path: Path) -> bool:
             values = [gain.gain for gain in shown if gain.images == images]
             if values:
                 panel.hlines(statistics.fmean(values), place - 0.4, place + 0.4, color="black", linewidth=1.5)
-        panel.set(title=MODES[mode], xlabel="images", xticks=range(len(sizes)), xticklabels=[f"{n:,}" for n in sizes])
+        panel.set(
+            title=LOGITS_MODES[mode], xlabel="images", xticks=range(len(sizes)), xticklabels=[f"{n:,}" for n in sizes]
+        )
         gain_axis(panel)
     panels[0].set_ylabel(GAIN_LABEL)
     figure.suptitle("Every dot is a draw, every bar the mean of a size", fontsize="medium")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -15,7 +15,7 @@ from benchmarks.runs.files import write_text
 from cat_plugin.report.clusters import ClusterProfile
 from cat_plugin.saving.plain import from_plain, to_plain
 
-SECONDS, PROFILES = "seconds", "profiles"  # stand beside the fields of a stored row
+SECONDS, PROFILES, PARTS = "seconds", "profiles", "parts"  # stand beside the fields of a stored row
 LABELS = "labels"
 
 AnyRow = TypeVar("AnyRow")
@@ -34,13 +34,15 @@ class Record(Generic[AnyRow]):
 
     `predictions` holds int16 tensors `(n_eval,)`: `labels`, and the classes that each network predicts (`fp`,
     `lq`, and one a correction). `seconds` is the time it took, 0 where that is unknown. `profiles` are what a
-    correction did to the logits of the test images, where that is kept for a figure.
+    correction did to the logits of the test images, where that is kept for a figure. `parts` are the seconds of single
+    steps, by name, as far as they are known.
     """
 
     row: AnyRow
     predictions: dict[str, Tensor]
     seconds: float = 0.0
     profiles: tuple[ClusterProfile, ...] = ()
+    parts: dict[str, float] = field(default_factory=dict)
 
     row_type: ClassVar[type]
 
@@ -48,6 +50,13 @@ class Record(Generic[AnyRow]):
     def figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
         """The fields of a row that follow from its predictions."""
         raise NotImplementedError
+
+    @classmethod
+    def of_earlier(
+        cls, values: dict[str, Any], predictions: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Fields and predictions as they are called today, in case an earlier version has stored them."""
+        return values, predictions
 
     def verify(self, name: str) -> None:
         """Refuse a row, called `name` in the message, whose figures are not those of its predictions.
@@ -66,6 +75,7 @@ class Record(Generic[AnyRow]):
         with atomic_path(path.with_suffix(".safetensors")) as temporary:
             save_file(self.predictions, temporary)
         beside = {SECONDS: self.seconds} | ({PROFILES: to_plain(self.profiles)} if self.profiles else {})
+        beside |= {PARTS: self.parts} if self.parts else {}
         write_text(path, json.dumps({**asdict(self.row), **beside}, indent=2) + "\n")
 
     @classmethod
@@ -74,4 +84,6 @@ class Record(Generic[AnyRow]):
         values = json.loads(path.read_text("utf-8"))
         seconds = values.pop(SECONDS, 0.0)
         profiles = from_plain(tuple[ClusterProfile, ...], values.pop(PROFILES, []), PROFILES)
-        return cls(cls.row_type(**values), load_file(path.with_suffix(".safetensors")), seconds, profiles)
+        parts = {str(name): float(taken) for name, taken in values.pop(PARTS, {}).items()}
+        values, predictions = cls.of_earlier(values, load_file(path.with_suffix(".safetensors")))
+        return cls(cls.row_type(**values), predictions, seconds, profiles, parts)

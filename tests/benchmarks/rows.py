@@ -14,22 +14,25 @@ BASE = {"dataset": "digits", "model": "resnet8", "iters": 9, "n_calib": 16, "n_c
 def make_measurement(setting: Setting | None = None, won: int = 20, lost: int = 5, **figures) -> Measurement:
     """All 500 labels are 0. FP misses the last 5 images and the low-bit network the first 50, of which the default wins
     the first `won`; it loses as many as `lost` of those that follow. Plain affine wins 5, the paper's CAT 25 and
-    loses 12. `cat_paper=False` is a run without the latter; other `figures` replace those of the row.
+    loses 12, the output alone 15 and 5. `cat_paper=False` is a run without the paper's, and `layers=False` one without
+    the default; `parts` are seconds, and other `figures` replace those of the row.
     """
-    with_paper = figures.pop("cat_paper", True)
+    without = [mode for mode in ("cat_paper", "layers") if not figures.pop(mode, True)]
+    parts = figures.pop("parts", {})
     predictions = {
         "labels": torch.zeros(IMAGES, dtype=torch.int16),
         "fp": wrong(range(IMAGES - 5, IMAGES)),
         "lq": wrong(range(50)),
         "plain_affine": wrong(range(5, 50)),
         "cat_paper": wrong(range(25, 50 + 12)),
-        "cat": wrong(range(won, 50 + lost)),
+        "output": wrong(range(15, 50 + 5)),
+        "layers": wrong(range(won, 50 + lost)),
     }
-    if not with_paper:
-        del predictions["cat_paper"]
+    for mode in without:
+        del predictions[mode]
     computed = Measurement.figures(predictions)
     row = Row(**{**BASE, **vars(setting or Setting("rtn", 2, 2, 0)), **computed, **figures})
-    return Measurement(row, predictions)
+    return Measurement(row, predictions, parts=parts)
 
 
 def wrong(places: range) -> torch.Tensor:

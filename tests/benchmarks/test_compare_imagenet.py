@@ -144,7 +144,7 @@ def test_ablation_and_robustness_draw_files_too(tiny_imagenet, tmp_path, capsys)
     lines = list(csv.DictReader((run / "results.csv").open()))
     assert {line["source"] for line in lines} == {"imagenet-resnet18-rtn-w4a4-seed0"}
     # 34 training images are left, but only what is drawn, two times 8, has run through the networks.
-    assert [line["draw"] for line in lines if line["mode"] == "cat"] == ["0", "1"]
+    assert [line["draw"] for line in lines if line["mode"] == "output"] == ["0", "1"]
     (logits,) = (tmp_path / "cache" / "logits").iterdir()
     assert load_file(logits)["fit_q"].shape == (16, 3)
     options = ["--factors", "alpha=0.5,1", "--n-cat", "16", "--max-draws", "1", "--results", str(tmp_path / "ablated")]
@@ -167,7 +167,7 @@ def test_every_network_runs_at_its_own_image_size(name, shared_imagenet, cheap_r
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     options = ["--dataset", "imagenet", "--data", str(shared_imagenet), "--model", name, "--workers", "0"]
     options += ["--weights", str(tmp_path / "weights.safetensors"), "--methods", "rtn", "--bits", "4/4"]
-    options += ["--n-calib", "4", "--n-cat", "8", "--batch-size", "4", "--modes", "plain_affine", "cat"]
+    options += ["--n-calib", "4", "--n-cat", "8", "--batch-size", "4", "--modes", "plain_affine", "layers"]
     options += ["--results", str(tmp_path / "results"), "--cache", str(tmp_path / "cache"), "--no-progress"]
     shapes, real = [], loading.check_outputs
     monkeypatch.setattr(

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.wording import bits_name, reason, signed, some
+from benchmarks.wording import bits_name, reason, signed, some, spread
 
 
 @pytest.mark.parametrize(("points", "text"), [(-0.001, "+0.00"), (-0.006, "-0.01"), (1.0, "+1.00")])
@@ -10,6 +10,11 @@ def test_gains_have_a_sign_and_zero_has_one_only(points, text):
 
 def test_bits_of_weights_come_first():
     assert bits_name(2, 4) == "W2A4"
+
+
+def test_standard_deviation_is_there_where_it_is_known():
+    assert spread(90.0, None) == "90.00"
+    assert spread(2.0, 0.5, sign="+") == "+2.00 ± 0.50"
 
 
 def test_few_names_are_all_shown():

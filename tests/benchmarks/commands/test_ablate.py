@@ -58,7 +58,7 @@ def test_gain_at_every_value_equals_that_by_hand(options, arrays, tmp_path, caps
     for line in found:
         value = float(line["value"])
         images, alpha = (100, value) if line["factor"] == "alpha" else (64, None)
-        config = CATConfig.paper() if line["mode"] == "cat_paper" else CATConfig()
+        config = CATConfig.paper() if line["mode"] == "cat_paper" else CATConfig(layers="none")
         if alpha is not None:
             config = CATConfig.from_dict(config.to_dict() | {"alpha": alpha})
         start = SKIP + int(line["draw"]) * images

@@ -14,7 +14,8 @@ from tests.benchmarks.rows import make_measurement
 
 TABLES = ["comparisons.csv", "results.csv", "results.json", "results.md", "summary.csv"]
 FIGURES = ["classes.png", "gains.png"]  # logits.png only where a correction changes them
-ALL_FILES = sorted([*TABLES, *FIGURES, "environment.json", "rows", "settings.json"])
+COSTS = ["costs.csv", "costs.md"]
+ALL_FILES = sorted([*TABLES, *FIGURES, *COSTS, "environment.json", "rows", "settings.json"])
 
 
 def results(tmp_path, name="results"):
@@ -29,9 +30,11 @@ def test_run_on_a_folder_writes_and_prints_its_table(tiny, tmp_path, capsys):
     assert sorted(path.name for path in folder.iterdir() if path.name != "logits.png") == ALL_FILES
     (line,) = csv.DictReader((folder / "results.csv").open())
     assert line["cat_paper_top1"] == ""
-    assert float(line["cat_delta"]) == pytest.approx(float(line["cat_top1"]) - float(line["lq_top1"]))
+    for mode in ("output", "layers"):
+        assert float(line[f"{mode}_delta"]) == pytest.approx(float(line[f"{mode}_top1"]) - float(line["lq_top1"]))
     printed = capsys.readouterr()
-    assert (folder / "results.md").read_text().strip() in printed.out
+    for name in ("results.md", "costs.md"):
+        assert (folder / name).read_text().strip() in printed.out
     assert "weights" not in printed.out, "CIFAR-10 has none that are published, to be told from others"
     assert not printed.err
 

@@ -88,7 +88,7 @@ def test_wrong_values_end_with_code_2(options, message, capsys):
 def test_modes_that_cannot_be_fitted_are_refused_before_anything_is_quantized(options):
     with pytest.raises(BenchmarkError, match=r"--n-cat \d+ is too few for --modes cat_paper, which has 64 clusters"):
         parse_compare(["--modes", "cat_paper", *options])
-    assert parse_compare(["--modes", "cat_paper", "cat", *options]).modes == ["cat_paper", "cat"]
+    assert parse_compare(["--modes", "cat_paper", "layers", *options]).modes == ["cat_paper", "layers"]
     assert parse_compare(["--modes", "cat_paper", "--n-cat", "64"]).n_cat == 64
 
 

@@ -73,7 +73,7 @@ def test_every_draw_of_every_file_is_a_row(options, arrays, tmp_path, capsys):
     assert main(options) == 0
     rows = table(folder(tmp_path) / "results.csv")
     grid = [(source, n, draw) for source in "ab" for n in (32, 64) for draw in (0, 1)]
-    modes = {32: ["plain_affine", "cat"], 64: ["plain_affine", "cat_paper", "cat"]}
+    modes = {32: ["plain_affine", "output"], 64: ["plain_affine", "cat_paper", "output"]}
     assert [(row["source"], int(row["images"]), int(row["draw"]), row["mode"]) for row in rows] == [
         (*cell, mode) for cell in grid for mode in modes[cell[1]]
     ]

@@ -20,12 +20,13 @@ def two_sided(won, lost):
 
 def test_every_correction_is_compared_with_its_own_baseline():
     lines = {line.mode: line for line in compare([make_measurement(Setting("qdrop", 2, 4, 7))])}
-    assert list(lines) == ["plain_affine", "cat_paper", "cat"]
+    assert list(lines) == ["plain_affine", "cat_paper", "output", "layers"]
     found = {mode: (line.top1, line.delta, line.won, line.lost) for mode, line in lines.items()}
     assert found == {
         "plain_affine": (91.0, 1.0, 5, 0),
         "cat_paper": (92.6, 2.6, 25, 12),
-        "cat": (93.0, 3.0, 20, 5),
+        "output": (92.0, 2.0, 15, 5),
+        "layers": (93.0, 3.0, 20, 5),
     }
     for line in lines.values():
         assert (line.method, line.w_bits, line.a_bits, line.seed) == ("qdrop", 2, 4, 7)
@@ -54,7 +55,7 @@ def test_one_seed_is_summed_up_by_itself():
 def test_seeds_are_summed_up_by_mean_and_standard_deviation():
     measured = [make_measurement(Setting("rtn", 2, 2, seed), won=won) for seed, won in enumerate((10, 15, 35))]
     line = summarize(measured)[-1]
-    assert (line.mode, line.seeds) == ("cat", 3)
+    assert (line.mode, line.seeds) == ("layers", 3)
     assert (line.delta, line.delta_std) == (3.0, pytest.approx(7**0.5, abs=1e-4))
     assert (line.top1, line.top1_std, line.lq_top1, line.lq_std) == (93.0, line.delta_std, 90.0, 0.0)
     assert line.seeds_ci_low < 0 < line.networks_ci_low < line.networks_ci_high < 6 < line.seeds_ci_high
@@ -74,8 +75,8 @@ def test_images_count_by_what_most_seeds_do_with_them():
     """One image is won at both seeds, one at one of them, one is won and lost, one lost."""
     first, second = make_measurement(won=2, lost=0), make_measurement(Setting("rtn", 2, 2, 1), won=1, lost=0)
     first.predictions["lq"][[497, 498]] = 1  # 497: won at the first seed
-    first.predictions["cat"][498] = 1
-    second.predictions["cat"][[497, 499]] = 1  # 497: lost at the second seed, 499: lost
+    first.predictions["layers"][498] = 1
+    second.predictions["layers"][[497, 499]] = 1  # 497: lost at the second seed, 499: lost
     line = summarize([first, second])[-1]
     assert (line.won, line.lost) == (2, 1)
     assert line.networks_p_value == pytest.approx(two_sided(2, 1), rel=1e-3)
@@ -83,9 +84,10 @@ def test_images_count_by_what_most_seeds_do_with_them():
 
 def test_only_corrections_that_every_seed_has_are_summed_up():
     measured = [make_measurement(), make_measurement(Setting("rtn", 2, 2, 1), cat_paper=False)]
-    assert modes_of(measured) == ["plain_affine", "cat"]
-    assert [line.mode for line in summarize(measured)] == ["plain_affine", "cat"]
-    assert [line.mode for line in compare(measured)] == ["plain_affine", "cat_paper", "cat", "plain_affine", "cat"]
+    assert modes_of(measured) == ["plain_affine", "output", "layers"]
+    assert [line.mode for line in summarize(measured)] == ["plain_affine", "output", "layers"]
+    every = ["plain_affine", "cat_paper", "output", "layers"]
+    assert [line.mode for line in compare(measured)] == [*every, "plain_affine", "output", "layers"]
 
 
 def test_planted_predictions_are_as_described():

@@ -8,7 +8,7 @@ from benchmarks.measure.factors import FACTORS, points, unique_cells
 from benchmarks.measure.paired_logits import Source
 from cat_plugin import CATConfig
 
-PAPER, DEFAULT = CATConfig.paper(), CATConfig()
+PAPER, DEFAULT = CATConfig.paper(), CATConfig(layers="none")
 
 
 def source(name="a", fresh=300, **more):
@@ -38,7 +38,7 @@ def differences(cell):
 )
 def test_one_setting_changes_and_nothing_else(factor, field, values):
     grid = [(point.value, point.cell.mode, differences(point.cell)) for point in found(factor, values)]
-    assert grid == [(value, mode, {field: value}) for value in values for mode in ("cat_paper", "cat")]
+    assert grid == [(value, mode, {field: value}) for value in values for mode in ("cat_paper", "output")]
 
 
 def test_value_of_the_centre_is_the_centre():
@@ -49,14 +49,14 @@ def test_value_of_the_centre_is_the_centre():
 
 
 def test_paper_mode_needs_as_many_images_as_clusters():
-    assert [point.cell.mode for point in found("clusters", (101,))] == ["cat"]
-    assert [point.cell.mode for point in found("images", (63,))] == ["cat"]
+    assert [point.cell.mode for point in found("clusters", (101,))] == ["output"]
+    assert [point.cell.mode for point in found("images", (63,))] == ["output"]
 
 
 def test_images_of_the_quantization_are_as_many_as_fresh_ones():
     cells = [point.cell for point in found("origin", ("fresh", "tuned"), [source(tuned=80)])]
     grid = [(cell.origin, cell.images, cell.draw, cell.mode) for cell in cells]
-    assert grid == [(origin, 80, 0, mode) for origin in ("fresh", "tuned") for mode in ("cat_paper", "cat")]
+    assert grid == [(origin, 80, 0, mode) for origin in ("fresh", "tuned") for mode in ("cat_paper", "output")]
     assert not found("origin", ("fresh", "tuned"), [source(tuned=0)])
 
 
@@ -66,9 +66,9 @@ def test_draws_are_disjoint_and_of_every_source():
     for point in grid:
         counts.setdefault((point.cell.source.name, point.value, point.cell.mode), []).append(point.cell.rows.start)
     assert counts == {
-        **{("a", 64, mode): [0, 64, 128] for mode in ("cat_paper", "cat")},
-        **{("a", 150, mode): [0, 150] for mode in ("cat_paper", "cat")},
-        **{("b", 64, mode): [0, 64] for mode in ("cat_paper", "cat")},
+        **{("a", 64, mode): [0, 64, 128] for mode in ("cat_paper", "output")},
+        **{("a", 150, mode): [0, 150] for mode in ("cat_paper", "output")},
+        **{("b", 64, mode): [0, 64] for mode in ("cat_paper", "output")},
     }
 
 
@@ -78,7 +78,9 @@ def test_fits_that_stand_for_several_values_are_made_once():
     cells = unique_cells(grid)
     assert len({cell.name for cell in cells}) == len(cells) < len(grid)
     centre = [
-        point.factor for point in grid if point.cell.mode == "cat" and not differences(point.cell).keys() - {"images"}
+        point.factor
+        for point in grid
+        if point.cell.mode == "output" and not differences(point.cell).keys() - {"images"}
     ]
     assert set(FACTORS) - {"clusters"} == set(centre)
     assert {"clusters", "alpha", "pca-dim", "images", "origin"} <= set(FACTORS)

@@ -16,7 +16,14 @@ from benchmarks.datasets.digits import DIGITS
 from benchmarks.datasets.registry import DATASETS
 from benchmarks.measure.corrections import corrections
 from benchmarks.measure.draws import Cell, measure
-from benchmarks.measure.leak_guard import LeakGuard, fit_guarded, fit_positions_guarded, joined, position_rows
+from benchmarks.measure.leak_guard import (
+    LeakGuard,
+    fit_guarded,
+    fit_networks_guarded,
+    fit_positions_guarded,
+    joined,
+    position_rows,
+)
 from benchmarks.measure.network_logits import paired_logits
 from benchmarks.measure.paired_logits import PairedLogits, Source
 from benchmarks.measure.protocol import Protocol, Setting
@@ -109,6 +116,15 @@ def test_fit_that_is_handed_a_position_of_a_test_image_is_refused(pairs, positio
         fit_positions_guarded(q, f, PLAIN, LeakGuard(position_rows(*test)))
 
 
+def test_fit_of_networks_that_is_handed_a_test_image_is_refused(dataset):
+    leaking = planted(dataset, 3)
+    network = untrained("resnet8", 10)
+    with pytest.raises(BenchmarkError, match="leak: 1 of 5 images that a correction is to be fitted on are test"):
+        guard = LeakGuard(leaking.test_images)
+        fit_networks_guarded(network, network, leaking.train_images[:5], CATConfig(), guard)
+    assert not any(layer._forward_hooks for layer in network.modules())
+
+
 @pytest.mark.parametrize("origin", ["fresh", "tuned"])
 def test_every_fit_of_a_grid_is_guarded(pairs, origin):
     part = "fit" if origin == "fresh" else "tuned"
@@ -151,7 +167,7 @@ def test_test_images_and_labels_change_no_fit(dataset, monkeypatch):
 
 def test_nothing_is_fitted_past_the_guard():
     """`leak_guard.py` alone may name what fits corrections; `perf` times fits of random logits."""
-    fitting = {"fit_cluster_affine", "apply_cat", "fit_and_score", "select"}
+    fitting = {"fit_cluster_affine", "apply_cat", "fit_and_score", "fit_layers", "fit_both_levels", "select"}
     root = Path(benchmarks.__file__).parent
     for path in {*root.rglob("*.py")} - {*(root / "perf").rglob("*.py")}:
         tree = ast.parse(path.read_text("utf-8"))
@@ -159,4 +175,4 @@ def test_nothing_is_fitted_past_the_guard():
         names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert path.name == "leak_guard.py" or not names & fitting, path.name
     guarded = (root / "measure" / "leak_guard.py").read_text("utf-8")
-    assert "fit_cluster_affine" in guarded and "fit_and_score" in guarded
+    assert all(name in guarded for name in ("fit_cluster_affine", "fit_and_score", "apply_cat"))

@@ -6,9 +6,10 @@ import torch
 from baselines import quantize
 from benchmarks.datasets.calibration_split import split_calibration
 from benchmarks.measure import network_logits
-from benchmarks.measure.network_logits import network_sources
+from benchmarks.measure.network_logits import Networks, network_sources
 from benchmarks.measure.protocol import Protocol, Setting
 from benchmarks.networks.weights_and_transforms import untrained
+from cat_plugin import CATConfig, apply_cat
 
 PROTOCOL = Protocol(iters=2, n_calib=16, n_cat=24, batch_size=8)
 GRID = [Setting("rtn", 4, 4, 0), Setting("rtn", 2, 4, 1)]
@@ -40,6 +41,24 @@ def test_logits_are_those_of_the_training_images_that_quantization_did_not_see(d
             ]:
                 torch.testing.assert_close(values, network(images))
         assert torch.equal(pairs.labels, dataset.test_labels)
+
+
+@pytest.mark.parametrize("kind", [CATConfig(), CATConfig(layers="none")], ids=["layers", "output"])
+def test_correction_gives_the_logits_of_the_corrected_network_and_leaves_it_as_it_was(dataset, model, kind):
+    networks = Networks.made(GRID[1], PROTOCOL, dataset, model)
+    with torch.no_grad():
+        plain = networks.quantized(dataset.test_images)
+    state = {name: tensor.clone() for name, tensor in networks.quantized.state_dict().items()}
+    found = networks.correct(kind)
+    cat_model = apply_cat(networks.quantized, model, networks.fit_images, config=kind)
+    with torch.no_grad():
+        torch.testing.assert_close(found.logits, cat_model(dataset.test_images))
+    cat_model.remove()
+    assert found.seconds >= networks.collect_seconds * (kind.layers == "none")
+    with torch.no_grad():
+        assert torch.equal(networks.quantized(dataset.test_images), plain)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in networks.quantized.state_dict().items())
+    assert not any(layer._forward_hooks for layer in networks.quantized.modules())
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
+import shutil
+from itertools import count
+
 import pytest
 import torch
 
 from baselines.reconstruction.unit_run import UnitRun
 from benchmarks import BenchmarkError
 from benchmarks.networks import quantized
-from benchmarks.networks.quantized import quantized_model
+from benchmarks.networks.quantized import quantized_model, timed_quantized_model
 from benchmarks.networks.weights_and_transforms import untrained
 
 OPTIONS = {"method": "qdrop", "w_bits": 2, "a_bits": 2, "iters": 2, "batch_size": 8, "seed": 0}
@@ -50,6 +53,15 @@ def test_network_that_insists_on_versions_of_its_state_comes_from_the_cache(made
     assert not caplog.text
 
 
+def test_seconds_are_those_of_when_it_was_made(model, images, tmp_path, monkeypatch):
+    ticks = count(0.0, 2.5)
+    monkeypatch.setattr(quantized, "clock", lambda device: next(ticks))
+    assert timed_quantized_model(model, images, **OPTIONS)[1] == 2.5
+    assert [timed_quantized_model(model, images, tmp_path, **OPTIONS)[1] for _ in range(2)] == [2.5, 2.5]
+    shutil.rmtree(tmp_path / "quantized-seconds")  # as versions that kept no time left it
+    assert timed_quantized_model(model, images, tmp_path, **OPTIONS)[1] is None
+
+
 @pytest.mark.parametrize("change", ["option", "images", "weights", "version"])
 def test_any_change_makes_a_new_network(model, images, made, tmp_path, monkeypatch, change):
     quantized_model(model, images, tmp_path, **OPTIONS)
@@ -84,7 +96,8 @@ def test_stopped_quantization_goes_on_at_the_unit_where_it_was_stopped(model, im
     monkeypatch.setattr(UnitRun, "finish", finish)
     with pytest.raises(KeyboardInterrupt):
         quantized_model(model, images, tmp_path, **OPTIONS)
-    network = quantized_model(model, images, tmp_path, **OPTIONS)
+    network, seconds = timed_quantized_model(model, images, tmp_path, **OPTIONS)
+    assert seconds is None, "a part of it was made before"
     assert seen == ["conv1", "layer1.0", "layer2.0", "layer2.0", "layer3.0", "fc"]
     assert [path.suffix for path in (tmp_path / "quantized").iterdir()] == [".safetensors"]
     assert torch.equal(network(images), quantized_model(model, images, **OPTIONS)(images))

@@ -25,13 +25,13 @@ def line(factor, value, source, mode, gain, draw=0, lq_top1=80.0):
 
 ALPHA = [
     line("alpha", 0.5, "a", "cat_paper", -1.0),
-    line("alpha", 0.5, "a", "cat", 0.5),
+    line("alpha", 0.5, "a", "output", 0.5),
     line("alpha", 1.0, "a", "cat_paper", -3.0, draw=0),
     line("alpha", 1.0, "a", "cat_paper", 1.0, draw=1),
-    line("alpha", 1.0, "a", "cat", 0.25),
-    line("alpha", 0.5, "b", "cat", 1.5, lq_top1=70.0),
+    line("alpha", 1.0, "a", "output", 0.25),
+    line("alpha", 0.5, "b", "output", 1.5, lq_top1=70.0),
 ]
-ORIGIN = [line("origin", "fresh", "a", "cat", 0.5), line("origin", "tuned", "a", "cat", 0.25)]
+ORIGIN = [line("origin", "fresh", "a", "output", 0.5), line("origin", "tuned", "a", "output", 0.25)]
 
 
 def tables(text):
@@ -42,10 +42,10 @@ def test_one_line_a_value_and_mode():
     header, _, *lines = cells(tables(factor_markdown("alpha", ALPHA))[0])
     assert header == ["alpha", "correction", "mean gain", "worst draw", "draws that lose", "draws"]
     assert lines == [
-        ["0.5", "CAT (paper)", "-1.00", "-1.00", "100%", "1"],
-        ["0.5", "CAT", "+1.00", "+0.50", "0%", "2"],
-        ["1", "CAT (paper)", "-1.00", "-3.00", "50%", "2"],
-        ["1", "CAT", "+0.25", "+0.25", "0%", "1"],
+        ["0.5", "paper", "-1.00", "-1.00", "100%", "1"],
+        ["0.5", "output", "+1.00", "+0.50", "0%", "2"],
+        ["1", "paper", "-1.00", "-3.00", "50%", "2"],
+        ["1", "output", "+0.25", "+0.25", "0%", "1"],
     ]
 
 
@@ -53,9 +53,9 @@ def test_one_line_a_source_and_mode():
     header, _, *lines = cells(sources_table(ALPHA))
     assert header == ["source", "correction", "low-bit", "0.5", "1"]
     assert lines == [
-        ["a", "CAT (paper)", "80.00", "-1.00", "-1.00"],
-        ["a", "CAT", "80.00", "+0.50", "+0.25"],
-        ["b", "CAT", "70.00", "+1.50", "-"],
+        ["a", "paper", "80.00", "-1.00", "-1.00"],
+        ["a", "output", "80.00", "+0.50", "+0.25"],
+        ["b", "output", "70.00", "+1.50", "-"],
     ]
 
 
@@ -94,8 +94,8 @@ def test_sources_their_mean_and_published_curves_are_drawn(tmp_path, drawn):
     assert plot("alpha", ALPHA, tmp_path / "alpha.png")
     paper, default, authors = drawn[0].axes
     assert [panel.get_title().split("\n")[0] for panel in drawn[0].axes] == [
-        "CAT (paper), here",
-        "CAT, here",
+        "paper, here",
+        "output, here",
         "authors: ImageNet, PD-Quant",
     ]
     curves = {curve.get_label(): curve.get_xydata().tolist() for curve in paper.lines}

@@ -26,7 +26,7 @@ def with_profile(measurement, **row):
 
 
 def of_classes(labels, lq, cat):
-    parts = {"labels": labels, "fp": labels, "lq": lq, "cat": cat}
+    parts = {"labels": labels, "fp": labels, "lq": lq, "layers": cat}
     predictions = {name: torch.tensor(part, dtype=torch.int16) for name, part in parts.items()}
     return Measurement(make_measurement().row, predictions)
 
@@ -78,7 +78,7 @@ def test_of_many_classes_those_that_change_most_are_drawn():
 
 
 def test_logits_are_those_of_the_network_that_gains_most():
-    little, most = (with_profile(MEASURED[index], cat_delta=gain) for index, gain in ((0, 1.0), (5, 2.0)))
+    little, most = (with_profile(MEASURED[index], layers_delta=gain) for index, gain in ((0, 1.0), (5, 2.0)))
     figure = draw_logits([little, most, MEASURED[1]], ["a", "b"])
     assert f"{most.row.method}, W{most.row.w_bits}A4, seed {most.row.seed}" in figure.get_suptitle()
     above, below = figure.get_axes()

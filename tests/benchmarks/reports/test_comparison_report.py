@@ -11,14 +11,14 @@ from tests.benchmarks.rows import cells, make_measurement
 
 COLUMNS = (
     "dataset,model,method,w_bits,a_bits,seed,iters,n_calib,n_cat,n_eval,"
-    "fp_top1,lq_top1,plain_affine_top1,cat_paper_top1,cat_top1,cat_delta"
+    "fp_top1,lq_top1,plain_affine_top1,cat_paper_top1,output_top1,layers_top1,output_delta,layers_delta"
 )
 
 
 def test_csv_has_exactly_the_columns_and_leaves_unknown_values_empty():
     text = to_csv([make_measurement().row, make_measurement(cat_paper=False).row])
     assert text.splitlines()[0] == COLUMNS
-    assert text.splitlines()[1] == "digits,resnet8,rtn,2,2,0,9,16,1024,500,99.0,90.0,91.0,92.6,93.0,3.0"
+    assert text.splitlines()[1] == "digits,resnet8,rtn,2,2,0,9,16,1024,500,99.0,90.0,91.0,92.6,92.0,93.0,2.0,3.0"
     assert [line["cat_paper_top1"] for line in csv.DictReader(io.StringIO(text))] == ["92.6", ""]
 
 
@@ -27,12 +27,12 @@ def test_table_has_mean_and_standard_deviation_over_seeds():
     won = (10, 15, 35)
     seeds = [make_measurement(Setting("qdrop", 2, 4, seed), won=won[seed]) for seed in range(3)]
     header, _, qdrop, rtn = cells(to_table([*seeds, make_measurement(won=1, lost=2, cat_paper=False)]))
-    scores = ["FP", "low-bit", "+ plain affine", "+ CAT (paper)", "+ CAT"]
+    scores = ["FP", "low-bit", "+ plain affine", "+ paper", "+ output", "+ layers"]
     kinds = ["95 % interval over seeds", "p over seeds", "95 % interval of these networks", "p of these networks"]
-    assert header == ["method", "bits", *scores, "gain of CAT", *kinds]
+    assert header == ["method", "bits", *scores, "gain of layers", *kinds]
     assert qdrop[:5] == ["qdrop", "W2A4", "99.00 ± 0.00", "90.00 ± 0.00", "91.00 ± 0.00"]
-    assert qdrop[6:8] == ["93.00 ± 2.65", "+3.00 ± 2.65"]
-    assert rtn[:8] == ["rtn", "W2A2", "99.00", "90.00", "91.00", "-", "89.80", "-0.20"]
+    assert qdrop[6] == "92.00 ± 0.00" and qdrop[7:9] == ["93.00 ± 2.65", "+3.00 ± 2.65"]
+    assert rtn[:9] == ["rtn", "W2A2", "99.00", "90.00", "91.00", "-", "92.00", "89.80", "-0.20"]
     assert rtn[-1] == "1.000"
 
 
@@ -48,7 +48,7 @@ def test_table_of_several_seeds_has_both_intervals():
 def test_table_of_one_seed_has_one_interval():
     header, _, row = cells(to_table([make_measurement()]))
     line = summarize([make_measurement()])[-1]
-    assert header[-3:] == ["gain of CAT", "95 % interval", "p"]
+    assert header[-3:] == ["gain of layers", "95 % interval", "p"]
     assert row[-2] == f"{line.networks_ci_low:+.2f} to {line.networks_ci_high:+.2f}"
 
 
@@ -58,11 +58,9 @@ def test_table_is_padded():
 
 
 def test_without_the_default_the_gain_is_that_of_the_last_correction():
-    measurement = make_measurement()
-    del measurement.predictions["cat"]
-    header, _, line = cells(to_table([measurement]))
-    assert header[-3:] == ["gain of CAT (paper)", "95 % interval", "p"]
-    assert line[-3] == "+2.60"
+    header, _, line = cells(to_table([make_measurement(layers=False)]))
+    assert header[-3:] == ["gain of output", "95 % interval", "p"]
+    assert line[-3] == "+2.00"
 
 
 def test_table_groups_seeds_that_are_not_neighbours():

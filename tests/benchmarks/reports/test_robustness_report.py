@@ -20,16 +20,16 @@ def gain(source, images, draw, mode, points, lq_top1=80.0):
 
 GAINS = [
     gain("a", 32, 0, "plain_affine", 1.0),
-    gain("a", 32, 0, "cat", 0.5),
+    gain("a", 32, 0, "output", 0.5),
     gain("a", 1024, 0, "plain_affine", 1.0),
     gain("a", 1024, 0, "cat_paper", -20.0),
-    gain("a", 1024, 0, "cat", 0.0),
+    gain("a", 1024, 0, "output", 0.0),
     gain("a", 1024, 1, "plain_affine", 2.0),
     gain("a", 1024, 1, "cat_paper", -1.0),
-    gain("a", 1024, 1, "cat", 0.25),
+    gain("a", 1024, 1, "output", 0.25),
     gain("b", 1024, 0, "plain_affine", -0.25, lq_top1=70.0),
     gain("b", 1024, 0, "cat_paper", 3.0, lq_top1=70.0),
-    gain("b", 1024, 0, "cat", 0.5, lq_top1=70.0),
+    gain("b", 1024, 0, "output", 0.5, lq_top1=70.0),
 ]
 
 
@@ -39,16 +39,16 @@ def test_one_line_a_size_and_mode():
     assert set("".join(rule)) == {"-", ":"}
     assert lines == [
         ["32", "plain affine", "+1.00", "+1.00", "0%", "1"],
-        ["32", "CAT", "+0.50", "+0.50", "0%", "1"],
+        ["32", "output", "+0.50", "+0.50", "0%", "1"],
         ["1,024", "plain affine", "+0.92", "-0.25", "33%", "3"],
-        ["1,024", "CAT (paper)", "-6.00", "-20.00", "67%", "3"],
-        ["1,024", "CAT", "+0.25", "+0.00", "0%", "3"],
+        ["1,024", "paper", "-6.00", "-20.00", "67%", "3"],
+        ["1,024", "output", "+0.25", "+0.00", "0%", "3"],
     ]
 
 
 def test_one_line_a_source_and_size():
     header, _, *lines = cells(sources_table(GAINS))
-    assert header == ["source", "images", "draws", "FP", "low-bit", "plain affine", "CAT (paper)", "CAT"]
+    assert header == ["source", "images", "draws", "FP", "low-bit", "plain affine", "paper", "output"]
     assert lines == [
         ["a", "32", "1", "90.00", "80.00", "+1.00", "-", "+0.50"],
         ["a", "1,024", "2", "90.00", "80.00", "+1.50", "-10.50", "+0.12"],
@@ -89,8 +89,8 @@ def test_every_draw_is_a_dot_in_the_panel_of_its_mode(tmp_path, monkeypatch):
     found = {panel.get_title(): panel.collections[0].get_offsets().tolist() for panel in drawn[0].axes}
     assert {title: [y for _, y in dots] for title, dots in found.items()} == {
         "plain affine": [1.0, 1.0, 2.0, -0.25],
-        "CAT (paper)": [-20.0, -1.0, 3.0],
-        "CAT": [0.5, 0.0, 0.25, 0.5],
+        "paper": [-20.0, -1.0, 3.0],
+        "output": [0.5, 0.0, 0.25, 0.5],
     }
     assert [round(x) for x, _ in found["plain affine"]] == [0, 1, 1, 1]
 
