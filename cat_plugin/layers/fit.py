@@ -104,6 +104,7 @@ def fit_layers(
         return left_alone("no layer with weights that takes a hook is in the model")
     with ExitStack() as stack:
         stack.enter_context(inference({"quantized_model": quantized_model, "fp_model": fp_model}))
+        stack.enter_context(torch.inference_mode(False))
         torch.manual_seed(config.seed)  # of what `augment` draws
         return _Fit(quantized_model, fp_model, kept, store, config, processes, output, forward_fn, augment).made(
             layers, started, progress
@@ -137,7 +138,9 @@ class _Fit:
         self.divergence = _divergence(config.kind, self.f, processes)
 
     def made(self, layers: dict[str, nn.Module], started: float, progress: bool) -> LayersFit:
-        placed = self._places(layers)
+        placed, failure = self._places(layers)
+        if failure:
+            return left_alone(f"the quantized model does not take its images in other batches ({failure})")
         if not placed:
             return left_alone("no layer gives a floating-point tensor with channels")
         network, unreached, failure = self._reached(layers, placed)
@@ -208,14 +211,23 @@ class _Fit:
 
         return descent.fit(chosen, schedule, rate, self.config.seed + number, watch, bar.update), curve
 
-    def _places(self, layers: dict[str, nn.Module]) -> list[Place]:
+    def _places(self, layers: dict[str, nn.Module]) -> tuple[list[Place], str]:
+        """Those of the layers that run, and why the model fails on other batches than it was given, if it does."""
+        failure = ""
         with measuring(layers) as measures:
             first = _indices(self.distinct)[:BATCH]
-            for part in self.kept.parts(first, size=BATCH):
-                run(self.model, part.batch, self.reading["forward_fn"])
+            try:
+                for part in self.kept.parts(first, size=BATCH):
+                    run(self.model, part.batch, self.reading["forward_fn"])
+            except Exception as error:  # exported programs may know one size of batches only
+                failure = _first_line(error)
+                logger.debug("the quantized model fails on other batches", exc_info=True)
+        failure = next(filter(None, self.processes.gather(failure)), "")
+        if failure:
+            return [], failure
         found = places(measures, self.processes)
         check_named(self.config.layers, found)
-        return found
+        return found, ""
 
     def _reached(
         self, layers: dict[str, nn.Module], placed: list[Place]
@@ -231,8 +243,8 @@ class _Fit:
                     loss = self.divergence(self._targets(part).to(rows.device), rows.float()).sum()
                     (gradient,) = torch.autograd.grad(loss, vector, allow_unused=True)
                     found = [a or b for a, b in zip(found, reached(network, gradient), strict=True)]
-            except (RuntimeError, NotImplementedError) as error:
-                failure = f" ({str(error).splitlines()[0]})"
+            except Exception as error:  # kernels without gradients raise anything
+                failure = f" ({_first_line(error)})"
                 logger.debug("no gradients through the quantized model", exc_info=True)
         everywhere = self.processes.sum(torch.tensor(found, dtype=torch.float64, device="cpu")) > 0
         unreached = tuple(place.name for place, yes in zip(placed, everywhere, strict=True) if not yes)
@@ -333,6 +345,10 @@ def _changes(corrections: Mapping[str, ChannelAffine], places: Sequence[Place]) 
         shift = (correction.shift.cpu() / place.spread).abs().mean().item()
         made.append(LayerChange(place.name, place.channels, scale, shift))
     return tuple(made)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _indices(mask: Tensor) -> Tensor:
