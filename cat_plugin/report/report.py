@@ -159,10 +159,10 @@ class CATReport:
 
     def _fitted(self) -> list[str]:
         images = f"{self.images:,} images" + (f" ({self.positions:,} positions)" if self.positions is not None else "")
-        inside = f"{len(self.layers.layers)} layers corrected, " if self._layers_corrected else ""
-        what = "output" if self._layers_corrected else "model"
-        outcome = f"the {what} is left as it is" if self._output_declined else f"{self._clusters()} of the output"
-        comma = ":" if self.evidence is not None or self._output_declined else ","
+        inside = f"{len(self.layers.layers)} layers corrected; output: " if self._layers_corrected else ""
+        alone = "left as it is" if inside else "the model is left as it is"
+        outcome = alone if self._output_declined else self._clusters()
+        comma = ":" if inside or self.evidence is not None or self._output_declined else ","
         return [f"CAT fitted on {images}{comma} {inside}{outcome}", *self._about_layers(), *self._about_output()]
 
     def _clusters(self) -> str:

@@ -22,6 +22,7 @@ LAYERS = LayersEvidence(
     images=2000,
     layers=(LayerChange("first", 16, 0.2, 0.3), LayerChange("last", 10, 0.5, 0.1)),
     unreached=tuple("abcdef"),
+    rate="far",
     share=0.75,
     epochs=3,
     steps=7,
@@ -56,7 +57,7 @@ def fitted(config=None, labels=False, n_images=400, classes=10):
 
 def test_what_is_printed():
     expected = [
-        "CAT fitted on 2,000 images: 1 cluster of the output",
+        "CAT fitted on 2,000 images: 1 cluster",
         "  on held-out images, all is well",
         "  tried (fall of the held-out softened KL in nats, share of the weight):",
         "    affine                        +0.1000 +- 0.0200    75%",
@@ -69,14 +70,14 @@ def test_what_is_printed():
 @pytest.mark.parametrize(
     ("changes", "lines"),
     [
-        ({"evidence": None}, ["CAT fitted on 2,000 images, 1 cluster of the output"]),
+        ({"evidence": None}, ["CAT fitted on 2,000 images, 1 cluster"]),
         (
             {"evidence": None, "num_clusters": 3, "cluster_sizes": (7, 1990, 3)},
-            ["CAT fitted on 2,000 images, 3 clusters of 3 to 1990 images each of the output"],
+            ["CAT fitted on 2,000 images, 3 clusters of 3 to 1990 images each"],
         ),
         (
             {"positions": 9000, "num_clusters": 2, "cluster_sizes": (1000, 8000)},
-            ["CAT fitted on 2,000 images (9,000 positions): 2 clusters of 1000 to 8000 positions each of the output"],
+            ["CAT fitted on 2,000 images (9,000 positions): 2 clusters of 1000 to 8000 positions each"],
         ),
         (
             {"evidence": dataclasses.replace(EVIDENCE, accepted=False, candidates=())},
@@ -89,13 +90,13 @@ def test_what_is_printed():
         (
             {"layers": LAYERS},
             [
-                "CAT fitted on 2,000 images: 2 layers corrected, 1 cluster of the output",
+                "CAT fitted on 2,000 images: 2 layers corrected; output: 1 cluster",
                 "  layers: for a reason",
                 "    model               0.5000, 60.00 % agree",
                 "    output only         0.4000, 61.00 % agree",
                 "    layers              0.2000, 62.00 % agree",
                 "    layers and output   0.1000",
-                "  fitted in 3 epochs of 7 steps, 12 s; share 0.75; 1,234 multiply-adds an image",
+                "  fitted in 3 epochs of 7 steps, 12 s; rate 'far', share 0.75; 1,234 multiply-adds an image",
                 "    last                          0.500  0.100",
                 "    first                         0.200  0.300",
                 "  no gradient reaches 6 layers: a, b, c, d, e, ...",
@@ -104,7 +105,7 @@ def test_what_is_printed():
         ),
         (
             {"layers": LAYERS, "evidence": dataclasses.replace(EVIDENCE, accepted=False)},
-            ["CAT fitted on 2,000 images: 2 layers corrected, the output is left as it is"],
+            ["CAT fitted on 2,000 images: 2 layers corrected; output: left as it is"],
         ),
         (
             {"layers": LayersEvidence(False, "too few"), "evidence": dataclasses.replace(EVIDENCE, accepted=False)},
