@@ -61,12 +61,24 @@ def table(n=200, errors=(1.0, 0.3), seed=0):
 
 def test_evidence_speaks_for_what_is_nearer_alone():
     f, far, near = table()
-    assert faults(SOFTMAX, f, near, {"it": far}, None) == []
-    (divergence, agreement) = faults(SOFTMAX, f, far, {"it": near}, None)
-    assert divergence.startswith("against it, the divergence changes by +") and "fewer predictions agree" in agreement
-    (same,) = faults(SOFTMAX, f, far, {"it": far}, None)
-    assert same.startswith("against it, the divergence changes by ")
-    assert len(faults(SOFTMAX, f, near, {"one": far, "two": near}, None)) == 1
+    for margin in (True, False):
+        assert faults(SOFTMAX, f, near, far, None, margin=margin) == []
+        (divergence, agreement) = faults(SOFTMAX, f, far, near, None, margin=margin)
+        assert divergence.startswith("the divergence changes by +") and "fewer predictions agree" in agreement
+    (same, unchanged) = faults(SOFTMAX, f, far, far, None, margin=True)
+    assert same.startswith("the divergence changes by ") and unchanged.startswith("corrections would change 0.00 %")
+
+
+def test_a_small_fall_is_enough_without_a_margin_alone():
+    """One image of 200 is a little nearer: no more than chance."""
+    f, far, _ = table()
+    nearer = far.clone()
+    nearer[:10] += 0.2 * (f - far)[:10]
+    nearer[10:20] -= 0.15 * (f - far)[10:20]
+    assert any("divergence" in fault for fault in faults(SOFTMAX, f, nearer, far, None, margin=True))
+    before, after = (SOFTMAX.divergence(f, out).mean().item() for out in (far, nearer))
+    found = faults(SOFTMAX, f, nearer, far, None, margin=False)
+    assert any("divergence" in fault for fault in found) == (after >= before)
 
 
 def test_positions_of_few_images_are_no_evidence():
@@ -74,8 +86,8 @@ def test_positions_of_few_images_are_no_evidence():
     f, far, near = table(4)
     rows = [part.repeat_interleave(100, dim=0) for part in (f, near, far)]
     owners = torch.arange(4).repeat_interleave(100)
-    assert faults(SOFTMAX, rows[0], rows[1], {"it": rows[2]}, None) == []
-    assert faults(SOFTMAX, rows[0], rows[1], {"it": rows[2]}, owners) == faults(SOFTMAX, f, near, {"it": far}, None)
+    assert faults(SOFTMAX, *rows, None, margin=True) == []
+    assert faults(SOFTMAX, *rows, owners, margin=True) == faults(SOFTMAX, f, near, far, None, margin=True)
 
 
 def test_closeness_by_hand():

@@ -23,7 +23,7 @@ def fitted(schedule, images=IMAGES, batches=(10, 14), divergence=SOFTMAX.diverge
         descent = Descent(
             network, kept_images(x.split(batches)), lambda part: f[part.images], divergence, ALONE, **options
         )
-        return descent.fit(torch.arange(images), schedule, seed=0), network
+        return descent.fit(torch.arange(images), schedule, "far", seed=0), network
 
 
 def loss(network, vector, seed=0):
@@ -106,7 +106,7 @@ def test_views_have_outputs_of_their_own():
     for batch, augment in ((x, lambda images: images + shift), (x + shift, None)):
         with fitting_through(model), network.attached():
             descent = Descent(network, kept_images([batch]), targets, SOFTMAX.divergence, ALONE, augment)
-            found.append(descent.fit(torch.arange(IMAGES), Schedule(2, 2), seed=0))
+            found.append(descent.fit(torch.arange(IMAGES), Schedule(2, 2), "far", seed=0))
     assert torch.equal(*found)
 
 
@@ -119,7 +119,7 @@ def test_seed_decides():
             descent = Descent(
                 network, kept_images([x]), lambda part: planted()[1](part.batch).detach(), SOFTMAX.divergence, ALONE
             )
-            found.append(descent.fit(torch.arange(IMAGES), Schedule(2, 3), seed=seed))
+            found.append(descent.fit(torch.arange(IMAGES), Schedule(2, 3), "far", seed=seed))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
@@ -135,7 +135,7 @@ def test_callers_hear_of_steps_and_epochs():
     with fitting_through(model), network.attached():
         descent = Descent(network, kept_images([x]), lambda part: torch.zeros(1, 5), SOFTMAX.divergence, ALONE)
         vector = descent.fit(
-            torch.arange(IMAGES), Schedule(3, 2), 0, lambda v: epochs.append(v.clone()), lambda: steps.append(1)
+            torch.arange(IMAGES), Schedule(3, 2), "far", 0, lambda v: epochs.append(v.clone()), lambda: steps.append(1)
         )
     assert len(steps) == 6 and len(epochs) == 3 and torch.equal(epochs[-1], vector)
     assert not torch.equal(epochs[0], epochs[1])
