@@ -218,3 +218,31 @@ tell(errors=errors, hooks=len(quantized._forward_hooks))
         assert told["hooks"] == 0
         assert len(told["errors"]) == 3
         assert all(error.startswith("the processes were asked for different things: CATC") for error in told["errors"])
+
+
+def test_layers_are_those_of_all_processes_and_close_to_those_of_one(tmp_path):
+    first, second = run(
+        """
+from tests.cat_plugin.layers.networks import distance, pictures, planted
+x, config = pictures(128), CATConfig(layers="all")
+def outputs(model):
+    with torch.no_grad():
+        return model(pictures(50, seed=9))
+quantized, fp = planted()
+plain, expected = outputs(quantized), outputs(fp)
+together = apply_cat(quantized, fp, x[:40] if rank == 0 else x[40:], config=config)
+found = outputs(quantized)
+evidence = together.report.layers
+numbers = [part.tolist() for layer in together.layers.values() for part in (layer.scale, layer.shift)]
+distributed.barrier()
+distributed.destroy_process_group()
+alone = apply_cat(*planted(), x, config=config)
+tell(numbers=numbers, images=evidence.images, left=distance(found, expected) / distance(plain, expected),
+     apart=distance(found, outputs(alone)) / distance(plain, expected))
+distributed.init_process_group("gloo", init_method=f"file://{folder}/again", rank=rank, world_size=2)
+""",
+        tmp_path,
+    )
+    assert first["numbers"] == second["numbers"] != []
+    assert first["images"] == 128
+    assert first["left"] < 0.6 and first["apart"] < 0.4
