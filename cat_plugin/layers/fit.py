@@ -150,6 +150,7 @@ class _Fit:
         if self.folds < 2:
             return left_alone("all images come in one batch that only forward_fn takes apart; give smaller batches")
         schedule = schedule_for(images * (FOLDS - 1) // FOLDS)
+        known = {"images": images, "unreached": unreached}
         total = (self.folds + len(RATES) - 1) * schedule.total
         self._log_costs(network, placed, total)
         held_out = {share: torch.empty_like(self.q) for share in SHARES}
@@ -165,6 +166,8 @@ class _Fit:
                 }
                 rate = rate or self._best({r: self._outputs(network, tried[r][0], outside) for r in tried}, outside)
                 vector, curve = tried[rate]
+                if not fold and self._best({"": self.q, rate: self._outputs(network, vector, outside)}, outside) == "":
+                    return left_alone("nothing to gain: no rate of the fit brings held-out images nearer", **known)
                 vectors.append(vector)
                 curves.append(curve)
                 rows = self.rows_of(outside)[0]
@@ -177,9 +180,8 @@ class _Fit:
         evidence = LayersEvidence(
             True,
             "",
-            images=images,
             layers=changes,
-            unreached=unreached,
+            **known,
             rate=rate,
             share=share,
             epochs=schedule.epochs,
