@@ -112,7 +112,7 @@ def apply_cat(
             collected = time.perf_counter()
             store.match(processes)
             how = {"output": output, "forward_fn": forward_fn, "augment": augment, "progress": progress}
-            fit, layers = fit_both_levels(quantized_model, fp_model, kept, store, config, processes, **how)
+            fit, layers, fitted_on = fit_both_levels(quantized_model, fp_model, kept, store, config, processes, **how)
             fitted = time.perf_counter()
             corrections = {} if layers is None else layers.corrections
             cat_model = CATWrapper(quantized_model, fit.correction, None, config, output=output, layers=corrections)
@@ -128,11 +128,11 @@ def apply_cat(
                 images=fit.images,
                 positions=fit.positions,
                 num_clusters=fit.correction.num_clusters,
-                cluster_sizes=_cluster_sizes(store, fit.correction, processes),
+                cluster_sizes=_cluster_sizes(fitted_on, fit.correction, processes),
                 held_out=fit.scores,
                 layers=evidence,
                 evidence=fit.evidence,
-                warnings=(*found, *_output_warnings(fit, config, _reused_share(reused, fit, processes))),
+                warnings=(*found, *_output_warnings(fit, config, _reused_share(reused, store.num_images, processes))),
                 quantized_layers=count,
                 added_parameters=_total(cat_model, "num_parameters"),
                 added_bytes=_total(cat_model, "num_bytes"),
@@ -216,11 +216,12 @@ def _cluster_sizes(store: LogitStore, correction: ClusterAffine, processes: Proc
     return tuple(processes.sum(sizes).tolist())
 
 
-def _reused_share(reused: list[float], fit: Fit, processes: Processes) -> float | None:
+def _reused_share(reused: list[float], images: int, processes: Processes) -> float | None:
     """Share of the images of all processes that the quantized model was calibrated on; None if it does not tell."""
     counts = torch.tensor([sum(reused), float(bool(reused))], dtype=torch.float64, device="cpu")
-    known, told = processes.sum(counts).tolist()
-    return known / fit.images if told else None
+    counts = torch.cat([counts, torch.tensor([float(images)], dtype=torch.float64, device="cpu")])
+    known, told, total = processes.sum(counts).tolist()
+    return known / total if told else None
 
 
 def _output_warnings(fit: Fit, config: CATConfig, reused: float | None) -> list[str]:

@@ -18,7 +18,7 @@ from cat_plugin.report.report import CATReport
 from cat_plugin.running.loaders import model_device
 from cat_plugin.running.models import inside, unwrap
 from cat_plugin.running.outputs import Output, check_where
-from cat_plugin.running.taps import find_layer
+from cat_plugin.running.taps import find_layers
 from cat_plugin.saving.pretrained import load, save
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class CATWrapper(nn.Module):
             if not isinstance(part, ChannelAffine):
                 raise CATError(f"the correction of layer {name!r} is a {type(part).__name__}; expected a ChannelAffine")
         refuse_attached(quantized_model)
-        targets = {name: find_layer(quantized_model, name) for name in self.layers}
+        targets = find_layers(quantized_model, self.layers)
         device = model_device(quantized_model)
         switch = Switch()
         self._hook = OutputHook(correction.to(device), switch, output, class_axis)

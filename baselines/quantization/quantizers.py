@@ -134,7 +134,7 @@ class ActivationQuantizer(_Quantizer):
             self._learning = False
             self.keep, self.bypass, self.generator = before
 
-    def straight_through(self) -> contextlib.AbstractContextManager[None]:
+    def cat_straight_through(self) -> contextlib.AbstractContextManager[None]:
         """Within, the same values come with straight-through gradients. Asked for by whoever fits something around
         the network, such as corrections of its layers."""
         return self.training_with(1.0, self.bypass, self.generator)

@@ -14,6 +14,7 @@ from cat_plugin.correction.channel_affine import ChannelAffine
 from cat_plugin.correction.corrected_layer import corrected_layer
 from cat_plugin.correction.folding import fold_into
 from cat_plugin.correction.hook import CATHook, OutputHook
+from cat_plugin.running.loaders import model_device
 
 EMPTY: Mapping[str, ChannelAffine] = MappingProxyType({})
 
@@ -51,11 +52,12 @@ class BakedCAT(nn.Module):
 
         def correct(name: str) -> nn.Module:
             twin = _shallow_copy(modules[name])
-            folded = fold_into(twin, layers[name]) if fold else None
+            part = copy.deepcopy(layers[name]).to(model_device(twin))
+            folded = fold_into(twin, part) if fold else None
             if folded is not None:
                 return folded
             unfolded.append(name)
-            return corrected_layer(twin, copy.deepcopy(layers[name]))
+            return corrected_layer(twin, part)
 
         self.quantized_model = _twin(model, {id(modules[name]): partial(correct, name) for name in layers})
         self.unfolded = tuple(unfolded)

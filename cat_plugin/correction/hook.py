@@ -140,10 +140,11 @@ class LayerHook(CATHook):
         self.correction = correction
 
     def correct(self, module: nn.Module, output: Any) -> Any:
-        values = first_tensor(output)
-        if self.correction.scale.device != values.device:
-            self.correction.to(values.device)
-        return with_first_tensor(output, self.correction(values))
+        values, correction = first_tensor(output), self.correction
+        if correction.scale.device != values.device:  # replicas of nn.DataParallel share the hook: nothing is moved
+            moved = (part.to(values.device) for part in (correction.scale, correction.shift))
+            correction = ChannelAffine(*moved, correction.axis)
+        return with_first_tensor(output, correction(values))
 
 
 def find_hooks(model: nn.Module) -> list[CATHook]:

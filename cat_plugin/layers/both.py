@@ -25,8 +25,9 @@ def fit_both_levels(
     config: CATConfig,
     processes: Processes,
     **how: Any,
-) -> tuple[Fit, LayersFit | None]:
-    """The correction of the output, and those of layers; None where layers are not to be looked at.
+) -> tuple[Fit, LayersFit | None, LogitStore]:
+    """The correction of the output, those of layers, None where these are not to be looked at, and the outputs that the
+    first was fitted on.
 
     Layers are used where their outputs on held-out images are nearer to full precision than those of the model as it
     is, by a margin beyond chance, and where both levels together come nearer than the output corrected alone. The
@@ -38,7 +39,7 @@ def fit_both_levels(
         how: options of `fit_layers`.
     """
     if kept is None:
-        return fit_and_score(store, config, processes), None
+        return fit_and_score(store, config, processes), None, store
     complete = all(processes.gather(len(kept) == store.num_images))
     known = store if complete else store.first(len(kept))
     alone = fit_and_score(known, config, processes)
@@ -52,8 +53,8 @@ def fit_both_levels(
         inside = known.with_outputs(layers.held_out)
         together, layers = _judged(alone, layers, inside, config, processes)
         if layers.evidence.accepted:
-            return together, layers
-    return alone if complete else fit_and_score(store, config, processes), layers
+            return together, layers, inside
+    return alone if complete else fit_and_score(store, config, processes), layers, store
 
 
 def _judged(

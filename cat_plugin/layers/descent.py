@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cat_plugin.errors import CATError
 from cat_plugin.fitting.processes import Processes
 from cat_plugin.layers.images import KeptImages, Part
 from cat_plugin.layers.network import CorrectedNetwork
@@ -81,10 +80,7 @@ class Descent:
         after_step: Callable[[], None] | None = None,
     ) -> Tensor:
         """The vector that is best for the given images (n,) int64 of this process, after `schedule`, with one of
-        `RATES` that falls to 0 by a cosine.
-
-        Raises:
-            CATError: the divergence is not finite, whatever is tried.
+        `RATES` that falls to 0 by a cosine. Steps whose gradient is not finite are left out.
         """
         vector = torch.zeros(self._network.size, device=self._network.device, requires_grad=True)
         first = RATES[rate] / max(len(self._network.places), FEWEST_LAYERS)
@@ -94,14 +90,15 @@ class Descent:
         for _ in range(schedule.epochs):
             for part in self._kept.parts(images, schedule.steps, generator):
                 adam.param_groups[0]["lr"] = first * (1 + math.cos(math.pi * step / schedule.total)) / 2
-                vector.grad = self._gradient(vector, part)
+                gradient = self._gradient(vector, part)
+                if not self._scaler.is_enabled() and not gradient.isfinite().all():
+                    gradient = torch.zeros_like(gradient)  # of some images: the step is left out
+                vector.grad = gradient
                 self._scaler.step(adam)
                 self._scaler.update()
                 step += 1
                 if after_step is not None:
                     after_step()
-            if not vector.detach().isfinite().all():
-                raise CATError(f"the corrections of layers are not finite after {step} steps; give other images")
             if after_epoch is not None:
                 after_epoch(vector.detach())
         return vector.detach()

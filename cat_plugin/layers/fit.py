@@ -14,7 +14,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -96,7 +99,7 @@ def fit_layers(
         augment: gives other views of the images, each with full-precision outputs of its own.
 
     Raises:
-        CATError: a layer that was named cannot be corrected, or no finite corrections are found.
+        CATError: a layer that was named cannot be corrected.
     """
     started = time.perf_counter()
     layers = candidates(quantized_model, config.layers if isinstance(config.layers, tuple) else "all")
@@ -271,7 +274,7 @@ class _Fit:
     def _outputs(self, network: CorrectedNetwork, vector: Tensor, images: Tensor) -> Tensor:
         """(n, C) float32 outputs of the given images, in their order, which is ascending, on the CPU."""
         with torch.no_grad():
-            rows = [network.rows(part, vector).to("cpu", torch.float32) for part in self.kept.parts(images)]
+            rows = [network.rows(part, vector).to("cpu", torch.float32) for part in self.kept.parts(images, size=BATCH)]
         return torch.cat(rows) if rows else self.q[:0]
 
     def _divergences(self, outputs: Tensor, images: Tensor) -> Tensor:
@@ -311,22 +314,23 @@ def _folds(kept: KeptImages, store: LogitStore, seed: int, processes: Processes)
     Images that are alike, or have to be run together, are in one fold.
     """
     count, groups = len(kept), kept.groups()
-    before = processes.before(count)
-    if all(processes.gather(len(groups.unique()) == count)):
-        keys = processes.gather_rows(store.keys()[:count])
-        alike = groups_of_alike(keys)
+    before, alone = processes.before(count), all(processes.gather(len(groups.unique()) == count))
+    alike = groups_of_alike(processes.gather_rows(store.keys()[:count]))
+    everyone = torch.arange(len(alike), device="cpu")
+    if alone:
         firsts = torch.full((int(alike.max()) + 1 if len(alike) else 0,), len(alike), dtype=torch.int64, device="cpu")
-        firsts.scatter_reduce_(0, alike, torch.arange(len(alike), device="cpu"), "amin")
-        distinct = firsts[alike] == torch.arange(len(alike), device="cpu")
-        numbers, distinct = alike[before : before + count], distinct[before : before + count]
-        total = len(firsts)
-    else:
-        mine = int(groups.max()) + 1 if count else 0
-        numbers, distinct = groups + processes.before(mine), torch.ones(count, dtype=torch.bool, device="cpu")
-        total = sum(processes.gather(mine))
+        distinct = firsts.scatter_reduce_(0, alike, everyone, "amin")[alike] == everyone
+        together, total = alike, len(firsts)
+    else:  # groups that have an image in common are one
+        own = processes.gather_rows(groups + processes.before(int(groups.max()) + 1 if count else 0))
+        size = int(own.max()) + 1
+        edges = coo_matrix((np.ones(len(own)), (own.numpy(), size + alike.numpy())), shape=(2 * size + len(own),) * 2)
+        label = torch.from_numpy(connected_components(edges, directed=False)[1]).long()[own]
+        together = label.unique(return_inverse=True)[1]
+        distinct, total = torch.ones(len(own), dtype=torch.bool, device="cpu"), int(together.max()) + 1
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed), device="cpu")
-    folds = min(FOLDS, total)
-    return folds, (order % folds)[numbers], distinct
+    folds, mine = min(FOLDS, total), slice(before, before + count)
+    return folds, (order % folds)[together][mine], distinct[mine]
 
 
 def _divergence(kind: OutputKind, f: Tensor, processes: Processes) -> Divergence:

@@ -13,7 +13,7 @@ ROUNDINGS_IN_PLACE = {torch.round_, Tensor.round_, torch.floor_, Tensor.floor_, 
 LIMITS = {torch.clamp, Tensor.clamp, torch.clip, Tensor.clip}
 LIMITS |= {torch.minimum, Tensor.minimum, torch.maximum, Tensor.maximum}
 LIMITS_IN_PLACE = {torch.clamp_, Tensor.clamp_, torch.clip_, Tensor.clip_}
-PROTOCOL = "straight_through"
+PROTOCOL = "cat_straight_through"
 """Method of quantizers that know how to pass gradients: gives a context in which they do, at the same values."""
 
 
@@ -21,11 +21,11 @@ PROTOCOL = "straight_through"
 def fitting_through(model: nn.Module) -> Iterator[None]:
     """Inside the block, gradients go through `model` to what is fitted around it, and to none of its own tensors.
 
-    Parameters do not ask for gradients. Quantizers with a method `straight_through` are told, and wherever else the
+    Parameters do not ask for gradients. Quantizers with a method `cat_straight_through` are told, and wherever else the
     model rounds in Python, the gradient passes as if it did not. What it computes stays the same. Afterwards all is
     as it was.
     """
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
+    asking = [each for each in model.parameters() if each.requires_grad and each.is_leaf and not each.is_inference()]
     with ExitStack() as stack:
         for parameter in asking:
             stack.callback(parameter.requires_grad_, True)

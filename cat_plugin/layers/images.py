@@ -40,8 +40,17 @@ class KeptImages:
             self.full = True
             return
         self._bytes += size
-        with torch.inference_mode(False), torch.no_grad():
-            self._batches.append((_copied(inputs.batch), inputs.drawn))
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                copied = _copied(inputs.batch)
+        except Exception:  # batches of a forward_fn may hold anything
+            logger.warning("layers are corrected by the first %d images only: a batch cannot be copied", len(self))
+            logger.debug("why it cannot", exc_info=True)
+            self.full = True
+            return
+        index = inputs.drawn.index
+        drawn = dataclasses.replace(inputs.drawn, index=None if index is None else index.clone())
+        self._batches.append((copied, drawn))
 
     def __len__(self) -> int:
         """How many images are kept: the first ones that came."""
@@ -180,5 +189,9 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def _copied(batch: Any) -> Any:
-    """A copy, which no loader overwrites; of a tensor on the CPU."""
-    return batch.detach().to("cpu", copy=True) if isinstance(batch, Tensor) else copy.deepcopy(batch)
+    """A copy, which no loader overwrites, with tensors on the CPU."""
+    if isinstance(batch, Tensor):
+        return batch.detach().to("cpu", copy=True)
+    if type(batch) in (list, tuple):
+        return type(batch)(map(_copied, batch))
+    return {key: _copied(part) for key, part in batch.items()} if type(batch) is dict else copy.deepcopy(batch)

@@ -14,7 +14,7 @@ from cat_plugin.fitting.processes import Processes
 from cat_plugin.running.models import inside
 from cat_plugin.running.outputs import first_tensor
 from cat_plugin.running.positions import class_axis_of
-from cat_plugin.running.taps import find_layer, is_in_compiled
+from cat_plugin.running.taps import find_layers, is_in_compiled
 from cat_plugin.running.weights import is_layer, is_packed, weights_of
 
 SMALLEST_SPREAD = 0.01
@@ -48,10 +48,11 @@ def candidates(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.Mo
         CATError: a name is none of a layer, or of one that is compiled.
     """
     if not isinstance(wanted, str):
-        return {name: find_layer(model, name) for name in wanted}
+        return find_layers(model, wanted)
+    modules = dict(model.named_modules(remove_duplicate=False))
     network, prefix = inside(model)
     found = {prefix + name: module for name, module in network.named_modules() if _multiplies(module)}
-    return {name: module for name, module in found.items() if name and not is_in_compiled(model, name)}
+    return {name: module for name, module in found.items() if name and not is_in_compiled(modules, name)}
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """A forward hook that keeps what a model gives for a batch, and where hooks on its layers would act."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -55,6 +55,18 @@ def captured(model: nn.Module, output: Output) -> Iterator[Capture]:
         handle.remove()
 
 
+def find_layers(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The layers of `model` with the given names.
+
+    Raises:
+        CATError: as `find_layer`; or two of the names are of one layer.
+    """
+    found = {name: find_layer(model, name) for name in names}
+    if len({id(layer) for layer in found.values()}) < len(found):
+        raise CATError(f"two of the layers {', '.join(found)} are one and the same; name it once")
+    return found
+
+
 def find_layer(model: nn.Module, name: str) -> nn.Module:
     """The layer `name` of `model`.
 
@@ -65,7 +77,7 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
     if not isinstance(name, str) or not name or name not in modules:
         known = ", ".join(child for child, _ in model.named_children())
         raise CATError(f"{name!r} is no layer of {type(model).__name__}; its children are {known}")
-    if is_in_compiled(model, name):
+    if is_in_compiled(modules, name):
         raise CATError(
             f"{name!r} is inside of a compiled {type(model).__name__}, where hooks need not run; give the model that "
             "was compiled, and compile what bake() gives"
@@ -73,8 +85,10 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
-def is_in_compiled(model: nn.Module, name: str) -> bool:
-    """Whether `torch.compile` made the model, or a module of it that the layer `name` is in."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+def is_in_compiled(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether `torch.compile` made the model, or a module of it that the layer `name` is in.
+
+    modules: all of the model, by name.
+    """
     parts = name.split(".")
     return any(is_compiled(modules[".".join(parts[:end])]) for end in range(len(parts)))

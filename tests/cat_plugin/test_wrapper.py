@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cat_plugin import CATError, CATWrapper, ClusterAffine, apply_cat
+from cat_plugin import CATError, CATWrapper, ChannelAffine, ClusterAffine, apply_cat
 from tests.cat_plugin.helpers import SmallNet, images, model_pair, state_of
 
 
@@ -191,3 +191,12 @@ def test_a_corrected_model_cannot_be_scripted_and_says_what_can_be_done():
     traced = torch.jit.trace(quantized, images(5))
     torch.testing.assert_close(traced(images(9)), quantized(images(9)))
     torch.jit.script(cat_model.remove())
+
+
+def test_two_names_of_one_layer_are_an_error():
+    model = torch.nn.Module()
+    model.a = model.b = torch.nn.Linear(3, 3)
+    parts = {name: ChannelAffine(torch.ones(3), torch.zeros(3), -1) for name in ("a", "b")}
+    with pytest.raises(CATError, match="two of the layers a, b are one and the same"):
+        CATWrapper(model, ClusterAffine.identity(3), layers=parts)
+    assert not model.a._forward_hooks

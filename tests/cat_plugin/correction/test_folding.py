@@ -166,3 +166,35 @@ def test_unfolded_layers_are_named_and_corrected(caplog):
         assert torch.equal(copied(x), baked(x))
     cat_model.remove()
     assert state_of(model) == before
+
+
+class CoarseInput(nn.Linear):
+    """Rounds its input by steps of 8, and its weight by one scale for all channels."""
+
+    def forward(self, x):
+        step = self.weight.abs().max()
+        return nn.functional.linear((x / 8).round() * 8, (self.weight / step).round() * step, self.bias)
+
+
+def test_layers_that_round_small_inputs_to_nothing_are_tried_on_large_ones():
+    torch.manual_seed(0)
+    layer = CoarseInput(6, 4)
+    correction = ChannelAffine(torch.tensor([0.5, 1.0, 1.5, 2.0]), torch.zeros(4), -1)
+    assert fold_into(layer, correction) is None
+
+
+def test_probes_leave_no_trace():
+    """Of a layer in training mode that counts its passes."""
+
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 4)
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, x):
+            self.passes += 1
+            return super().forward(x)
+
+    layer = Counting().train()
+    fold_into(layer, ChannelAffine(torch.ones(4), torch.zeros(4), -1))
+    assert layer.passes == 0 and layer.training

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from cat_plugin import CATError
 from cat_plugin.fitting.processes import ALONE
 from cat_plugin.kinds import SOFTMAX
 from cat_plugin.layers.descent import Descent, Schedule
@@ -123,9 +122,9 @@ def test_seed_decides():
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
-def test_what_is_not_finite_is_an_error():
-    with pytest.raises(CATError, match="corrections of layers are not finite after 2 steps; give other images"):
-        fitted(Schedule(1, 2), divergence=lambda f, out: out.sum(1) * torch.nan)
+def test_steps_that_are_not_finite_are_left_out():
+    vector, _ = fitted(Schedule(1, 2), divergence=lambda f, out: out.sum(1) * torch.nan)
+    assert vector.abs().max() == 0
 
 
 def test_callers_hear_of_steps_and_epochs():
