@@ -111,9 +111,9 @@ def test_stored_rows_are_all_there_and_hold_the_figures_of_their_predictions(tmp
     assert all_same(run.stored(NAMES[::-1]), EXPECTED[::-1])
     path = tmp_path / f"{NAMES[1]}.json"
     values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, "lq_top1": 1.0, "cat_delta": 92.2}))
+    path.write_text(json.dumps({**values, "lq_top1": 1.0, "layers_delta": 92.2}))
     with pytest.raises(
-        BenchmarkError, match=rf"row {NAMES[1]} does not .* lq_top1 1.0 instead of 90.0; cat_delta 92.2"
+        BenchmarkError, match=rf"row {NAMES[1]} does not .* lq_top1 1.0 instead of 90.0; layers_delta 92.2"
     ):
         run.stored(NAMES)
     path.unlink()
