@@ -218,9 +218,8 @@ def _cluster_sizes(store: LogitStore, correction: ClusterAffine, processes: Proc
 
 def _reused_share(reused: list[float], images: int, processes: Processes) -> float | None:
     """Share of the images of all processes that the quantized model was calibrated on; None if it does not tell."""
-    counts = torch.tensor([sum(reused), float(bool(reused))], dtype=torch.float64, device="cpu")
-    counts = torch.cat([counts, torch.tensor([float(images)], dtype=torch.float64, device="cpu")])
-    known, told, total = processes.sum(counts).tolist()
+    counts = [sum(reused), float(bool(reused)), float(images)]
+    known, told, total = processes.sum(torch.tensor(counts, dtype=torch.float64, device="cpu")).tolist()
     return known / total if told else None
 
 

@@ -25,6 +25,11 @@ def agreement(f: Tensor, out: Tensor, kind: OutputKind = SOFTMAX) -> float:
     return 100.0 * kind.agreeing(f, out).double().mean().item()
 
 
+def percent_changed(before: Tensor, after: Tensor, kind: OutputKind = SOFTMAX) -> float:
+    """Percentage of predictions that differ between the outputs `before` and `after`, both (N, C)."""
+    return 100.0 * (kind.decisions(before) != kind.decisions(after)).double().mean().item()
+
+
 def agreement_gain(
     f: Tensor, q: Tensor, out: Tensor, images: Tensor | None = None, kind: OutputKind = SOFTMAX
 ) -> tuple[float, float]:

@@ -81,9 +81,8 @@ class CATWrapper(nn.Module):
         device = model_device(quantized_model)
         switch = Switch()
         self._hook = OutputHook(correction.to(device), switch, output, class_axis)
-        hooks = [(targets[name], LayerHook(part.to(device), switch)) for name, part in self.layers.items()]
-        self._hooks = [(quantized_model, self._hook), *hooks]
-        for target, hook in self._hooks:
+        self._hooks = [self._hook, *(LayerHook(part.to(device), switch) for part in self.layers.values())]
+        for target, hook in zip((quantized_model, *targets.values()), self._hooks, strict=True):
             hook.attach(target)
         self.quantized_model = quantized_model
         self.correction = correction
@@ -104,7 +103,7 @@ class CATWrapper(nn.Module):
 
     def remove(self) -> nn.Module:
         """Takes the correction off and returns the quantized model as it was; can be called again."""
-        for _, hook in self._hooks:
+        for hook in self._hooks:
             hook.remove()
         return self.quantized_model
 

@@ -26,7 +26,7 @@ from benchmarks.runs.files import digest_text
 from cat_plugin import CATConfig, ClusterAffine
 from cat_plugin.running.collect import PairedOutputs, collect_outputs, to_cpu
 from cat_plugin.running.inference import inference
-from cat_plugin.running.loaders import iterate_inputs, model_device
+from cat_plugin.running.loaders import iterate_inputs, run
 
 logger = logging.getLogger(__name__)
 
@@ -151,9 +151,8 @@ class Networks:
     def _test_logits(self) -> Tensor:
         """`(M, C)` of the low-bit network as it is now, with what is attached to it."""
         loader = batches(self.dataset.test_images, "corrected test images" if self.progress else None)
-        device = model_device(self.quantized)
         with inference({"quantized_model": self.quantized}):
-            found = [to_cpu(self.quantized(batch.to(device))) for batch, _ in iterate_inputs(loader, SCORING_BATCH)]
+            found = [to_cpu(run(self.quantized, batch)) for batch, _ in iterate_inputs(loader, SCORING_BATCH)]
         return torch.cat(found)
 
 

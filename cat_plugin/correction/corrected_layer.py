@@ -7,7 +7,7 @@ from torch import nn
 
 from cat_plugin.correction.channel_affine import ChannelAffine
 from cat_plugin.correction.hook import LayerHook, Switch
-from cat_plugin.running.outputs import first_tensor, with_first_tensor
+from cat_plugin.running.outputs import with_first_changed
 
 NAME = "cat_correction"
 
@@ -19,8 +19,7 @@ class CorrectedLayer(nn.Module):
     cat_correction: ChannelAffine
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._cat_class.forward(self, *args, **kwargs)
-        return with_first_tensor(output, self.cat_correction(first_tensor(output)))
+        return with_first_changed(self._cat_class.forward(self, *args, **kwargs), self.cat_correction)
 
     def __reduce__(self) -> tuple:
         plain = object.__new__(self._cat_class)

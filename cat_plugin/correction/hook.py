@@ -7,13 +7,13 @@ from contextvars import ContextVar
 from threading import Lock
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cat_plugin.correction.channel_affine import ChannelAffine
 from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.errors import CATError
-from cat_plugin.running.outputs import Output, extract, first_tensor, insert, with_first_tensor
+from cat_plugin.running.outputs import Output, extract, insert, with_first_changed
 from cat_plugin.running.positions import class_axis_of, from_rows, to_rows
 
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("ids of the switches that are off here", default=frozenset())
@@ -140,11 +140,14 @@ class LayerHook(CATHook):
         self.correction = correction
 
     def correct(self, module: nn.Module, output: Any) -> Any:
-        values, correction = first_tensor(output), self.correction
+        return with_first_changed(output, self._changed)
+
+    def _changed(self, values: Tensor) -> Tensor:
+        correction = self.correction
         if correction.scale.device != values.device:  # replicas of nn.DataParallel share the hook: nothing is moved
             moved = (part.to(values.device) for part in (correction.scale, correction.shift))
             correction = ChannelAffine(*moved, correction.axis)
-        return with_first_tensor(output, correction(values))
+        return correction(values)
 
 
 def find_hooks(model: nn.Module) -> list[CATHook]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from cat_plugin.fitting.families import Family
 from cat_plugin.fitting.weights import Sample
 from cat_plugin.kinds import VALUE
-from cat_plugin.metrics import standard_error
+from cat_plugin.metrics import percent_changed, standard_error
 
 LEVEL = 0.95
 """Of the one-sided interval (Student's t over images) by which the divergence has to fall."""
@@ -81,13 +81,17 @@ def judge(
     gain, error = fall(corrected)
     verb = "falls" if gain > 0 else "does not fall, it rises"
     size = f"{abs(gain):.4f} +- {error:.4f}{'' if kind is VALUE else ' nats'}"
-    margin = float(student_t.ppf(LEVEL, max(sample.images - 1, 1))) * error
-    faults = {f"{LOSS_NAMES[kind.name]} {verb} by {size}": not gain > margin}
+    faults = {f"{LOSS_NAMES[kind.name]} {verb} by {size}": not gain > margin(error, sample.images)}
     changed = _changes(corrected, sample, faults) if kind.decisions else math.nan
     found = [fault for fault, given in faults.items() if given]
     said = "; ".join(found or list(faults)[:2])
     reason = f"{'nothing to gain: ' if found else ''}on held-out images, {said}"
     return Evidence(sample.images, gain, error, changed, not found, reason, candidates)
+
+
+def margin(error: float, images: int) -> float:
+    """By how much the divergence has to fall, where the fall over so many images has that standard error."""
+    return float(student_t.ppf(LEVEL, max(images - 1, 1))) * error
 
 
 def _changes(corrected: Tensor, sample: Sample, faults: dict[str, bool]) -> float:
@@ -97,7 +101,7 @@ def _changes(corrected: Tensor, sample: Sample, faults: dict[str, bool]) -> floa
     won, lost = int((after & ~before).sum()), int((before & ~after).sum())
     net = (after.double() - before.double()).sum(dim=1)
     spread = standard_error(net, sample.owners) * len(net) if sample.owners is not None else math.sqrt(won + lost)
-    changed = 100.0 * (kind.decisions(q) != kind.decisions(corrected)).double().mean().item()
+    changed = percent_changed(q, corrected, kind)
     faults |= {
         f"{won} predictions come to agree with FP, and {lost} no longer do": won - lost < MIN_AGREEMENT * spread,
         f"a correction would change {changed:.2f} % of the predictions": changed < MIN_CHANGED,

@@ -43,10 +43,10 @@ class LogitStore:
         self._dtype = torch.float32
 
     @classmethod
-    def of(cls, q: Tensor, f: Tensor, images: Tensor | None = None) -> "LogitStore":
-        """A store in memory of logits (N, C) twice; `images` as in `append`."""
+    def of(cls, q: Tensor, f: Tensor, images: Tensor | None = None, keys: Tensor | None = None) -> "LogitStore":
+        """A store in memory of logits (N, C) twice; `images` and `keys` as in `append`."""
         store = cls(memory_values=math.inf)
-        store.append(q, f, images)
+        store.append(q, f, images, keys)
         return store
 
     def append(self, q: Tensor, f: Tensor, images: Tensor | None = None, keys: Tensor | None = None) -> None:
@@ -141,16 +141,12 @@ class LogitStore:
         """The first images alone, in memory."""
         rows, owners = self.rows_of(torch.arange(images, device="cpu"))
         q, f = (part.to(self.dtype) for part in self.take(rows))
-        store = LogitStore(math.inf)
-        store.append(q, f, None if self.images is None else owners, self.keys()[:images])
-        return store
+        return LogitStore.of(q, f, None if self.images is None else owners, self.keys()[:images])
 
     def with_outputs(self, q: Tensor) -> "LogitStore":
         """The same images, in memory, with other outputs (N, C) of the quantized model."""
         f = self.take(torch.arange(len(self), device="cpu"))[1].to(self.dtype)
-        store = LogitStore(math.inf)
-        store.append(q.to(self.dtype), f, self.images, self.keys())
-        return store
+        return LogitStore.of(q.to(self.dtype), f, self.images, self.keys())
 
     def match(self, processes: Processes) -> None:
         """Makes sure that the stores of all processes hold outputs of one kind; empty ones take over the others'.

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cat_plugin.correction.module import compute_dtype
 from cat_plugin.fitting.processes import Processes
 from cat_plugin.layers.images import KeptImages, Part
 from cat_plugin.layers.network import CorrectedNetwork
-from cat_plugin.running.loaders import COMPUTE_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +127,6 @@ class Descent:
         targets = self._targets(view)
         rows = self._network.rows(view, vector)
         per_image = len(rows) / len(part.images)
-        loss = self._divergence(targets.to(rows.device), rows.to(_wide(rows.dtype))).sum() / (per_image * count)
+        loss = self._divergence(targets.to(rows.device), rows.to(compute_dtype(rows))).sum() / (per_image * count)
         (gradient,) = torch.autograd.grad(self._scaler.scale(loss), vector)
         return gradient
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in COMPUTE_DTYPES and dtype.itemsize < 4 else dtype

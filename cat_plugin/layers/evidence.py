@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
-from scipy.stats import t as student_t
 from torch import Tensor
 
-from cat_plugin.fitting.evidence import LEVEL, MIN_AGREEMENT, MIN_CHANGED
+from cat_plugin.fitting.evidence import MIN_AGREEMENT, MIN_CHANGED
+from cat_plugin.fitting.evidence import margin as margin_of
 from cat_plugin.kinds import OutputKind
-from cat_plugin.metrics import agreement, kl_divergence, standard_error
+from cat_plugin.metrics import agreement, kl_divergence, percent_changed, standard_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LayersEvidence:
     images          that they were fitted on
     layers          what is corrected, in the order of the network
     unreached       names of layers that no gradient reaches, which are left as they are
-    rate            of the steps, that held-out images want: "far" or "near"
+    rate            of the steps, that held-out images want, see `RATES`
     share           of the way from the identity that held-out images want
     epochs, steps   passes over the images, and steps in each
     curve           held-out divergence before, and after each epoch; a mean over the folds
@@ -93,14 +93,13 @@ def faults(
     images = len(f) if owners is None else len(owners.unique())
     fall = kind.divergence(f.double(), other.double()) - kind.divergence(f.double(), out.double())
     gain, error = fall.mean().item(), standard_error(fall, owners)
-    least = float(student_t.ppf(LEVEL, max(images - 1, 1))) * error if margin else 0.0
-    if not gain > least:
+    if not gain > (margin_of(error, images) if margin else 0.0):
         found.append(f"the divergence changes by {-gain:+.4f} +- {error:.4f}")
     if kind.decisions:
         net = (kind.agreeing(f, out).double() - kind.agreeing(f, other).double()).mean(dim=1)
         if net.mean().item() < MIN_AGREEMENT * standard_error(net, owners):
             found.append(f"{-100 * net.mean().item():.2f} % fewer predictions agree with FP")
-        changed = 100.0 * (kind.decisions(other) != kind.decisions(out)).double().mean().item()
+        changed = percent_changed(other, out, kind)
         if margin and changed < MIN_CHANGED:
             found.append(f"corrections would change {changed:.2f} % of the predictions")
     return found

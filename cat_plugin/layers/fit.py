@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -24,14 +24,14 @@ from tqdm import tqdm
 from cat_plugin.config import CATConfig
 from cat_plugin.correction.channel_affine import ChannelAffine
 from cat_plugin.fitting.processes import Processes
-from cat_plugin.fitting.store import LogitStore, groups_of_alike
+from cat_plugin.fitting.store import LogitStore, different_images, groups_of_alike
 from cat_plugin.kinds import VALUE, OutputKind
 from cat_plugin.layers.descent import BATCH, RATES, Augment, Descent, Divergence, Schedule
 from cat_plugin.layers.evidence import LayerChange, LayersEvidence
 from cat_plugin.layers.gradients import fitting_through
 from cat_plugin.layers.images import KeptImages, Part
-from cat_plugin.layers.network import CorrectedNetwork, reached
-from cat_plugin.layers.place import Place, candidates, check_named, measuring, places
+from cat_plugin.layers.network import CorrectedNetwork
+from cat_plugin.layers.place import Place, candidates, check_named, measuring, places, spread_of, sums_of
 from cat_plugin.running.inference import inference
 from cat_plugin.running.loaders import ForwardFn, run
 from cat_plugin.running.outputs import Output, extract
@@ -134,9 +134,7 @@ class _Fit:
         self.reading = {"output": output, "forward_fn": forward_fn}
         everything = torch.arange(len(kept), device="cpu")
         self.rows_of = store.rows_of
-        _, f = store.take(store.rows_of(everything)[0])
-        self.f = f.float()
-        self.q = store.take(store.rows_of(everything)[0])[0].float()
+        self.q, self.f = (part.float() for part in store.take(store.rows_of(everything)[0]))
         self.folds, self.fold_of, self.distinct = _folds(kept, store, config.seed, processes)
         self.divergence = _divergence(config.kind, self.f, processes)
 
@@ -167,16 +165,21 @@ class _Fit:
                     each: self._fitted(network, descent, schedule, each, fold, chosen, outside, bar)
                     for each in ([rate] if rate else RATES)
                 }
-                rate = rate or self._best({r: self._outputs(network, tried[r][0], outside) for r in tried}, outside)
+                rows = self.rows_of(outside)[0]
+                found = {each: self._outputs(network, vector, outside) for each, (vector, _) in tried.items()}
+                if rate is None:
+                    best = self._best({None: self.q[rows], **found}, outside)
+                    if best is None:
+                        return left_alone("nothing to gain: no rate of the fit brings held-out images nearer", **known)
+                    rate = best
                 vector, curve = tried[rate]
-                if not fold and self._best({"": self.q, rate: self._outputs(network, vector, outside)}, outside) == "":
-                    return left_alone("nothing to gain: no rate of the fit brings held-out images nearer", **known)
                 vectors.append(vector)
                 curves.append(curve)
-                rows = self.rows_of(outside)[0]
                 for share, outputs in held_out.items():
-                    outputs[rows] = self._outputs(network, share * vector, outside)
-            share = self._best(held_out, _indices(self.distinct))
+                    outputs[rows] = found[rate] if share == 1 else self._outputs(network, share * vector, outside)
+            images_once = _indices(self.distinct)
+            rows = self.rows_of(images_once)[0]
+            share = self._best({share: outputs[rows] for share, outputs in held_out.items()}, images_once)
         vector = torch.stack(vectors).mean(dim=0)
         corrections = network.corrections(share * vector)
         changes = _changes(corrections, network.places)
@@ -208,7 +211,7 @@ class _Fit:
     ) -> tuple[Tensor, list[float]]:
         """The vector of a fit on the images `chosen`, and the divergence on others before it and after each epoch."""
         watched = outside[self.distinct[outside]][:WATCHED]
-        curve = [self._divergences(self.q, watched).mean().item()]
+        curve = [self._divergences(self.q[self.rows_of(watched)[0]], watched).mean().item()]
 
         def watch(vector: Tensor) -> None:
             curve.append(self._divergences(self._outputs(network, vector, watched), watched).mean().item())
@@ -241,13 +244,10 @@ class _Fit:
         network = CorrectedNetwork(self.model, layers, placed, **self.reading)
         failure, found = "", [False] * len(placed)
         with fitting_through(self.model), network.attached():
-            vector = torch.zeros(network.size, device=network.device, requires_grad=True)
             try:
-                for part in self.kept.parts(_indices(self.distinct)[:PROBED], size=PROBED):
-                    rows = network.rows(part, vector)
-                    loss = self.divergence(self._targets(part).to(rows.device), rows.float()).sum()
-                    (gradient,) = torch.autograd.grad(loss, vector, allow_unused=True)
-                    found = [a or b for a, b in zip(found, reached(network, gradient), strict=True)]
+                for part in self._probed():
+                    here = network.reached(self._gradient_at_identity(network, part))
+                    found = [a or b for a, b in zip(found, here, strict=True)]
             except Exception as error:  # kernels without gradients raise anything
                 failure = f" ({_first_line(error)})"
                 logger.debug("no gradients through the quantized model", exc_info=True)
@@ -262,6 +262,17 @@ class _Fit:
                 "%d layers that no gradient reaches are left alone: %s", len(unreached), ", ".join(unreached)
             )
         return CorrectedNetwork(self.model, layers, kept, **self.reading), unreached, ""
+
+    def _probed(self) -> Iterator[Part]:
+        """A few images that the model is tried on, all of this process if there are no more."""
+        return self.kept.parts(_indices(self.distinct)[:PROBED], size=PROBED)
+
+    def _gradient_at_identity(self, network: CorrectedNetwork, part: Part) -> Tensor | None:
+        """That of the summed divergence, where nothing is corrected; None if the outputs do not depend on layers."""
+        vector = torch.zeros(network.size, device=network.device, requires_grad=True)
+        rows = network.rows(part, vector)
+        loss = self.divergence(self._targets(part).to(rows.device), rows.float()).sum()
+        return torch.autograd.grad(loss, vector, allow_unused=True)[0]
 
     def _targets(self, part: Part) -> Tensor:
         """(n, C) full-precision outputs: those that are known, or of other views of the images."""
@@ -278,10 +289,8 @@ class _Fit:
         return torch.cat(rows) if rows else self.q[:0]
 
     def _divergences(self, outputs: Tensor, images: Tensor) -> Tensor:
-        """(n,) float64 mean divergence of each of the given images of all processes, where `outputs` are theirs, or
-        those of all kept."""
+        """(n,) float64 mean divergence of each of the given images of all processes, where `outputs` are theirs."""
         rows, owners = self.rows_of(images)
-        outputs = outputs if len(outputs) == len(rows) else outputs[rows]
         divergence = self.divergence(self.f[rows], outputs).double()
         sums = torch.zeros(len(images), dtype=torch.float64, device="cpu").index_add_(0, owners, divergence)
         return self.processes.gather_rows(sums / torch.bincount(owners, minlength=len(images)))
@@ -293,14 +302,12 @@ class _Fit:
 
     def _log_costs(self, network: CorrectedNetwork, placed: Sequence[Place], steps: int) -> None:
         """Says what the fit will take."""
-        part = next(self.kept.parts(_indices(self.distinct)[:PROBED], size=PROBED), None)
+        part = next(self._probed(), None)
         if part is None:
             return
         with fitting_through(self.model), network.attached():
-            vector = torch.zeros(network.size, device=network.device, requires_grad=True)
             started = time.perf_counter()
-            rows = network.rows(part, vector)
-            torch.autograd.grad(self.divergence(self._targets(part).to(rows.device), rows.float()).sum(), vector)
+            self._gradient_at_identity(network, part)
             seconds = (time.perf_counter() - started) * steps * BATCH / max(len(part.images), 1)
         memory = 4 * BATCH * 4 * sum(place.numbers for place in placed) / 2**20
         logger.info(
@@ -309,25 +316,26 @@ class _Fit:
 
 
 def _folds(kept: KeptImages, store: LogitStore, seed: int, processes: Processes) -> tuple[int, Tensor, Tensor]:
-    """How many folds there are, (images,) int64 fold of every kept image, and (images,) bool, is none before it alike.
+    """How many folds there are, (images,) int64 fold of every kept image, and (images,) bool, one of those alike.
 
     Images that are alike, or have to be run together, are in one fold.
     """
     count, groups = len(kept), kept.groups()
     before, alone = processes.before(count), all(processes.gather(len(groups.unique()) == count))
-    alike = groups_of_alike(processes.gather_rows(store.keys()[:count]))
-    everyone = torch.arange(len(alike), device="cpu")
+    keys = processes.gather_rows(store.keys()[:count])
+    alike = groups_of_alike(keys)
+    distinct = torch.ones(len(keys), dtype=torch.bool, device="cpu")
     if alone:
-        firsts = torch.full((int(alike.max()) + 1 if len(alike) else 0,), len(alike), dtype=torch.int64, device="cpu")
-        distinct = firsts.scatter_reduce_(0, alike, everyone, "amin")[alike] == everyone
-        together, total = alike, len(firsts)
+        different = different_images(keys)
+        distinct = torch.zeros_like(distinct).index_fill_(0, different, True)
+        together, total = alike, len(different)
     else:  # groups that have an image in common are one
         own = processes.gather_rows(groups + processes.before(int(groups.max()) + 1 if count else 0))
         size = int(own.max()) + 1
         edges = coo_matrix((np.ones(len(own)), (own.numpy(), size + alike.numpy())), shape=(2 * size + len(own),) * 2)
         label = torch.from_numpy(connected_components(edges, directed=False)[1]).long()[own]
         together = label.unique(return_inverse=True)[1]
-        distinct, total = torch.ones(len(own), dtype=torch.bool, device="cpu"), int(together.max()) + 1
+        total = int(together.max()) + 1
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed), device="cpu")
     folds, mine = min(FOLDS, total), slice(before, before + count)
     return folds, (order % folds)[together][mine], distinct[mine]
@@ -337,9 +345,7 @@ def _divergence(kind: OutputKind, f: Tensor, processes: Processes) -> Divergence
     """That of the kind; of values in units of their variance."""
     if kind is not VALUE:
         return kind.divergence
-    sums = torch.stack([torch.ones_like(f).sum(dim=0), f.sum(dim=0), f.square().sum(dim=0)]).double()
-    count, total, squares = processes.sum(sums)
-    spread = (squares / count - (total / count).square()).clamp(min=1e-12).sqrt().float()
+    spread = spread_of(processes.sum(sums_of(f))).clamp(min=1e-6).float()
     return lambda f, outputs: kind.divergence(f / spread.to(f.device), outputs / spread.to(outputs.device))
 
 

@@ -33,24 +33,26 @@ class KeptImages:
 
     def append(self, inputs: Inputs) -> None:
         """Keeps a batch, unless there are too many already."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(inputs.batch))
-        if self.full or self._bytes + size > self._most_bytes:
-            if not self.full:
-                logger.warning("layers are corrected by the first %d images only: more do not fit in memory", len(self))
-            self.full = True
+        if self.full:
             return
-        self._bytes += size
+        self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in _tensors(inputs.batch))
+        if self._bytes > self._most_bytes:
+            self._stop("more do not fit in memory")
+            return
         try:
             with torch.inference_mode(False), torch.no_grad():
                 copied = _copied(inputs.batch)
         except Exception:  # batches of a forward_fn may hold anything
-            logger.warning("layers are corrected by the first %d images only: a batch cannot be copied", len(self))
+            self._stop("a batch cannot be copied")
             logger.debug("why it cannot", exc_info=True)
-            self.full = True
             return
         index = inputs.drawn.index
         drawn = dataclasses.replace(inputs.drawn, index=None if index is None else index.clone())
         self._batches.append((copied, drawn))
+
+    def _stop(self, why: str) -> None:
+        logger.warning("layers are corrected by the first %d images only: %s", len(self), why)
+        self.full = True
 
     def __len__(self) -> int:
         """How many images are kept: the first ones that came."""

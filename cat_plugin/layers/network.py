@@ -12,7 +12,7 @@ from cat_plugin.correction.channel_affine import ChannelAffine, per_channel
 from cat_plugin.layers.images import Part
 from cat_plugin.layers.place import Place
 from cat_plugin.running.loaders import ForwardFn, model_device, run
-from cat_plugin.running.outputs import Output, extract, first_tensor, with_first_tensor
+from cat_plugin.running.outputs import Output, extract, with_first_changed
 
 
 class CorrectedNetwork:
@@ -72,6 +72,13 @@ class CorrectedNetwork:
             for place, (scale, shift) in zip(self.places, parts, strict=True)
         }
 
+    def reached(self, gradient: Tensor | None) -> list[bool]:
+        """Which layers a gradient of the vector reaches."""
+        if gradient is None:
+            return [False] * len(self.places)
+        parts = (part.split(self._sizes) for part in gradient.chunk(2))
+        return [bool(scale.abs().sum() + shift.abs().sum() > 0) for scale, shift in zip(*parts, strict=True)]
+
     def _split(self, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
         deviations, offsets = vector.chunk(2)
         scales, shifts = (1 + deviations).split(self._sizes), (offsets * self._spread).split(self._sizes)
@@ -88,14 +95,5 @@ class _Hook:
         current = self._network._current.get()
         if current is None:
             return None
-        values = first_tensor(output)
-        corrected = per_channel(values, *current[self._index], self._axis).to(values.dtype)
-        return with_first_tensor(output, corrected)
-
-
-def reached(network: CorrectedNetwork, gradient: Tensor | None) -> list[bool]:
-    """Which layers a gradient of the vector reaches."""
-    if gradient is None:
-        return [False] * len(network.places)
-    parts = (part.split(network._sizes) for part in gradient.chunk(2))
-    return [bool(scale.abs().sum() + shift.abs().sum() > 0) for scale, shift in zip(*parts, strict=True)]
+        scale, shift = current[self._index]
+        return with_first_changed(output, lambda x: per_channel(x, scale, shift, self._axis).to(x.dtype))

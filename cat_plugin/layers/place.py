@@ -82,8 +82,7 @@ class Measure:
         self.shapes.add((axis, channels))
         self.axis = axis
         self.numbers = max(self.numbers, values[0].numel())
-        rows = values.detach().movedim(axis, -1).reshape(-1, channels).double()
-        sums = torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(dim=0), rows.square().sum(dim=0)]).cpu()
+        sums = sums_of(values.detach().movedim(axis, -1).reshape(-1, channels)).cpu()
         if self.sums is None or self.sums.shape == sums.shape:
             self.sums = sums if self.sums is None else self.sums + sums
 
@@ -127,12 +126,23 @@ def places(measures: dict[str, Measure], processes: Processes) -> list[Place]:
     for name, (axis, channels, numbers) in found.items():
         sums = measures[name].sums
         sums = torch.zeros(3, channels, dtype=torch.float64, device="cpu") if sums is None else sums
-        count, total, squares = processes.sum(sums)
-        spread = (squares / count - (total / count).square()).clamp(min=0).sqrt()
+        spread = spread_of(processes.sum(sums))
         smallest = SMALLEST_SPREAD * spread.mean().item()
         if smallest > 0 and math.isfinite(smallest):
             made.append(Place(name, axis, spread.clamp(min=smallest).float(), numbers))
     return made
+
+
+def sums_of(rows: Tensor) -> Tensor:
+    """(3, C) float64: how many `rows` (n, C) there are, their sums, and those of their squares."""
+    rows = rows.double()
+    return torch.stack([torch.ones_like(rows).sum(dim=0), rows.sum(dim=0), rows.square().sum(dim=0)])
+
+
+def spread_of(sums: Tensor) -> Tensor:
+    """(C,) standard deviations, of the `sums_of` rows."""
+    count, total, squares = sums
+    return (squares / count - (total / count).square()).clamp(min=0).sqrt()
 
 
 def check_named(wanted: str | Sequence[str], places: Sequence[Place]) -> None:

@@ -90,12 +90,13 @@ def first_tensor(output: Any) -> Tensor | None:
     return values if values is not None and values.is_floating_point() else None
 
 
-def with_first_tensor(output: Any, values: Tensor) -> Any:
-    """`output` with `values` in the place of what `first_tensor` gives of it."""
-    if _values(output) is None:
-        parts = [with_first_tensor(output[0], values), *output[1:]]
+def with_first_changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`output` with what `change` makes of its `first_tensor` in the place of that."""
+    values = _values(output)
+    if values is None:
+        parts = [with_first_changed(output[0], change), *output[1:]]
         return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
-    return _rebuilt(output, values)
+    return _rebuilt(output, change(values))
 
 
 def _found(output: Any, source: str, where: Output, lenient: bool) -> Any:

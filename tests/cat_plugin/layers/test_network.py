@@ -4,7 +4,7 @@ from torch import nn
 
 from cat_plugin.fitting.processes import ALONE
 from cat_plugin.layers.gradients import fitting_through
-from cat_plugin.layers.network import CorrectedNetwork, reached
+from cat_plugin.layers.network import CorrectedNetwork
 from cat_plugin.layers.place import candidates, measuring, places
 from tests.cat_plugin.helpers import state_of
 from tests.cat_plugin.layers.networks import kept_images, pictures, planted
@@ -23,13 +23,18 @@ def random_vector(network, seed=0):
     return 0.3 * torch.randn(network.size, generator=torch.Generator().manual_seed(seed))
 
 
-def test_equals_corrections_by_hand():
-    """Scales come before offsets in the vector, each in the order of the layers; offsets are in spreads."""
+def corrected():
+    """A model, images, its network with a vector, and the rows with the corrections of that."""
     model, x = planted()[0], pictures(12)
     network, part = made(model, x)
     vector = random_vector(network)
     with torch.no_grad(), network.attached():
-        found = network.rows(part, vector)
+        return model, x, network, vector, network.rows(part, vector)
+
+
+def test_equals_corrections_by_hand():
+    """Scales come before offsets in the vector, each in the order of the layers; offsets are in spreads."""
+    model, x, network, vector, found = corrected()
     spreads, at, hidden = {place.name: place.spread for place in network.places}, 0, x
     half = network.size // 2
     with torch.no_grad():
@@ -45,11 +50,7 @@ def test_equals_corrections_by_hand():
 
 
 def test_as_modules_they_do_the_same():
-    model, x = planted()[0], pictures(12)
-    network, part = made(model, x)
-    vector = random_vector(network)
-    with torch.no_grad(), network.attached():
-        expected = network.rows(part, vector)
+    model, x, network, vector, expected = corrected()
     for name, correction in network.corrections(vector).items():
         getattr(model, name).register_forward_hook(lambda module, args, out, change=correction: change(out))
     with torch.no_grad():
@@ -100,8 +101,8 @@ def test_which_layers_a_gradient_reaches():
     with fitting_through(model), network.attached():
         (gradient,) = torch.autograd.grad(network.rows(part, vector).square().sum(), vector)
     assert [place.name for place in network.places] == ["cut", "again", "last"]
-    assert reached(network, gradient) == [False, True, True]
-    assert reached(network, None) == [False, False, False]
+    assert network.reached(gradient) == [False, True, True]
+    assert network.reached(None) == [False, False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
