@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import random
 
 import numpy as np
@@ -32,6 +33,16 @@ def in_use(shared):
 def held_out_scores(q, f, config=None, images=None):
     """What a fit says of images that it was cross-fitted on."""
     return fit_and_score(LogitStore.of(q, f, images), CATConfig.resolve(config)).scores
+
+
+def copied(module, how):
+    """`module` as `copy.deepcopy` gives it, or with `"save"` as it comes back from a file."""
+    if how == "deepcopy":
+        return copy.deepcopy(module)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 class SmallNet(nn.Module):

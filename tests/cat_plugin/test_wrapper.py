@@ -1,5 +1,4 @@
 import copy
-import io
 import subprocess
 import sys
 
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 
 from cat_plugin import CATError, CATWrapper, ChannelAffine, ClusterAffine, apply_cat
-from tests.cat_plugin.helpers import SmallNet, images, model_pair, state_of
+from tests.cat_plugin.helpers import SmallNet, copied, images, model_pair, state_of
 
 
 def _correction(classes=10, clusters=3, seed=0):
@@ -125,10 +124,7 @@ def test_deepcopy_of_the_wrapper_is_independent(model):
 
 def test_pickle_of_the_model_stays_corrected(model):
     CATWrapper(model, _correction())
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
+    loaded = copied(model, "save")
     assert torch.equal(loaded(images()), model(images()))
 
 

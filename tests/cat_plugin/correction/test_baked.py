@@ -1,6 +1,5 @@
 import copy
 import functools
-import io
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from cat_plugin import CATConfig, CATWrapper, apply_cat, fit_cluster_affine
-from tests.cat_plugin.helpers import SmallNet, images, model_pair, state_of
+from tests.cat_plugin.helpers import SmallNet, copied, images, model_pair, state_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
@@ -194,13 +193,7 @@ def test_no_deepcopy_of_the_model():
 @pytest.mark.parametrize("how", ["deepcopy", "save"])
 def test_copies_stay_corrected(fitted, how):
     *_, baked, fresh, expected = fitted
-    if how == "deepcopy":
-        clone = copy.deepcopy(baked)
-    else:
-        file = io.BytesIO()
-        torch.save(baked, file)
-        file.seek(0)
-        clone = torch.load(file, weights_only=False)
+    clone = copied(baked, how)
     assert {p.data_ptr() for p in clone.parameters()}.isdisjoint(p.data_ptr() for p in baked.parameters())
     with torch.no_grad():
         clone.quantized_model.last.bias.add_(1)

@@ -1,10 +1,9 @@
-import io
-
 import pytest
 import torch
 from torch import nn
 
 from cat_plugin import CATError, ChannelAffine
+from tests.cat_plugin.helpers import copied
 
 SHAPES = {"logits": ((4, 3), -1), "sequence": ((4, 7, 3), -1), "signal": ((4, 3, 7), -2), "map": ((4, 3, 5, 6), -3)}
 
@@ -75,10 +74,7 @@ def test_made_in_inference_mode_it_takes_part_in_gradients():
 def test_what_it_costs_and_that_it_can_be_pickled():
     correction = change(7, -3)
     assert (correction.num_parameters, correction.num_bytes) == (14, 56)
-    file = io.BytesIO()
-    torch.save(correction, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
+    loaded = copied(correction, "save")
     x = torch.randn(2, 7, 3, 3)
     assert torch.equal(loaded(x), correction(x)) and repr(loaded) == "ChannelAffine(channels=7, axis=-3)"
 

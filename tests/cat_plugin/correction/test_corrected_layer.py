@@ -1,5 +1,4 @@
 import copy
-import io
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from torch import nn
 from cat_plugin import CATWrapper, ChannelAffine, ClusterAffine
 from cat_plugin.correction.corrected_layer import corrected_layer
 from cat_plugin.correction.hook import find_hooks
-from tests.cat_plugin.helpers import state_of
+from tests.cat_plugin.helpers import copied, state_of
 from tests.cat_plugin.layers.networks import pictures, planted
 
 AXES = {"first": -3, "second": -3, "last": -1}
@@ -62,17 +61,11 @@ def test_the_baked_model_has_no_hooks_and_shares_weights():
         assert torch.equal(baked(x), expected) and torch.equal(model(x), planted()[0](x))
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("how", ["deepcopy", "save"])
 def test_copies_stay_corrected(how):
     cat_model, x, expected = corrected()
     baked = cat_model.bake()
-    if how == "deepcopy":
-        clone = copy.deepcopy(baked)
-    else:
-        file = io.BytesIO()
-        torch.save(baked, file)
-        file.seek(0)
-        clone = torch.load(file, weights_only=False)
+    clone = copied(baked, how)
     with torch.no_grad():
         assert torch.equal(clone(x), expected)
         clone.quantized_model.first.cat_correction.shift.add_(1)
