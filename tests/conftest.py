@@ -2,6 +2,8 @@
 
 import pytest
 
+from cat_plugin.layers.descent import RATES
+
 
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path, monkeypatch):
@@ -13,4 +15,4 @@ def private_cache(tmp_path, monkeypatch):
 def short_fits_of_layers(request, monkeypatch):
     """What is not about layers need not wait for good corrections of them."""
     if "layer" not in request.node.nodeid and "readme" not in request.node.nodeid:
-        monkeypatch.setattr("cat_plugin.layers.fit.STEPS", 10)
+        monkeypatch.setattr("cat_plugin.layers.fit.STEPS", dict.fromkeys(RATES, 10))

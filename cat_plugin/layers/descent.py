@@ -15,8 +15,6 @@ from cat_plugin.layers.network import CorrectedNetwork
 
 logger = logging.getLogger(__name__)
 
-BATCH = 32
-"""Images a step, of all processes together."""
 RATES = {"near": 0.044, "midway": 0.14, "far": 0.44}
 """Of Adam at the start, in scales and in offsets as shares of their channel's spread, over the number of layers, since
 what all of them change adds up. Reconstructed networks are near their best, rounded ones far."""
@@ -53,6 +51,7 @@ class Descent:
     Args:
         targets: full-precision outputs of the kept images, and of views of them, where there is `augment`.
         processes: each has images of its own; the gradient is that of the mean over all.
+        micro_batch: most images at a time, those of a step in turn; by default as many as are fast.
     """
 
     def __init__(
@@ -63,10 +62,11 @@ class Descent:
         divergence: Divergence,
         processes: Processes,
         augment: Augment | None = None,
-        micro_batch: int = BATCH,
+        micro_batch: int | None = None,
     ) -> None:
         self._network, self._kept, self._targets, self._divergence = network, kept, targets, divergence
-        self._processes, self._augment, self.micro_batch = processes, augment, micro_batch
+        self._processes, self._augment = processes, augment
+        self.micro_batch = micro_batch or network.at_once
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in network.model.parameters())
         self._scaler = torch.amp.GradScaler(network.device.type, enabled=half, init_scale=2.0**10)
 

@@ -26,11 +26,11 @@ from cat_plugin.correction.channel_affine import ChannelAffine
 from cat_plugin.fitting.processes import Processes
 from cat_plugin.fitting.store import LogitStore, different_images, groups_of_alike
 from cat_plugin.kinds import VALUE, OutputKind
-from cat_plugin.layers.descent import BATCH, RATES, Augment, Descent, Divergence, Schedule
+from cat_plugin.layers.descent import RATES, Augment, Descent, Divergence, Schedule
 from cat_plugin.layers.evidence import LayerChange, LayersEvidence
 from cat_plugin.layers.gradients import fitting_through
 from cat_plugin.layers.images import KeptImages, Part
-from cat_plugin.layers.network import CorrectedNetwork
+from cat_plugin.layers.network import BATCH, CorrectedNetwork
 from cat_plugin.layers.place import Place, candidates, check_named, measuring, places, spread_of, sums_of
 from cat_plugin.running.inference import inference
 from cat_plugin.running.loaders import ForwardFn, run
@@ -42,9 +42,9 @@ Key = TypeVar("Key")
 
 MIN_IMAGES = 64
 """Under which `"auto"` does not try."""
-STEPS = 150
-"""Of a fit on 683 images, two thirds of 1,024; as the square root of their number, so that of more images each is seen
-less often."""
+STEPS = {"near": 100, "midway": 100, "far": 150}
+"""Of a fit on 683 images, two thirds of 1,024, at each of `RATES`; as the square root of their number, so that of more
+images each is seen less often."""
 FOLDS = 3
 SHARES = (1.0, 0.5)
 """Of the way from the identity to the fitted corrections."""
@@ -69,10 +69,10 @@ def left_alone(reason: str, **known: Any) -> LayersFit:
     return LayersFit({}, LayersEvidence(False, reason, **known))
 
 
-def schedule_for(images: int) -> Schedule:
-    """Of a fit on so many images."""
+def schedule_for(images: int, rate: str) -> Schedule:
+    """Of a fit on so many images at one of `RATES`."""
     steps = max(round(images / BATCH), 1)
-    total = STEPS * math.sqrt(images / 683)
+    total = STEPS[rate] * math.sqrt(images / 683)
     return Schedule(max(round(total / steps), 1), steps)
 
 
@@ -150,28 +150,31 @@ class _Fit:
         images = int(self.processes.sum(torch.tensor(float(self.distinct.sum()), device="cpu")).item())
         if self.folds < 2:
             return left_alone("all images come in one batch that only forward_fn takes apart; give smaller batches")
-        schedule = schedule_for(images * (FOLDS - 1) // FOLDS)
+        schedules = {rate: schedule_for(images * (FOLDS - 1) // FOLDS, rate) for rate in RATES}
         known = {"images": images, "unreached": unreached}
-        total = (self.folds + len(RATES) - 1) * schedule.total
-        self._log_costs(network, placed, total)
+        totals = [each.total for each in schedules.values()]
+        most = sum(totals) + (self.folds - 1) * max(totals)
+        self._log_costs(network, placed, most)
         held_out = {share: torch.empty_like(self.q) for share in SHARES}
-        bar = tqdm(total=total, desc="CAT: fitting layers", disable=not progress)
+        bar = tqdm(total=most, desc="CAT: fitting layers", disable=not progress)
         with bar, fitting_through(self.model), network.attached():
             descent = Descent(network, self.kept, self._targets, self.divergence, self.processes, self.augment)
             rate, curves, vectors = None, [], []
             for fold in range(self.folds):
                 chosen, outside = _indices((self.fold_of != fold) & self.distinct), _indices(self.fold_of == fold)
-                tried = {
-                    each: self._fitted(network, descent, schedule, each, fold, chosen, outside, bar)
-                    for each in ([rate] if rate else RATES)
-                }
                 rows = self.rows_of(outside)[0]
-                found = {each: self._outputs(network, vector, outside) for each, (vector, _) in tried.items()}
+                tried: dict[str, tuple[Tensor, list[float]]] = {}
+                found: dict[str | None, Tensor] = {None: self.q[rows]}
+                for each in [rate] if rate else reversed(RATES):  # from far to near while held-out images like it
+                    tried[each] = self._fitted(network, descent, schedules[each], each, fold, chosen, outside, bar)
+                    found[each] = self._outputs(network, tried[each][0], outside)
+                    if self._best({name: found[name] for name in list(tried)[-2:]}, outside) != each:
+                        break
                 if rate is None:
-                    best = self._best({None: self.q[rows], **found}, outside)
-                    if best is None:
+                    rate = self._best(found, outside)
+                    if rate is None:
                         return left_alone("nothing to gain: no rate of the fit brings held-out images nearer", **known)
-                    rate = best
+                    bar.total = bar.n + (self.folds - 1) * schedules[rate].total
                 vector, curve = tried[rate]
                 vectors.append(vector)
                 curves.append(curve)
@@ -190,8 +193,8 @@ class _Fit:
             **known,
             rate=rate,
             share=share,
-            epochs=schedule.epochs,
-            steps=schedule.steps,
+            epochs=schedules[rate].epochs,
+            steps=schedules[rate].steps,
             curve=tuple(sum(values) / len(curves) for values in zip(*curves, strict=True)),
             operations=sum(place.numbers for place in network.places),
             seconds=time.perf_counter() - started,
@@ -285,7 +288,8 @@ class _Fit:
     def _outputs(self, network: CorrectedNetwork, vector: Tensor, images: Tensor) -> Tensor:
         """(n, C) float32 outputs of the given images, in their order, which is ascending, on the CPU."""
         with torch.no_grad():
-            rows = [network.rows(part, vector).to("cpu", torch.float32) for part in self.kept.parts(images, size=BATCH)]
+            parts = self.kept.parts(images, size=network.at_once)
+            rows = [network.rows(part, vector).to("cpu", torch.float32) for part in parts]
         return torch.cat(rows) if rows else self.q[:0]
 
     def _divergences(self, outputs: Tensor, images: Tensor) -> Tensor:
@@ -296,8 +300,11 @@ class _Fit:
         return self.processes.gather_rows(sums / torch.bincount(owners, minlength=len(images)))
 
     def _best(self, outputs: Mapping[Key, Tensor], images: Tensor) -> Key:
-        """The key of the outputs that are nearest to full precision on the given images."""
-        means = {key: self._divergences(rows, images).mean().item() for key, rows in outputs.items()}
+        """The key of the outputs that are nearest to full precision on the given images, by the mean root of the
+        divergence: of the divergence itself a few images hold so much that chance would choose."""
+        means = {
+            key: self._divergences(rows, images).clamp(min=0).sqrt().mean().item() for key, rows in outputs.items()
+        }
         return self.processes.agree(min(means, key=means.get))
 
     def _log_costs(self, network: CorrectedNetwork, placed: Sequence[Place], steps: int) -> None:
@@ -309,7 +316,7 @@ class _Fit:
             started = time.perf_counter()
             self._gradient_at_identity(network, part)
             seconds = (time.perf_counter() - started) * steps * BATCH / max(len(part.images), 1)
-        memory = 4 * BATCH * 4 * sum(place.numbers for place in placed) / 2**20
+        memory = 4 * network.at_once * 4 * sum(place.numbers for place in placed) / 2**20
         logger.info(
             "%d layers, %d steps of %d images: about %.0f s and %.0f MiB", len(placed), steps, BATCH, seconds, memory
         )

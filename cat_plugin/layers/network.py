@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cat_plugin.correction.channel_affine import ChannelAffine, per_channel
@@ -13,6 +14,11 @@ from cat_plugin.layers.images import Part
 from cat_plugin.layers.place import Place
 from cat_plugin.running.loaders import ForwardFn, model_device, run
 from cat_plugin.running.outputs import Output, extract, with_first_changed
+
+BATCH = 32
+"""Images a step, of all processes together, and as many at once where memory is fast."""
+BYTES_AT_ONCE = 2**24
+"""Of a layer's output on a CPU. Larger ones leave the cache, and their memory is asked from the system every time."""
 
 
 class CorrectedNetwork:
@@ -41,6 +47,14 @@ class CorrectedNetwork:
         self._output, self._forward_fn = output, forward_fn
         # Another thread that runs the model meanwhile gets its plain output.
         self._current: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("corrections here", default=None)
+
+    @property
+    def at_once(self) -> int:
+        """How many images the network runs fastest on, up to `BATCH`."""
+        if self.device.type != "cpu":
+            return BATCH
+        largest = 4 * max((place.numbers for place in self.places), default=1)
+        return min(max(BYTES_AT_ONCE // largest, 1), BATCH)
 
     @property
     def size(self) -> int:
@@ -96,4 +110,11 @@ class _Hook:
         if current is None:
             return None
         scale, shift = current[self._index]
-        return with_first_changed(output, lambda x: per_channel(x, scale, shift, self._axis).to(x.dtype))
+        return with_first_changed(output, lambda x: _corrected(x, scale, shift, self._axis))
+
+
+def _corrected(x: Tensor, scale: Tensor, shift: Tensor, axis: int) -> Tensor:
+    """`per_channel` in the dtype of `x`; as a batch norm, one kernel a direction, where the axis is that of one."""
+    if axis == 1 - x.ndim and x.dtype == scale.dtype and type(x) is Tensor:
+        return F.batch_norm(x, torch.zeros_like(shift), torch.ones_like(scale), scale, shift, eps=0.0)
+    return per_channel(x, scale, shift, axis).to(x.dtype)

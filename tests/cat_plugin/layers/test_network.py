@@ -54,7 +54,7 @@ def test_as_modules_they_do_the_same():
     for name, correction in network.corrections(vector).items():
         getattr(model, name).register_forward_hook(lambda module, args, out, change=correction: change(out))
     with torch.no_grad():
-        assert torch.equal(model(x), expected)
+        torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["normal", "raises"])
@@ -103,6 +103,15 @@ def test_which_layers_a_gradient_reaches():
     assert [place.name for place in network.places] == ["cut", "again", "last"]
     assert network.reached(gradient) == [False, True, True]
     assert network.reached(None) == [False, False, False]
+
+
+def test_large_outputs_come_in_few_images_at_once():
+    """Of 4 MB an image, 4 images are 16 MB; small ones come 32 at once."""
+    small = nn.Sequential(nn.Conv2d(3, 4, 1))
+    large = nn.Sequential(nn.Conv2d(3, 64, 1))
+    assert made(small, torch.randn(2, 3, 8, 8))[0].at_once == 32
+    assert made(large, torch.randn(1, 3, 128, 128))[0].at_once == 4
+    assert made(large, torch.randn(1, 3, 300, 300))[0].at_once == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
