@@ -17,7 +17,7 @@ NAME = "ablate"
 
 def _measure_grid(args: argparse.Namespace) -> None:
     """Measure every source, factor, value, mode and draw, then write and print the tables."""
-    sizes = sorted({args.n_cat, *args.factors.get("images", ())})
+    sizes = sorted({args.n_cat, *args.factors.get("images", ()), *args.factors.get("layers-images", ())})
     sources = load_sources(args, most=max(sizes) * args.max_draws)
     found = points(sources, args.factors, args.n_cat, args.max_draws)
     notes = shortfalls(sources, sizes, args.max_draws)

@@ -28,7 +28,7 @@ from benchmarks.commands.option_types import factor, network, one_width, positiv
 from benchmarks.datasets.cifar10 import CIFAR10
 from benchmarks.datasets.registry import DATASETS, DEFAULT_DATASET
 from benchmarks.measure.corrections import MODES
-from benchmarks.measure.factors import FACTORS
+from benchmarks.measure.factors import FACTORS, OF_OUTPUT
 from benchmarks.measure.nulls import CASES
 from benchmarks.networks.catalogue import ALL_NETWORKS
 
@@ -60,6 +60,9 @@ def parse_ablate(argv: list[str]) -> argparse.Namespace:
     args = _ablate_parser().parse_args(argv)
     args.factors = dict(args.factors)
     complete_sources(args)
+    of_layers = [name for name in args.factors if FACTORS[name].of_layers]
+    if of_layers and args.logits:
+        raise BenchmarkError(f"{of_layers[0]} is of layers, which files of logits do not have; leave --logits out")
     return args
 
 
@@ -115,7 +118,7 @@ def _compare_parser() -> argparse.ArgumentParser:
 def _ablate_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "ablate",
-        "Change one setting of the output's correction at a time, around paper mode and the default, on fresh images.",
+        "Change one setting of a correction at a time, around paper mode and the default, on fresh images.",
     )
     add_source_options(parser)
     how = parser.add_argument_group("what to change")
@@ -123,9 +126,9 @@ def _ablate_parser() -> argparse.ArgumentParser:
         "--factors",
         nargs="+",
         type=factor,
-        default=[(name, each.values) for name, each in FACTORS.items()],
+        default=[(name, FACTORS[name].values) for name in OF_OUTPUT],
         metavar="NAME[=VALUE,VALUE...]",
-        help=f"of {', '.join(FACTORS)}; default: all, with usual values",
+        help=f"of {', '.join(FACTORS)}; default: all of the output, with usual values; of layers only with --dataset",
     )
     how.add_argument("--n-cat", type=positive, default=1024, help="images for the corrections (default: 1024)")
     how.add_argument("--max-draws", type=positive, default=3, metavar="N", help="of as many images (default: 3)")

@@ -11,6 +11,7 @@ from benchmarks.measure.accuracy import top1
 from benchmarks.measure.corrections import EARLIER_NAMES, corrections_of_logits
 from benchmarks.measure.intervals import paired_figures
 from benchmarks.measure.paired_logits import FRESH, PairedLogits, Source
+from benchmarks.networks.layer_fits import Variation
 from benchmarks.runs.files import digest_text
 from benchmarks.runs.row_files import Record, change
 from cat_plugin import CATConfig
@@ -24,7 +25,7 @@ class Cell:
     """One fit: what, and on number `draw` of the disjoint draws of `images` images each.
 
     `mode` is the kind of correction and `origin` says which images: `"fresh"`, or those that quantization was
-    `"tuned"` on.
+    `"tuned"` on. `variation` is of layers, None where the output alone is corrected.
     """
 
     source: Source
@@ -33,11 +34,12 @@ class Cell:
     mode: str
     config: CATConfig
     origin: str = FRESH
+    variation: Variation | None = None
 
     @property
     def name(self) -> str:
         """Readable, and says on which logits a stored row was measured, and what was fitted."""
-        config = digest_text(repr(self.config))[:8]
+        config = digest_text(repr(self.config), *([repr(self.variation)] if self.variation else []))[:8]
         images = f"{self.origin}{self.images}-draw{self.draw}"
         return f"{self.source.name}-{self.source.digest[:8]}-{images}-{self.mode}-{config}"
 
@@ -116,6 +118,10 @@ def measure(cell: Cell, pairs: PairedLogits) -> Draw:
         BenchmarkError: a test image is among the draw's.
     """
     started = time.perf_counter()
-    predictions = pairs.score({CORRECTED: pairs.fit(cell.config, cell.rows, cell.origin)(pairs.test_q)})
+    if cell.variation is None:
+        corrected = pairs.fit(cell.config, cell.rows, cell.origin)(pairs.test_q)
+    else:
+        corrected = cell.source.networks().corrected(cell.config, cell.rows, cell.variation)
+    predictions = pairs.score({CORRECTED: corrected})
     described = {"source": cell.source.name, "images": cell.images, "draw": cell.draw, "mode": cell.mode}
     return Draw(Gain(**described, **Draw.figures(predictions)), predictions, time.perf_counter() - started)

@@ -1,5 +1,7 @@
 """Keeps test images out of all that is quantized, fitted or chosen."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -76,6 +78,7 @@ def fit_networks_guarded(
     config: CATConfig,
     guard: LeakGuard,
     *,
+    augment: str | Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> CATWrapper:
     """`apply_cat`, the only call of it in the benchmarks; the correction is attached to `quantized`.
@@ -85,13 +88,14 @@ def fit_networks_guarded(
         images: what to fit on.
         config: what to fit.
         guard: of the test images.
+        augment: other views of the images, as `apply_cat` takes them.
         progress: show progress bars.
 
     Raises:
         BenchmarkError: one of the images is a test image.
     """
     guard.check(images, FITTED)
-    return apply_cat(quantized, fp_model, batches(images, None), config=config, progress=progress)
+    return apply_cat(quantized, fp_model, batches(images, None), config=config, augment=augment, progress=progress)
 
 
 def joined(q: Tensor, f: Tensor) -> Tensor:

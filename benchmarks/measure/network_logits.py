@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from baselines.files import atomic_path, digest_tensors
 from benchmarks.datasets.calibration_split import split_calibration
 from benchmarks.datasets.dataset import Dataset
 from benchmarks.datasets.images import ImageFiles, Images, batches, digests, stacked
-from benchmarks.measure.leak_guard import LeakGuard, fit_networks_guarded
+from benchmarks.measure.leak_guard import FITTED, LeakGuard, fit_networks_guarded
 from benchmarks.measure.paired_logits import PairedLogits, Source
 from benchmarks.measure.protocol import Protocol, Setting, quantization_options
+from benchmarks.networks.layer_fits import VIEWS, Variation, layer_by_layer, layers_of
 from benchmarks.networks.quantized import cache_key, timed_quantized_model
 from benchmarks.runs.clock import clock
 from benchmarks.runs.files import digest_text
 from cat_plugin import CATConfig, ClusterAffine
+from cat_plugin.layers.fit import fitting_by
 from cat_plugin.running.collect import PairedOutputs, collect_outputs, to_cpu
 from cat_plugin.running.inference import inference
 from cat_plugin.running.loaders import iterate_inputs, run
@@ -136,6 +138,28 @@ class Networks:
         finally:
             attached.remove()
 
+    def corrected(self, config: CATConfig, rows: slice, variation: Variation) -> Tensor:
+        """Logits `(M, C)` of the test images, with layers corrected on `rows` of the images for that; the networks stay
+        as they were.
+
+        Raises:
+            BenchmarkError: a test image is among these.
+        """
+        images = self.fit_images[rows]
+        if variation.closed_form:
+            self.guard.check(images, FITTED)
+            with layer_by_layer(self.quantized, self.fp_model, stacked(images).to(self.tuned_images.device)):
+                return self._test_logits()
+        config = replace(config, layers=layers_of(self.quantized, variation.which))
+        with fitting_by(variation.recipe):
+            attached = fit_networks_guarded(
+                self.quantized, self.fp_model, images, config, self.guard, augment=VIEWS[variation.views]
+            )
+        try:
+            return self._test_logits()
+        finally:
+            attached.remove()
+
     @cached_property
     def _fit_outputs(self) -> tuple[PairedOutputs, float]:
         started = self._now()
@@ -193,12 +217,14 @@ def network_sources(
             parts = key, data, digest_tensors({"cat": cat}), LOGITS_FORMAT, *read
             path = cache / "logits" / f"{digest_text(*parts)}.safetensors"
             pairs = _stored(path)
+            kept = {"cache": cache, "cache_device": cache_device, "progress": progress}
             if pairs is None:
-                kept = {"cache": cache, "cache_device": cache_device}
-                pairs = paired_logits(setting, protocol, dataset, fp_model, **kept, progress=progress)
+                pairs = paired_logits(setting, protocol, dataset, fp_model, **kept)
                 with atomic_path(path) as temporary:
                     save_file(pairs.tensors(), temporary)
-            found.append(Source.of(f"{dataset.name}-{model_name}-{setting.name}", pairs, partial(_read, path)))
+            name = f"{dataset.name}-{model_name}-{setting.name}"
+            networks = partial(Networks.made, setting, protocol, dataset, fp_model, **kept)
+            found.append(Source.of(name, pairs, partial(_read, path), networks))
     return found
 
 

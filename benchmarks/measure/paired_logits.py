@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from baselines.files import digest_tensors
 from benchmarks.measure.leak_guard import LeakGuard, fit_guarded, joined
+from benchmarks.networks.layer_fits import Variation
 from cat_plugin import CATConfig, ClusterAffine
 from cat_plugin.report.clusters import ClusterProfile, profile_clusters
 
@@ -76,12 +78,19 @@ class PairedLogits:
         return profile_clusters(correction, self.test_q, self.test_f, corrected)
 
 
+class CorrectableLayers(Protocol):
+    """A low-bit network whose layers can be corrected."""
+
+    def corrected(self, config: CATConfig, rows: slice, variation: Variation) -> Tensor:
+        """Logits `(M, C)` of the test images, with layers corrected on `rows` of the fresh images."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A low-bit network beside its full-precision one: their logits, which `load` reads when they are needed.
 
     `digest` changes with any of the logits; `fresh` is the number of images to draw from, `tuned` that of the
-    images known that quantization was tuned on.
+    images known that quantization was tuned on. `networks` makes the networks themselves, where they are known.
     """
 
     name: str
@@ -89,12 +98,20 @@ class Source:
     fresh: int
     load: Callable[[], PairedLogits]
     tuned: int = 0
+    networks: "Callable[[], CorrectableLayers] | None" = None
 
     @classmethod
-    def of(cls, name: str, pairs: PairedLogits, load: Callable[[], PairedLogits]) -> "Source":
+    def of(
+        cls,
+        name: str,
+        pairs: PairedLogits,
+        load: Callable[[], PairedLogits],
+        networks: "Callable[[], CorrectableLayers] | None" = None,
+    ) -> "Source":
         """Of `pairs`, which are let go: many of them do not fit into memory together."""
         tuned = 0 if pairs.tuned_q is None else len(pairs.tuned_q)
-        return cls(name=name, digest=digest_tensors(pairs.tensors()), load=load, fresh=len(pairs.fit_q), tuned=tuned)
+        digest = digest_tensors(pairs.tensors())
+        return cls(name=name, digest=digest, load=load, fresh=len(pairs.fit_q), tuned=tuned, networks=networks)
 
     def draws(self, images: int, most: int, origin: str = FRESH) -> int:
         """How many disjoint draws of so many images there are, up to `most`."""

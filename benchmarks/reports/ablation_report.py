@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from benchmarks.anchors import CURVES, SOURCE, Anchor, load_anchors
 from benchmarks.measure.corrections import MODES
 from benchmarks.measure.draws import Gain
-from benchmarks.measure.factors import ABLATED, FACTORS, Value
+from benchmarks.measure.factors import FACTORS, Value
 from benchmarks.reports.plots import COLOURS, GAIN_LABEL, MARKERS, gain_axis, new_figure
 from benchmarks.reports.robustness_report import gains_table, mean_gain
 from benchmarks.reports.tables import markdown_table, to_csv, write_texts
@@ -48,14 +48,13 @@ def to_markdown(lines: Sequence[Line], notes: Sequence[str]) -> str:
 
 def factor_markdown(factor: str, lines: Sequence[Line]) -> str:
     """What one factor does: over all sources and draws, in each source, and as published."""
-    title = (
-        f"{FACTORS[factor].label}: gain in top-1 over the low-bit model, in percentage points; all else as in "
-        "paper mode (K = 64, alpha = 0.4) and in the default for outputs."
-    )
+    known = FACTORS[factor]
+    centre = "the default" if known.of_layers else "paper mode (K = 64, alpha = 0.4) and in the default for outputs"
+    title = f"{known.label}: gain in top-1 over the low-bit model, in percentage points; all else as in {centre}."
     groups = {
         (_readable(value), MODES[mode]): [line.gain for line in lines if (line.value, line.mode) == (value, mode)]
         for value in _values(lines)
-        for mode in ABLATED
+        for mode in known.modes
     }
     parts = [title, gains_table(factor, groups), "Mean gain of each source:", sources_table(lines)]
     anchors = load_anchors(factor)
@@ -69,7 +68,7 @@ def sources_table(lines: Sequence[Line]) -> str:
     values = _values(lines)
     table = [("source", "correction", "low-bit", *map(_readable, values))]
     for source in dict.fromkeys(line.source for line in lines):
-        for mode in ABLATED:
+        for mode in MODES:
             found = [line for line in lines if (line.source, line.mode) == (source, mode)]
             if found:
                 means = [mean_gain(line.gain for line in found if line.value == value) for value in values]
@@ -90,7 +89,7 @@ def anchors_table(anchors: Sequence[Anchor]) -> str:
 def plot(factor: str, lines: Sequence[Line], path: Path) -> bool:
     """Draw gains against values: a panel a mode, with a thin line a source and a thick one for their mean, and a panel
     for what was published; False without matplotlib."""
-    modes = [mode for mode in ABLATED if any(line.mode == mode for line in lines)]
+    modes = [mode for mode in FACTORS[factor].modes if any(line.mode == mode for line in lines)]
     anchors = load_anchors(factor)
     drawing = new_figure(path.name, len(modes) + bool(anchors))
     if drawing is None:

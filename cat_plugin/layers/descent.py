@@ -52,6 +52,7 @@ class Descent:
         targets: full-precision outputs of the kept images, and of views of them, where there is `augment`.
         processes: each has images of its own; the gradient is that of the mean over all.
         micro_batch: most images at a time, those of a step in turn; by default as many as are fast.
+        fitted: 0 where the vector stays as it is, else 1; all is fitted by default.
     """
 
     def __init__(
@@ -63,10 +64,12 @@ class Descent:
         processes: Processes,
         augment: Augment | None = None,
         micro_batch: int | None = None,
+        fitted: Tensor | None = None,
     ) -> None:
         self._network, self._kept, self._targets, self._divergence = network, kept, targets, divergence
         self._processes, self._augment = processes, augment
         self.micro_batch = micro_batch or network.at_once
+        self._fitted = fitted
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in network.model.parameters())
         self._scaler = torch.amp.GradScaler(network.device.type, enabled=half, init_scale=2.0**10)
 
@@ -109,7 +112,8 @@ class Descent:
         total = self._whole(vector, part, max(rows.item(), 1.0)) if len(part.images) else torch.zeros_like(vector)
         if self._processes.several:
             total = self._processes.sum(total.cpu()).to(vector.device)
-        return total + self._scaler.scale(2 * PULL * vector.detach())
+        total = total + self._scaler.scale(2 * PULL * vector.detach())
+        return total if self._fitted is None else total * self._fitted
 
     def _whole(self, vector: Tensor, part: Part, count: float) -> Tensor:
         """The gradient of the sum over the images of `part`, divided by `count`; in pieces where memory ends."""

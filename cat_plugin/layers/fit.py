@@ -11,7 +11,8 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import numpy as np
@@ -54,6 +55,33 @@ PROBED = 8
 """Images that a gradient is tried on."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What `python -m benchmarks ablate` changes of the fit. No option of `apply_cat`: its tables give no reason.
+
+    rates: those of `RATES` to choose from, from near to far; steps: a factor of `STEPS`; scales, offsets: whether they
+    are fitted.
+    """
+
+    rates: tuple[str, ...] = tuple(RATES)
+    steps: float = 1.0
+    scales: bool = True
+    offsets: bool = True
+
+
+_RECIPE: ContextVar[Recipe | None] = ContextVar("recipe of the fit", default=None)
+
+
+@contextmanager
+def fitting_by(recipe: Recipe) -> Iterator[None]:
+    """Layers are fitted by `recipe` inside the block."""
+    token = _RECIPE.set(recipe)
+    try:
+        yield
+    finally:
+        _RECIPE.reset(token)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayersFit:
     """Corrections by the names of layers, what is known of them, and (n, C) outputs of the kept images of this process
@@ -69,10 +97,10 @@ def left_alone(reason: str, **known: Any) -> LayersFit:
     return LayersFit({}, LayersEvidence(False, reason, **known))
 
 
-def schedule_for(images: int, rate: str) -> Schedule:
-    """Of a fit on so many images at one of `RATES`."""
+def schedule_for(images: int, rate: str, factor: float = 1.0) -> Schedule:
+    """Of a fit on so many images at one of `RATES`, with `factor` times as many steps as usual."""
     steps = max(round(images / BATCH), 1)
-    total = STEPS[rate] * math.sqrt(images / 683)
+    total = factor * STEPS[rate] * math.sqrt(images / 683)
     return Schedule(max(round(total / steps), 1), steps)
 
 
@@ -150,7 +178,8 @@ class _Fit:
         images = int(self.processes.sum(torch.tensor(float(self.distinct.sum()), device="cpu")).item())
         if self.folds < 2:
             return left_alone("all images come in one batch that only forward_fn takes apart; give smaller batches")
-        schedules = {rate: schedule_for(images * (FOLDS - 1) // FOLDS, rate) for rate in RATES}
+        recipe, fitted_on = _RECIPE.get() or Recipe(), images * (FOLDS - 1) // FOLDS
+        schedules = {rate: schedule_for(fitted_on, rate, recipe.steps) for rate in recipe.rates}
         known = {"images": images, "unreached": unreached}
         totals = [each.total for each in schedules.values()]
         most = sum(totals) + (self.folds - 1) * max(totals)
@@ -158,14 +187,23 @@ class _Fit:
         held_out = {share: torch.empty_like(self.q) for share in SHARES}
         bar = tqdm(total=most, desc="CAT: fitting layers", disable=not progress)
         with bar, fitting_through(self.model), network.attached():
-            descent = Descent(network, self.kept, self._targets, self.divergence, self.processes, self.augment)
+            descent = Descent(
+                network,
+                self.kept,
+                self._targets,
+                self.divergence,
+                self.processes,
+                self.augment,
+                fitted=network.chosen(recipe.scales, recipe.offsets),
+            )
             rate, curves, vectors = None, [], []
             for fold in range(self.folds):
                 chosen, outside = _indices((self.fold_of != fold) & self.distinct), _indices(self.fold_of == fold)
                 rows = self.rows_of(outside)[0]
                 tried: dict[str, tuple[Tensor, list[float]]] = {}
                 found: dict[str | None, Tensor] = {None: self.q[rows]}
-                for each in [rate] if rate else reversed(RATES):  # from far to near while held-out images like it
+                # From far to near for as long as held-out images like it.
+                for each in [rate] if rate else reversed(recipe.rates):
                     tried[each] = self._fitted(network, descent, schedules[each], each, fold, chosen, outside, bar)
                     found[each] = self._outputs(network, tried[each][0], outside)
                     if self._best({name: found[name] for name in list(tried)[-2:]}, outside) != each:

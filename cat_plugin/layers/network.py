@@ -61,6 +61,11 @@ class CorrectedNetwork:
         """Length of the vector."""
         return 2 * sum(self._sizes)
 
+    def chosen(self, scales: bool, offsets: bool) -> Tensor:
+        """(size,) 1 where the vector holds what is chosen, else 0."""
+        half = torch.ones(self.size // 2, device=self.device)
+        return torch.cat([half * scales, half * offsets])
+
     @contextmanager
     def attached(self) -> Iterator["CorrectedNetwork"]:
         """The hooks are on the layers inside the block; they act while `rows` is running."""

@@ -135,7 +135,8 @@ def test_each_correction_is_fitted_on_the_images_meant_for_it(digits, model, par
         seen.setdefault("fits", {})[config] = f
         return real_fit(q, f, config)
 
-    def spy_apply(quantized, fp_model, images, config, progress):
+    def spy_apply(quantized, fp_model, images, config, augment, progress):
+        assert augment is None
         seen["layers"] = images, config
         return CATWrapper(quantized, fit_cluster_affine(*[fp_model(images[:9])] * 2))
 

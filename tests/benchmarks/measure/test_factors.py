@@ -4,9 +4,11 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks.measure.factors import FACTORS, points, unique_cells
+from benchmarks.measure.factors import FACTORS, OF_OUTPUT, points, unique_cells
 from benchmarks.measure.paired_logits import Source
+from benchmarks.networks.layer_fits import Variation
 from cat_plugin import CATConfig
+from cat_plugin.layers.fit import Recipe
 
 PAPER, DEFAULT = CATConfig.paper(), CATConfig(layers="none")
 
@@ -48,6 +50,35 @@ def test_value_of_the_centre_is_the_centre():
         assert differences(point.cell) == ({} if point.cell.mode == "cat_paper" else others[point.factor])
 
 
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    {
+        "layers-rate": {"chosen": {}, "near": {"recipe": Recipe(rates=("near",))}},
+        "layers-epochs": {1.0: {}, 2.0: {"recipe": Recipe(steps=2.0)}},
+        "layers-which": {"all": {}, "convolutions": {"which": "convolutions"}},
+        "layers-parts": {
+            "both": {},
+            "scales": {"recipe": Recipe(offsets=False)},
+            "offsets": {"recipe": Recipe(scales=False)},
+        },
+        "layers-views": {"none": {}, "flipped": {"views": "flipped"}},
+        "layers-way": {"together": {}, "closed form": {"closed_form": True}},
+    }.items(),
+    ids=str,
+)
+def test_of_layers_one_setting_of_the_default_changes(factor, expected):
+    grid = {point.value: point.cell for point in found(factor, tuple(expected))}
+    assert {value: cell.variation for value, cell in grid.items()} == {
+        value: Variation(**changed) for value, changed in expected.items()
+    }
+    assert all((cell.mode, cell.images, cell.config) == ("layers", 100, CATConfig()) for cell in grid.values())
+    assert len({cell.name for cell in grid.values()}) == len(expected)
+
+
+def test_fewer_images_for_the_layers():
+    assert [point.cell.images for point in found("layers-images", (64, 128, 512))] == [64, 128]
+
+
 def test_paper_mode_needs_as_many_images_as_clusters():
     assert [point.cell.mode for point in found("clusters", (101,))] == ["output"]
     assert [point.cell.mode for point in found("images", (63,))] == ["output"]
@@ -82,5 +113,5 @@ def test_fits_that_stand_for_several_values_are_made_once():
         for point in grid
         if point.cell.mode == "output" and not differences(point.cell).keys() - {"images"}
     ]
-    assert set(FACTORS) - {"clusters"} == set(centre)
+    assert set(OF_OUTPUT) - {"clusters"} == set(centre)
     assert {"clusters", "alpha", "pca-dim", "images", "origin"} <= set(FACTORS)

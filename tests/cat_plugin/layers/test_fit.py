@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cat_plugin import CATConfig, CATError, apply_cat
+from cat_plugin.layers.fit import Recipe, fitting_by
 from tests.cat_plugin.helpers import state_of
 from tests.cat_plugin.layers.networks import Net, Rounded, distance, pictures, planted
 
@@ -47,6 +48,17 @@ def test_planted_errors_are_found():
     }
     assert evidence.operations == 6 * 6 * 6 + 24 * 4 * 4 + 5
     assert cat_model.report.added_parameters >= 2 * (6 + 24 + 5)
+
+
+@pytest.mark.parametrize("part", ["scales", "offsets"])
+def test_one_part_alone(part):
+    quantized, fp = planted()
+    with fitting_by(Recipe(rates=("far",), steps=0.2, scales=part == "scales", offsets=part == "offsets")):
+        cat_model = apply_cat(quantized, fp, pictures(IMAGES), config=ALL)
+    assert len(cat_model.layers) == 3 and cat_model.report.layers.rate == "far"
+    for correction in cat_model.layers.values():
+        assert bool((correction.scale == 1).all()) == (part == "offsets")
+        assert bool((correction.shift == 0).all()) == (part == "scales")
 
 
 def test_batches_and_seeds():

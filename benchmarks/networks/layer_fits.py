@@ -1,0 +1,135 @@
+"""Other ways to correct layers than the default's, for `ablate`: what is changed, and the published alternative."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from baselines.network.batch_norm_folding import folded_copy
+from cat_plugin import ChannelAffine
+from cat_plugin.fitting.processes import ALONE
+from cat_plugin.layers.fit import Recipe
+from cat_plugin.layers.images import flipped
+from cat_plugin.layers.place import candidates, measuring, places
+from cat_plugin.running.inference import inference
+from cat_plugin.running.weights import weights_of
+
+EVERY, CONVOLUTIONS, ENDS = "all", "convolutions", "ends of blocks"
+WHICH = EVERY, CONVOLUTIONS, ENDS
+CLOSED_FORM = "closed form"
+BATCH = 128
+
+
+def shifted(images: Tensor) -> Tensor:
+    """Images (n, C, H, W), half of which are mirrored, and each moved by up to an eighth of its size, over zeros."""
+    moved, (height, width) = flipped(images), images.shape[-2:]
+    down, right = height // 8, width // 8
+    padded = F.pad(moved, (right, right, down, down))
+    rows = torch.randint(2 * down + 1, (len(images),)).tolist()
+    columns = torch.randint(2 * right + 1, (len(images),)).tolist()
+    places_of = zip(padded, rows, columns, strict=True)
+    return torch.stack([image[:, row : row + height, column : column + width] for image, row, column in places_of])
+
+
+VIEWS: dict[str, str | Callable[[Tensor], Tensor] | None] = {"none": None, "flipped": "flip", "shifted": shifted}
+
+
+@dataclass(frozen=True)
+class Variation:
+    """How layers are corrected, where not by default.
+
+    which: layers, of `WHICH`; views: of the images, of `VIEWS`; closed_form: layer after layer, see `layer_by_layer`.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    which: str = EVERY
+    views: str = "none"
+    closed_form: bool = False
+
+
+def layers_of(model: nn.Module, which: str) -> str | tuple[str, ...]:
+    """`CATConfig.layers` for one of `WHICH`: convolutions, or the last layer inside of each module that holds some."""
+    found = candidates(model, EVERY)
+    if which == CONVOLUTIONS:
+        return tuple(name for name, layer in found.items() if any(weight.ndim > 2 for weight in weights_of(layer)))
+    if which == ENDS:
+        return tuple({name.rpartition(".")[0]: name for name in found}.values())
+    return "auto"
+
+
+@contextmanager
+def layer_by_layer(quantized: nn.Module, fp_model: nn.Module, images: Tensor) -> Iterator[dict[str, ChannelAffine]]:
+    """Inside the block, every layer of `quantized` is corrected by the scale and the offset of each channel that bring
+    its output nearest to that of the full-precision layer, in the order of layers, the earlier ones being corrected.
+
+    In the way of QwT-v2 (arXiv 2505.20932): in closed form, by least squares, without a look at the outputs of the
+    network. `images` (N, ...) are those to fit on.
+    """
+    layers = candidates(quantized, EVERY)
+    batches = images.split(BATCH)
+    with ExitStack() as stack, inference({"quantized": quantized, "fp_model": fp_model}):
+        original = folded_copy(fp_model, batches[0][:2])
+        originals = dict(original.named_modules())
+        with measuring(layers) as measures:
+            quantized(batches[0])
+        corrections = {}
+        for place in places(measures, ALONE):  # in the order in which they run
+            with _Moments(layers[place.name], originals[place.name], place.axis) as moments:
+                for batch in batches:
+                    quantized(batch)
+                    original(batch)
+                    moments.take()
+            correction = moments.correction()
+            corrections[place.name] = correction
+            stack.callback(layers[place.name].register_forward_hook(_Corrects(correction)).remove)
+        yield corrections
+
+
+class _Corrects:
+    """Forward hook that applies a correction."""
+
+    def __init__(self, correction: ChannelAffine) -> None:
+        self._correction = correction
+
+    def __call__(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return self._correction(output)
+
+
+class _Moments:
+    """What least squares of a layer's output to another layer's need, channel by channel."""
+
+    def __init__(self, layer: nn.Module, other: nn.Module, axis: int) -> None:
+        self._layers, self._axis = (layer, other), axis
+        self._rows: list[Tensor] = []
+        self._sums = torch.zeros(())
+
+    def __enter__(self) -> "_Moments":
+        self._hooks = [
+            layer.register_forward_hook(lambda module, args, output: self._rows.append(self._channels(output)))
+            for layer in self._layers
+        ]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _channels(self, output: Tensor) -> Tensor:
+        """(n, C) float64."""
+        return output.movedim(self._axis, -1).flatten(0, -2).double()
+
+    def take(self) -> None:
+        """Both layers have run on a batch."""
+        (x, y), self._rows = self._rows, []
+        self._sums = self._sums + torch.stack([each.sum(0) for each in (torch.ones_like(x), x, y, x * x, x * y)])
+
+    def correction(self) -> ChannelAffine:
+        """The best of each channel; one that never changes is shifted."""
+        count, x, y, xx, xy = self._sums
+        spread = xx / count - (x / count).square()
+        known = spread > 1e-12 * xx / count
+        scale = torch.where(known, (xy / count - x / count * y / count) / spread, torch.ones_like(spread))
+        return ChannelAffine(scale.float(), (y / count - scale * x / count).float(), self._axis)
