@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import BenchmarkError
 from benchmarks.runs.files import digest_text
-from benchmarks.wording import reason
+from benchmarks.wording import lasting, reason
 from cat_plugin.running.digests import image_digests
 
 FILES_BATCH = 64  # decoded together; 256 of ImageNet's in flight for every worker would be gigabytes
@@ -55,11 +55,11 @@ class ImageFiles:
             return list(threads.map(_file_digest, [self.root / name for name in self.names]))
 
     def listing(self) -> str:
-        """Changes with names and sizes of the files and with the transform; nothing is read."""
+        """Changes with names and sizes of the files, and with what the transform makes of the first one."""
         with ThreadPoolExecutor(READING_THREADS) as threads:
             sizes = threads.map(_file_size, [self.root / name for name in self.names])
             listed = [f"{name}:{size}" for name, size in zip(self.names, sizes, strict=True)]
-        return digest_text(repr(self.transform), *listed)
+        return digest_text(lasting(self.transform), *image_digests(stacked(self[:1])), *listed)
 
 
 Images = Tensor | ImageFiles
