@@ -13,7 +13,7 @@ from benchmarks.datasets.class_labels import are_numbers, chosen_classes, indice
 from benchmarks.datasets.dataset import Dataset
 from benchmarks.datasets.description import Description, Request
 from benchmarks.datasets.image_places import LAYOUT, Files, Place, joined, place_of, unlabelled
-from benchmarks.datasets.images import ImageFiles, stacked
+from benchmarks.datasets.images import ImageFiles
 from benchmarks.wording import some
 
 CLASSES, VAL_IMAGES = 1000, 50_000
@@ -54,7 +54,8 @@ def find_places(request: Request) -> Places:
     found = {name: _places(getattr(request, f"{name}_data"), request.cache) for name in ("calib", "cat", "test")}
     if request.data is not None:
         parts = {name: _part(request.data, part) for name, part in PARTS.items()}
-        if not any(parts.values()):  # no train/ and no val/: what it holds is to test on, or else to calibrate on
+        # Without train/ and val/, what it holds is to test on, or else to calibrate on; val.txt may be of flat images.
+        if None in parts.values() and not any((request.data / part).is_dir() for part in PARTS.values()):
             parts = {"calib" if found["test"] else "test": str(request.data)}
         for name, part in parts.items():
             if not found[name]:
@@ -86,7 +87,7 @@ def load_imagenet(request: Request) -> Dataset:
     images = {
         name: _images(files, request) for name, files in (("calib", calib), ("cat", cat), ("test", test)) if files
     }
-    outputs = None if request.outputs is None else request.outputs(stacked(images["test"][:1]))
+    outputs = None if request.outputs is None else request.outputs(images["test"].first())
     classes = chosen_classes(lists, places.test, outputs)
     test_labels = indices(test, classes, numbers)
     rest, held = torch.arange(len(test.names)), None

@@ -59,7 +59,26 @@ class ImageFiles:
         with ThreadPoolExecutor(READING_THREADS) as threads:
             sizes = threads.map(_file_size, [self.root / name for name in self.names])
             listed = [f"{name}:{size}" for name, size in zip(self.names, sizes, strict=True)]
-        return digest_text(lasting(self.transform), *image_digests(stacked(self[:1])), *listed)
+        return digest_text(lasting(self.transform), *image_digests(self.first()), *listed)
+
+    def first(self) -> Tensor:
+        """The first image `(1, C, H, W)`, as the transform makes it.
+
+        Raises:
+            BenchmarkError: it cannot be read, or the transform, which may be the user's, makes no such tensor of it.
+        """
+        try:
+            found = _Decoded(self)[0]
+        except Exception as error:
+            raise BenchmarkError(
+                f"the transform fails on {self.root / self.names[0]}: {type(error).__name__}: {reason(error)}"
+            ) from error
+        if isinstance(found, BenchmarkError):
+            raise found
+        if not isinstance(found, Tensor) or found.ndim != 3 or found.dtype != torch.float32:
+            kind = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+            raise BenchmarkError(f"the transform makes {kind} of an image; expected a float32 tensor (channels, H, W)")
+        return found[None]
 
 
 Images = Tensor | ImageFiles

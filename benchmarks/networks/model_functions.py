@@ -64,7 +64,7 @@ def readable_source(text: str) -> str:
 
 
 def _transform_of(model: nn.Module, text: str) -> Callable[[Any], Tensor]:
-    if any(hasattr(model, name) for name in ("pretrained_cfg", "default_cfg")):
+    if any(getattr(model, name, None) for name in ("pretrained_cfg", "default_cfg")):
         return timm_transform(f"{OPTION} {text}", model)
     logger.warning(
         "%s %s returns no transform: images are resized to 256, cut to 224 and normalised as usual for ImageNet; "

@@ -1,6 +1,6 @@
 """Networks with torchvision's and timm's own weights and transforms of images, or with weights from a file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -162,7 +162,9 @@ def timm_transform(shown: str, model: nn.Module) -> Callable[[Any], Tensor]:
         BenchmarkError: timm cannot be imported.
     """
     timm = _timm(shown)
-    return timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    config = config if isinstance(config, Mapping) else vars(config)
+    return timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config), is_training=False)
 
 
 def _timm(shown: str) -> Any:

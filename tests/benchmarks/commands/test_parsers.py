@@ -58,6 +58,15 @@ def test_other_data_sets_keep_their_defaults():
         (["--fp-top1", "70"], "--fp-top1 is for --dataset imagenet"),
         ([*IMAGENET, "--model", "resnet20"], "--model resnet20 is not for imagenet; choose from resnet18, resnet50"),
         (["--model", "deit_tiny_patch16_224"], "is not for digits; choose from resnet8"),
+        (["--model", "timm/resnet18"], "is not for digits; choose from resnet8"),
+        (["--model-fn", "m:f"], "--model-fn is for --dataset imagenet"),
+        (["--test-data", "val"], "--test-data is for --dataset imagenet"),
+        (["--test-folds", "2"], "--test-folds is for --dataset imagenet"),
+        (
+            [*IMAGENET, "--model", "resnet18", "--model-fn", "m:f"],
+            "--model resnet18 and --model-fn m:f are two networks",
+        ),
+        ([*IMAGENET, "--test-folds", "2", "--cat-data", "cat"], "--test-folds fits corrections on test images in turn"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message):
