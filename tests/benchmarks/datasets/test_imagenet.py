@@ -72,7 +72,7 @@ def archive(root):
     [
         (
             remove_part,
-            r"imagenet/val/ is missing; expected train/<class>/\*\.JPEG and val/<class>.*, found train; --test-data names",
+            r"imagenet/val/ is missing; expected train/<class>/\*\.JPEG and val/<class>.*, found train; --test-data ",
         ),
         (empty_part, r"imagenet/train/ is empty; expected train/<class>"),
         (flatten_val, r"imagenet/val/ holds 15 images that are not sorted into class folders and have no file"),

@@ -58,7 +58,7 @@ class Marker:
         ({"state_dict": {}, "epoch": 3}, "it holds a mapping with the keys state_dict, epoch"),
         ({"model": {"fc.weight": 3}}, "it holds a mapping with the keys model"),
     ],
-    ids=["code", "module", "list", "checkpoint"],
+    ids=["code", "module", "list", "checkpoint", "nested"],
 )
 def test_files_with_more_than_tensors_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "weights.pt")

@@ -186,7 +186,7 @@ def test_network_that_torchvision_does_not_know_is_refused():
 
 
 def test_network_that_timm_does_not_know_is_refused():
-    with pytest.raises(BenchmarkError, match=r"timm \S+ has no network 'deit_huge_9'; did you mean deit"):
+    with pytest.raises(BenchmarkError, match=r"timm \S+ has no network 'deit_huge_9'; did you mean davit_huge"):
         load_pretrained("deit_huge_9", "DEFAULT", 1000)
 
 
