@@ -43,8 +43,8 @@ def possible_classes(
 ) -> list[tuple[str, ...]]:
     """Lists of classes that labels of the test images may go by, the likeliest first, one of each length.
 
-    A `given` one is the only one. Else they are the class folders of the training images; or ImageNet's, where all
-    names are wnids; or, where there are no names to go by, those of the test images.
+    A `given` one is the only one. Else they are the class folders of the training images; or ImageNet's, where labels
+    are wnids or numbers; or, where there are no names to go by, those of the test images.
 
     Raises:
         BenchmarkError: the test images have a class that none of these has.
@@ -56,7 +56,7 @@ def possible_classes(
         lists = [given]
     else:
         lists = [tuple(sorted(known))] if known else []
-        if (known if numbers else known | names) <= set(wnids()):
+        if numbers or names <= set(wnids()):
             lists.append(wnids())
         if numbers:
             lists.append(_numbered(max(map(int, names)) + 1))
@@ -65,7 +65,7 @@ def possible_classes(
     fitting = [each for each in lists if not _strange(names, each, numbers)]
     if not fitting:
         raise _outside(test, names, lists[0], numbers, given is not None)
-    return list({len(each): each for each in reversed(fitting)}.values())[::-1]
+    return [each for index, each in enumerate(fitting) if len(each) not in map(len, fitting[:index])]
 
 
 def chosen_classes(lists: Sequence[tuple[str, ...]], test: Sequence[Place], outputs: int | None) -> tuple[str, ...]:
@@ -139,7 +139,11 @@ def _outside(
 ) -> BenchmarkError:
     strange = _strange(names, classes, numbers)
     shown = next(place.shown for place in places if place.class_names() & set(strange))
-    known = "the list of --classes" if given else "the class folders of the training images and ImageNet's wnids"
+    known = (
+        "the list of --classes"
+        if given
+        else "the class folders of the training images or ImageNet's wnids, or a list by --classes"
+    )
     if numbers:
         known = f"0 to {len(classes) - 1:,}, the outputs of the network or the classes of the data"
         if "0" not in names and len(strange) == 1:

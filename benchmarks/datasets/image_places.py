@@ -86,7 +86,9 @@ def place_of(text: str, cache: Path) -> Place:
     path = Path(text)
     if is_shards(text):
         folder, labels = unpacked(text, cache)
-        labels = labels or _beside(Path(text.partition(".tar")[0]))
+        if labels is None:
+            labels = _beside(Path(text.partition(".tar")[0]))
+            folder = _inner(folder, flat=labels is not None)
         return Place(folder=folder, shown=text, labels=labels) if labels else _folder(folder, text)
     if path.is_file():
         if not is_label_file(path.name):
@@ -128,6 +130,14 @@ def _folder(folder: Path, shown: str) -> Place:
     if not classes:
         raise BenchmarkError(f"{shown}/ is empty; {LAYOUT}")
     return Place(folder=folder, shown=shown, classes=tuple(classes))
+
+
+def _inner(folder: Path, flat: bool) -> Path:
+    """The folder below those that hold one folder and nothing else; one of images is a class unless they are `flat`."""
+    entries = list(folder.iterdir())
+    if len(entries) == 1 and entries[0].is_dir() and (flat or any(each.is_dir() for each in entries[0].iterdir())):
+        return _inner(entries[0], flat)
+    return folder
 
 
 def _beside(path: Path) -> Path | None:

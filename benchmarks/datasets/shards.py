@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -44,8 +43,11 @@ def unpacked(place: str, cache: Path) -> tuple[Path, Path | None]:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as temporary:
             unfinished = Path(temporary) / "images"
             _unpack(place, files, unfinished)
-            if not folder.is_dir():  # another process may have been faster
-                shutil.move(unfinished, folder)
+            try:
+                unfinished.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process has been faster
+                    raise
     labels = folder / LABELS
     return folder, labels if labels.is_file() else None
 

@@ -123,6 +123,23 @@ def test_val_of_wnids_goes_by_imagenets_or_by_those_of_train_as_the_network_has_
         load(tmp_path, 7, data=tmp_path)
 
 
+def test_numbers_go_by_the_class_folders_of_train_first(tmp_path):
+    classes(tmp_path / "train", REAL)
+    listed("0.png 0\n1.png 2\n")(tmp_path)
+    asked = {"calib_data": (str(tmp_path / "train"),), "test_data": (str(tmp_path / "images"),)}
+    assert output_counts(Request(data=None, cache=tmp_path, **asked)) == (3, 1000)
+    assert load(tmp_path, 3, data=None, **asked).classes == REAL
+    assert load(tmp_path, 5, data=None, **asked).classes == ("0", "1", "2", "3", "4")
+
+
+def test_folders_of_images_for_quantization_need_be_no_classes(tmp_path):
+    classes(tmp_path / "photos", ("2020", "2021"))
+    classes(tmp_path / "val", REAL)
+    places = {"calib_data": (str(tmp_path / "photos"),), "test_data": (str(tmp_path / "val"),)}
+    found = load(tmp_path, 1000, data=None, **places)
+    assert found.test_labels.tolist() == [0, 1, 145] and len(found.train_images) == 2 and found.train_labels is None
+
+
 def test_list_of_classes_decides(tmp_path):
     classes(tmp_path / "train", REAL)
     classes(tmp_path / "val", REAL[1:])
@@ -189,8 +206,8 @@ def test_shards_are_unpacked_once_with_their_labels(tmp_path, kind):
 
 def test_plain_tar_files_keep_folders_and_names(tmp_path):
     pytest.importorskip("webdataset")
-    shard(tmp_path / "train.tar", {f"{name}/{name}_0.png": png(place) for place, name in enumerate(REAL)})
-    shard(tmp_path / "val.tar", {"a.png": png(50), "b.png": png(60)})
+    shard(tmp_path / "train.tar", {f"train/{name}/{name}_0.png": png(place) for place, name in enumerate(REAL)})
+    shard(tmp_path / "val.tar", {"images/a.png": png(50), "images/b.png": png(60)})
     (tmp_path / "val.txt").write_text("b.png 145\na.png 1\n")
     found = load(tmp_path, 1000, data=None, calib_data=(f"{tmp_path}/train.tar",), test_data=(f"{tmp_path}/val.tar",))
     assert labels_by_name(found.test_images, found.test_labels) == {"a.png": 1, "b.png": 145}
