@@ -16,6 +16,7 @@ from benchmarks.runs.processes import this_process
 
 # Of the papers; batches of 32, all four bit settings, and 8 bits in first and last layer are the defaults.
 PRESETS = {"paper": {"methods": ["pd_quant"], "iters": 20_000, "n_calib": 1024, "n_cat": 1024}}
+BATCH_SIZE = 32  # of the papers
 PAPER_WEIGHTS = "IMAGENET1K_V1"  # the ones that come nearest to the full-precision accuracy in the papers
 PLACES = "calib_data", "cat_data", "test_data"
 QUALITIES = {"fp_top1": "published", "model_fn": "published", "workers": "in_files", "classes": "in_files"}
@@ -120,5 +121,6 @@ def check_images(args: argparse.Namespace) -> None:
         raise BenchmarkError(
             f"--data is not for {args.dataset}, which come with {library}; did you mean --dataset {CIFAR10.name}?"
         )
+    args.batch_size = args.batch_size or min(BATCH_SIZE, args.n_calib)
     if args.n_calib < args.batch_size:
         raise BenchmarkError(f"--n-calib {args.n_calib} is less than one batch; lower --batch-size {args.batch_size}")

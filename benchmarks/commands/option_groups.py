@@ -90,7 +90,9 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 def add_quantization_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--n-calib", type=positive, help="training images for quantization")
-    group.add_argument("--batch-size", type=positive, default=32, help="of the reconstruction (default: 32)")
+    group.add_argument(
+        "--batch-size", type=positive, help="of the reconstruction (default: 32, or all images of --n-calib)"
+    )
     group.add_argument("--device", type=device, default="cpu", help="where the networks run (default: cpu)")
     group.add_argument(
         "--cache-device",

@@ -26,6 +26,13 @@ def test_options_go_before_the_preset():
     assert (args.model, args.weights) == ("resnet50", Path("DEFAULT"))
 
 
+def test_batches_are_no_larger_than_the_images_that_are_asked_for():
+    assert parse_compare([*IMAGENET, "--n-calib", "16"]).batch_size == 16
+    assert parse_compare([*IMAGENET, "--n-calib", "64"]).batch_size == 32
+    with pytest.raises(BenchmarkError, match="--n-calib 16 is less than one batch; lower --batch-size 17"):
+        parse_compare([*IMAGENET, "--n-calib", "16", "--batch-size", "17"])
+
+
 @pytest.mark.parametrize("model", ["deit_small_patch16_224", "deit_base_distilled_patch16_224"])
 def test_timm_has_no_first_version_of_weights(model):
     assert parse_compare([*IMAGENET, "--preset", "paper", "--model", model]).weights == Path("DEFAULT")
