@@ -1,5 +1,6 @@
 """How figures, settings, names and errors are written in tables, titles and messages alike."""
 
+import re
 from collections.abc import Iterable
 
 
@@ -28,3 +29,13 @@ def some(names: Iterable[object], most: int) -> str:
 def reason(error: BaseException) -> str:
     """The first line of what an error says, or its type where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def file_name(name: str) -> str:
+    """A name as part of that of a file: `timm/resnet18` is `timm-resnet18`."""
+    return name.replace("/", "-")
+
+
+def lasting(described: object) -> str:
+    """What an object says of itself in one process as in the next: without addresses in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(described))

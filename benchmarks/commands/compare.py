@@ -10,6 +10,7 @@ from baselines.files import digest_tensors
 from benchmarks import BenchmarkError
 from benchmarks.commands.exit_codes import command_line
 from benchmarks.commands.loading import Loaded, load_network
+from benchmarks.commands.option_checks import refuse_too_few
 from benchmarks.commands.parsers import parse_compare
 from benchmarks.datasets.registry import DATASETS
 from benchmarks.measure.accuracy import Measurement, measure
@@ -21,6 +22,7 @@ from benchmarks.runs.environment import code_digest, versions
 from benchmarks.runs.folders import environment, open_run, write_environment
 from benchmarks.runs.processes import Process, this_process
 from benchmarks.runs.resume import Rows
+from benchmarks.wording import file_name
 
 NAME = "compare"
 
@@ -32,18 +34,23 @@ def _measure_grid(args: argparse.Namespace) -> None:
     progress = not args.no_progress and process.first
     loaded = load_network(args)
     dataset, model = loaded.dataset, loaded.model
+    if args.n_cat is None:
+        args.n_cat = len(dataset.test_images) // dataset.test_folds
+        refuse_too_few(args)
     protocol = Protocol(
         iters=args.iters, n_calib=args.n_calib, n_cat=args.n_cat, batch_size=args.batch_size, device=args.device
     )
     grid = settings_grid(args.methods, args.bits, args.seeds)
     settings = _settings(loaded, args.model, protocol, args.modes, grid)
-    folder = open_run(args.results, f"{dataset.name}-{args.model}", settings, name=args.run, fresh=args.fresh)
+    folder = open_run(
+        args.results, f"{dataset.name}-{file_name(args.model)}", settings, name=args.run, fresh=args.fresh
+    )
     rows = rows_of(folder)
     if process.first and (done := len(rows.finished([setting.name for setting in grid]))):
         print(f"resuming {folder}: {done} of {len(grid)} rows are finished already")
 
     def work(setting: Setting) -> Measurement:
-        kept = {"cache": args.cache, "cache_device": args.cache_device}
+        kept = {"cache": loaded.cache, "cache_device": args.cache_device}
         return measure(setting, protocol, dataset, args.model, model, args.modes, **kept, progress=progress)
 
     measured = rows.complete_together(grid, work, process, progress=progress)
@@ -90,9 +97,11 @@ def _settings(
         "data_digest": dataset.digest(),
         "weights_digest": digest_tensors(loaded.model.state_dict()),
         "weights": loaded.weights,
+        "network_digest": loaded.digest,
         "code_digest": code_digest(Measurement.__module__, Loaded.__module__),
         "versions": versions(),
         "protocol": asdict(protocol),
+        "test_folds": dataset.test_folds,
         "modes": list(modes),
         "grid": [setting.name for setting in grid],
     }

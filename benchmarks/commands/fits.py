@@ -19,6 +19,7 @@ from benchmarks.runs.files import digest_text
 from benchmarks.runs.folders import environment, open_run, write_environment
 from benchmarks.runs.processes import refuse_several, this_process
 from benchmarks.runs.resume import AnyCell, AnyRecord, Rows
+from benchmarks.wording import file_name
 
 Report = Callable[[Path, dict[str, Any]], tuple[str, dict[str, bool]]]
 """Makes the tables and the files of a run from its folder and settings: the text, and which files there are."""
@@ -36,7 +37,7 @@ def load_sources(args: argparse.Namespace, most: int | None = None) -> list[Sour
     if args.dataset is not None:
         loaded = load_network(args)
         dataset = loaded.dataset
-        rest = len(dataset.train_images) - args.n_calib
+        rest = len(dataset.left_for_corrections) - (args.n_calib if dataset.cat_images is None else 0)
         if rest < 1:
             raise BenchmarkError(
                 f"--n-calib {args.n_calib} leaves none of the {len(dataset.train_images):,} training images to draw"
@@ -49,7 +50,7 @@ def load_sources(args: argparse.Namespace, most: int | None = None) -> list[Sour
             device=args.device,
         )
         grid = settings_grid(args.methods, args.bits, args.seeds)
-        kept = {"cache": args.cache, "cache_device": args.cache_device, "progress": not args.no_progress}
+        kept = {"cache": loaded.cache, "cache_device": args.cache_device, "progress": not args.no_progress}
         sources += network_sources(grid, protocol, dataset, args.model, loaded.model, **kept)
     twice = sorted(name for name, count in Counter(source.name for source in sources).items() if count > 1)
     if twice:
@@ -72,7 +73,7 @@ def run_fits(
         "grid": [cell.name for cell in grid],
         **more,
     }
-    networks = [] if args.dataset is None else [f"{args.dataset}-{args.model}"]
+    networks = [] if args.dataset is None else [f"{args.dataset}-{file_name(args.model)}"]
     subject = "-".join([kind, *(folder.resolve().name for folder in args.logits), *networks])
     # The grid goes source by source, one of which is in memory at a time.
     load = lru_cache(maxsize=1)(lambda source: source.load())

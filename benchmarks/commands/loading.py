@@ -1,33 +1,43 @@
 """The data set and the full-precision network that the options ask for."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 from torch import nn
 
+from benchmarks import BenchmarkError
 from benchmarks.datasets.dataset import Dataset
 from benchmarks.datasets.description import Request
+from benchmarks.datasets.imagenet import VAL_IMAGES
 from benchmarks.datasets.images import stacked
 from benchmarks.datasets.registry import DATASETS
 from benchmarks.measure.fp_check import check_accuracy
 from benchmarks.measure.leak_guard import LeakGuard
-from benchmarks.networks.models import check_outputs
+from benchmarks.networks.model_functions import load_from_function
+from benchmarks.networks.models import check_outputs, count_outputs
 from benchmarks.networks.training import trained_model
 from benchmarks.networks.weights_and_transforms import Pretrained, load_pretrained
+from benchmarks.runs.files import digest_text
 from benchmarks.runs.processes import this_process
+from benchmarks.wording import lasting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """A data set and a full-precision network on its device.
 
-    `weights` says where the network is from, alike wherever a file lies; `fp_check` is a sentence about its accuracy,
-    or None.
+    `weights` says where the network is from, alike wherever a file lies, and `digest` changes with what it computes;
+    what is made of it is kept in `cache`. `fp_check` is a sentence about its accuracy, or None.
     """
 
     dataset: Dataset
     model: nn.Module
     weights: str
+    cache: Path
+    digest: str
     fp_check: str | None = None
 
 
@@ -37,6 +47,12 @@ def request(args: argparse.Namespace) -> Request:
     return Request(
         data=args.data,
         cache=args.cache,
+        calib_data=tuple(args.calib_data or ()),
+        cat_data=tuple(args.cat_data or ()),
+        test_data=tuple(args.test_data or ()),
+        classes=args.classes,
+        test_folds=getattr(args, "test_folds", None) or 1,
+        n_calib=args.n_calib,
         download=process.alone,
         workers=args.workers,
         progress=not args.no_progress and process.first,
@@ -53,33 +69,54 @@ def load_network(args: argparse.Namespace) -> Loaded:
         BenchmarkError: there are none, or they do not fit; or several processes would download images at once.
     """
     asked, description = request(args), DATASETS[args.dataset]
-    if args.weights is None:
+    if args.weights is None and args.model_fn is None:
         dataset = description.load(asked)
         LeakGuard(dataset.test_images).check(dataset.train_images, "images to train on")
         model = trained_model(args.model, dataset, args.cache, progress=asked.progress)
-        return Loaded(dataset=dataset, model=model.to(args.device), weights="trained here")
-    found = load_pretrained(args.model, str(args.weights), description.count_classes(args.data))
-    dataset = description.load(replace(asked, transform=found.transform))
+        weights, digest = "trained here", digest_text(lasting(model))
+        return Loaded(dataset=dataset, model=model.to(args.device), weights=weights, cache=args.cache, digest=digest)
+    found = _network(args, description.output_counts(asked))
+    outputs = partial(count_outputs, found.model)
+    dataset = description.load(replace(asked, transform=found.transform, outputs=outputs))
     check_outputs(found.model, stacked(dataset.test_images[:1]), dataset.classes)
     model = found.model.to(args.device)
+    is_file = args.weights is not None and found.source == str(args.weights) and args.weights.is_file()
+    # Networks of functions may compute other things with the same weights, so they have caches of their own.
+    cache = args.cache / "functions" / found.code if found.code else args.cache
     return Loaded(
         dataset=dataset,
         model=model,
-        weights=f"the file {args.weights.name}" if found.source == str(args.weights) else found.source,
-        fp_check=_fp_check(args, found, dataset, asked.progress) if description.published else None,
+        weights=f"the file {args.weights.name}" if is_file else found.source,
+        cache=cache,
+        digest=digest_text(lasting(found.model), found.code),
+        fp_check=_fp_check(args, found, dataset, cache, asked.progress) if description.published else None,
     )
 
 
-def _fp_check(args: argparse.Namespace, found: Pretrained, dataset: Dataset, progress: bool) -> str:
+def _network(args: argparse.Namespace, counts: Sequence[int]) -> Pretrained:
+    """With as many outputs as the data may have classes; the first of `counts` that fits."""
+    if args.model_fn is not None:
+        return load_from_function(args.model_fn, args.weights)
+    for count in counts[:-1]:
+        try:
+            return load_pretrained(args.model, str(args.weights), count)
+        except BenchmarkError:
+            continue  # with the next number; what is wrong with the last one is an error
+    return load_pretrained(args.model, str(args.weights), counts[-1])
+
+
+def _fp_check(args: argparse.Namespace, found: Pretrained, dataset: Dataset, cache: Path, progress: bool) -> str:
     """Print, too, what is found."""
-    expected, source = (found.published, found.source) if args.fp_top1 is None else (args.fp_top1, "--fp-top1")
+    expected, source, images = found.published, found.source, VAL_IMAGES
+    if args.fp_top1 is not None:
+        expected, source, images = args.fp_top1, "--fp-top1", None
     if expected is None:
         told = (
             f"full-precision top-1 is not checked: no published top-1 is stored here for {source}; --fp-top1 says what "
             "to expect"
         )
     else:
-        told = check_accuracy(found.model, dataset, expected, source, args.cache, progress=progress)
+        told = check_accuracy(found.model, dataset, expected, source, cache, images=images, progress=progress)
     if this_process().first:
         print(told, flush=True)
     return told

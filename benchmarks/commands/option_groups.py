@@ -21,13 +21,37 @@ def add_network_options(group: argparse._ArgumentGroup) -> None:
         metavar="ZIP_OR_FOLDER",
         help="train/<class>/* and test/<class>/*, for imagenet a folder with val/<class>/*; default: download CIFAR-10",
     )
-    group.add_argument("--model", type=network, metavar="NAME", help=", ".join(ALL_NETWORKS))
+    for part, use in (("calib", "quantization"), ("cat", "corrections"), ("test", "testing")):
+        group.add_argument(
+            f"--{part}-data",
+            nargs="+",
+            metavar="PLACE",
+            help=f"imagenet: images for {use} alone: folders, files of labels, tar files; instead of those in --data",
+        )
+    group.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="imagenet: classes in the order of the network's outputs, one a line",
+    )
+    group.add_argument(
+        "--model",
+        type=network,
+        metavar="NAME",
+        help=f"{', '.join(ALL_NETWORKS)}; for imagenet also timm/NAME and torchvision/NAME of any that classify",
+    )
+    group.add_argument(
+        "--model-fn",
+        metavar="MODULE:FUNCTION",
+        help="imagenet, instead of --model: function that returns the full-precision network, or a pair of it and its "
+        "transform of RGB images; MODULE may be path/to/file.py",
+    )
     group.add_argument(
         "--weights",
         type=Path,
         metavar="FILE",
-        help="state_dict of the full-precision network; for imagenet also the name of published weights, such as "
-        "IMAGENET1K_V1 (default: DEFAULT)",
+        help="state_dict of the full-precision network, or PACKAGE:ATTRIBUTE that leads to one; for imagenet also the "
+        "name of published weights, such as IMAGENET1K_V1 (default: DEFAULT), or random",
     )
     group.add_argument(
         "--fp-top1", type=percent, metavar="PERCENT", help="imagenet: expected of the full-precision network"
@@ -66,7 +90,9 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 def add_quantization_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--n-calib", type=positive, help="training images for quantization")
-    group.add_argument("--batch-size", type=positive, default=32, help="of the reconstruction (default: 32)")
+    group.add_argument(
+        "--batch-size", type=positive, help="of the reconstruction (default: 32, or all images of --n-calib)"
+    )
     group.add_argument("--device", type=device, default="cpu", help="where the networks run (default: cpu)")
     group.add_argument(
         "--cache-device",

@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from benchmarks.measure.factors import FACTORS, Value
-from benchmarks.networks.catalogue import ALL_NETWORKS, TIMM_FAMILIES
+from benchmarks.networks.catalogue import ALL_NETWORKS, PREFIXES, TIMM_FAMILIES, one_name
 from benchmarks.runs.processes import this_process, use_device
 from benchmarks.wording import reason
 
@@ -13,9 +13,10 @@ FLOAT_BITS = 32
 
 
 def network(text: str) -> str:
-    if text not in ALL_NETWORKS and not text.startswith(TIMM_FAMILIES):
-        raise argparse.ArgumentTypeError(f"{text!r} should be one of {', '.join(ALL_NETWORKS)}, or one of timm's")
-    return text
+    if text not in ALL_NETWORKS and not text.startswith((*PREFIXES, *TIMM_FAMILIES)):
+        others = " or ".join(f"{prefix}NAME" for prefix in PREFIXES)
+        raise argparse.ArgumentTypeError(f"{text!r} should be one of {', '.join(ALL_NETWORKS)}, or {others}")
+    return one_name(text)
 
 
 def percent(text: str) -> float:

@@ -41,9 +41,11 @@ def parse_compare(argv: list[str]) -> argparse.Namespace:
     """The options of `python -m benchmarks compare`."""
     args = _compare_parser().parse_args(argv)
     apply_preset(args)
-    args.n_cat = args.n_cat or DATASETS[args.dataset].n_cat
+    # Of two halves of the test images, all but those to test on are for the corrections.
+    args.n_cat = args.n_cat or (None if args.test_folds else DATASETS[args.dataset].n_cat)
     args.modes = [mode for mode in MODES if mode in args.modes]
-    refuse_too_few(args)
+    if args.n_cat is not None:
+        refuse_too_few(args)
     complete_networks(args)
     return args
 
@@ -110,6 +112,12 @@ def _compare_parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     how.add_argument("--iters", type=positive, help="iterations for each unit of the network")
     how.add_argument("--n-cat", type=positive, help="other training images for the corrections")
+    how.add_argument(
+        "--test-folds",
+        type=int,
+        choices=[2],
+        help="imagenet: correct on one half of the test images and test on the other, in turn",
+    )
     add_quantization_options(how)
     add_run_options(parser)
     return parser

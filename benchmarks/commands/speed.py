@@ -27,7 +27,7 @@ from benchmarks.networks.weights_and_transforms import untrained
 from benchmarks.reports.tables import csv_table, markdown_table
 from benchmarks.runs.files import write_text
 from benchmarks.runs.processes import refuse_several, this_process
-from benchmarks.wording import bits_name
+from benchmarks.wording import bits_name, file_name
 
 WARM_UP = 0.2  # share of the steps that are not counted; the recipes leave the rounding penalty out as long
 TYPICAL_ITERS = 1000
@@ -66,7 +66,11 @@ def _time(args: argparse.Namespace) -> None:
     refuse_several("speed", this_process())
     torch.set_num_threads(args.threads)
     timing = measure(_job(args), args.steps)
-    path = args.results / "speed" / f"{args.dataset}-{args.model}-{args.method}-w{args.w_bits}a{args.a_bits}.csv"
+    path = (
+        args.results
+        / "speed"
+        / f"{args.dataset}-{file_name(args.model)}-{args.method}-w{args.w_bits}a{args.a_bits}.csv"
+    )
     write_text(path, to_csv(timing))
     print(f"{_title(args)}\n\n{to_table(timing)}\n\nwritten to {path}")
 
@@ -179,7 +183,7 @@ def _title(args: argparse.Namespace) -> str:
 
 def _job(args: argparse.Namespace) -> Job:
     device = torch.device(args.device)
-    model = untrained(args.model, DATASETS[args.dataset].count_classes(None))
+    model = untrained(args.model, DATASETS[args.dataset].output_counts(Request(data=None, cache=args.cache))[0])
     if args.weights is not None:
         load_weights(model, args.weights)
     plan = CachePlan(device if args.cache_device == "model" else torch.device("cpu"), None, device)

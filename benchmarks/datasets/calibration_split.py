@@ -16,7 +16,8 @@ def split_calibration(n_train: int, n_calib: int, n_cat: int, seed: int) -> tupl
         raise BenchmarkError(f"numbers of images must be at least 1, got n_calib={n_calib}, n_cat={n_cat}")
     if n_calib + n_cat > n_train:
         raise BenchmarkError(
-            f"n_calib={n_calib} plus n_cat={n_cat} needs {n_calib + n_cat} training images, there are {n_train}"
+            f"n_calib={n_calib} plus n_cat={n_cat} needs {n_calib + n_cat} training images, there are {n_train}; lower "
+            "--n-calib or --n-cat"
         )
     order = torch.randperm(n_train, generator=torch.Generator().manual_seed(seed))
     return order[:n_calib], order[n_calib : n_calib + n_cat]

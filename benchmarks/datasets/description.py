@@ -16,13 +16,24 @@ class Request:
 
     `data` is a folder or an archive, None where the original comes with a library or is downloaded to `cache`, which
     `download` may forbid. Of images in files, `transform` makes an RGB image what the network takes, and `workers`
-    processes decode.
+    processes decode; `outputs` says how many the network has for an image `(1, C, H, W)`.
+
+    Images in files may also lie elsewhere than in `data`, those for quantization, for corrections and for testing
+    (`*_data`), and `classes` is a file that lists the classes. See `Dataset` for `test_folds`; `n_calib` is how many
+    images quantization takes.
     """
 
     data: Path | None
     cache: Path
+    calib_data: tuple[str, ...] = ()
+    cat_data: tuple[str, ...] = ()
+    test_data: tuple[str, ...] = ()
+    classes: Path | None = None
+    test_folds: int = 1
+    n_calib: int | None = None
     download: bool = True
     transform: Callable[[Any], Tensor] | None = None
+    outputs: Callable[[Tensor], int] | None = None
     workers: int = 0
     progress: bool = False
 
@@ -31,8 +42,8 @@ class Request:
 class Description:
     """A data set, called `title` in messages, and what it means for options that are not given.
 
-    `load` gives its images and `count_classes` the outputs of a network for those of a folder, or of the original
-    where that is None. `image_shape` is `(channels, height, width)`; `iters` are iterations a unit of the network.
+    `load` gives its images and `output_counts` how many outputs a network for these may have, the likeliest first.
+    `image_shape` is `(channels, height, width)`; `iters` are iterations a unit of the network.
 
     Three qualities decide which options it takes: it comes with the library `bundled_with` and has no `--data`; it is
     `in_files`, a folder whose images are decoded when they are needed; there are `published` networks for it whose
@@ -43,7 +54,7 @@ class Description:
     name: str
     title: str
     load: Callable[[Request], Dataset]
-    count_classes: Callable[[Path | None], int]
+    output_counts: Callable[[Request], tuple[int, ...]]
     image_shape: tuple[int, int, int]
     iters: int
     n_calib: int

@@ -1,25 +1,43 @@
-"""ImageNet, or any folder in its layout: `train/<class>/*` and `val/<class>/*`, decoded when it is needed."""
+"""ImageNet, or any images like it, in files that are decoded when they are needed."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from benchmarks import BenchmarkError
+from benchmarks.datasets.class_labels import are_numbers, chosen_classes, indices, possible_classes, read_classes
 from benchmarks.datasets.dataset import Dataset
-from benchmarks.datasets.description import Description
+from benchmarks.datasets.description import Description, Request
+from benchmarks.datasets.image_places import LAYOUT, Files, Place, joined, place_of, unlabelled
 from benchmarks.datasets.images import ImageFiles
 from benchmarks.wording import some
 
 CLASSES, VAL_IMAGES = 1000, 50_000
-PARTS = "train", "val"
-LAYOUT = "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
-CLASSES_SHOWN = 3
+PARTS = {"test": "val", "calib": "train"}
+ENTRIES_SHOWN = 3
+SPLIT_SEED = 0  # of places that serve for everything: the same images test whatever the seed of a row is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where images for quantization, for corrections and for testing are.
+
+    Without `calib`, some of the test images are held out for all that is not testing; without `cat`, corrections take
+    others of the images for quantization.
+    """
+
+    calib: tuple[Place, ...]
+    cat: tuple[Place, ...]
+    test: tuple[Place, ...]
+
+    def class_lists(self, request: Request) -> list[tuple[str, ...]]:
+        """See `possible_classes`."""
+        given = None if request.classes is None else read_classes(request.classes)
+        return possible_classes(self.calib, self.test, given)
 
 
 def default_workers(sharing: int = 1) -> int:
@@ -27,74 +45,111 @@ def default_workers(sharing: int = 1) -> int:
     return max(1, min(8, (os.cpu_count() or 1) // sharing))
 
 
-def class_names(root: Path) -> tuple[str, ...]:
-    """Class folders of both parts in the order of the networks' outputs, which is that of their names.
+def find_places(request: Request) -> Places:
+    """The places that the options name, or that `--data` stands for.
 
     Raises:
-        BenchmarkError: no such folder, a part that is missing or not sorted into classes, or classes that differ.
+        BenchmarkError: one is missing, see `place_of`; or test images have no labels.
     """
-    if not root.is_dir():
-        what = "is a file; extract it first" if root.is_file() else "is no folder"
-        raise BenchmarkError(f"--data {root} {what}; {LAYOUT}")
-    train, val = (_classes_of(root, part) for part in PARTS)
-    if train != val:
-        only = {part: sorted(names) for part, names in (("train", train - val), ("val", val - train)) if names}
-        found = "; ".join(
-            f"only {part}/ has {len(names)}: {some(names, CLASSES_SHOWN)}" for part, names in only.items()
-        )
-        raise BenchmarkError(
-            f"{root}: train/ holds {len(train):,} classes and val/ {len(val):,}, and they differ: {found}; expected "
-            "the same folders in both"
-        )
-    return tuple(sorted(train))
+    found = {name: _places(getattr(request, f"{name}_data"), request.cache) for name in ("calib", "cat", "test")}
+    if request.data is not None:
+        parts = {name: _part(request.data, part) for name, part in PARTS.items()}
+        # Without train/ and val/, what it holds is to test on, or else to calibrate on; val.txt may be of flat images.
+        if None in parts.values() and not any((request.data / part).is_dir() for part in PARTS.values()):
+            parts = {"calib" if found["test"] else "test": str(request.data)}
+        for name, part in parts.items():
+            if not found[name]:
+                if part is None:
+                    raise _missing(request.data, PARTS[name])
+                found[name] = _places((part,), request.cache)
+    for place in found["test"]:
+        if not place.is_labelled:
+            raise unlabelled(place)
+    return Places(**found)
 
 
-def load_imagenet(root: Path, transform: Callable[[Any], Tensor], workers: int) -> Dataset:
-    """The files of both parts; `transform` is that of the network, `workers` processes decode.
+def output_counts(request: Request) -> tuple[int, ...]:
+    """How many outputs a network for these images may have, the likeliest number first."""
+    if request.data is None and not request.test_data:
+        return (CLASSES,)
+    return tuple(len(classes) for classes in find_places(request).class_lists(request))
+
+
+def load_imagenet(request: Request) -> Dataset:
+    """The files of all places; labels go by `request.classes`, or by what fits the number of the network's outputs.
 
     Raises:
-        BenchmarkError: see `class_names`; or a class without images.
+        BenchmarkError: see `find_places`, `possible_classes` and `chosen_classes`.
     """
-    classes = class_names(root)
-    (train, train_labels), (val, val_labels) = (_files_of(root, part, transform, workers) for part in PARTS)
+    places = find_places(request)
+    numbers, lists = are_numbers(places.test), places.class_lists(request)
+    calib, cat, test = (_files(each) for each in (places.calib, places.cat, places.test))
+    images = {
+        name: _images(files, request) for name, files in (("calib", calib), ("cat", cat), ("test", test)) if files
+    }
+    outputs = None if request.outputs is None else request.outputs(images["test"].first())
+    classes = chosen_classes(lists, places.test, outputs)
+    test_labels = indices(test, classes, numbers)
+    rest, held = torch.arange(len(test.names)), None
+    if calib is None:
+        held, rest = _held_out(len(test.names), request)
     return Dataset(
         name=IMAGENET.name,
-        train_images=train,
-        train_labels=train_labels,
-        test_images=val,
-        test_labels=val_labels,
+        train_images=images["calib"] if calib else images["test"][held],
+        train_labels=indices(calib, classes, False) if calib else test_labels[held],
+        cat_images=images.get("cat"),
+        test_images=images["test"][rest],
+        test_labels=test_labels[rest],
         classes=classes,
+        test_folds=request.test_folds,
     )
 
 
-def _classes_of(root: Path, part: str) -> set[str]:
-    folder = root / part
-    if not folder.is_dir():
-        found = sorted(entry.name for entry in root.iterdir())
-        raise BenchmarkError(f"{folder}/ is missing; {LAYOUT}, found {some(found, CLASSES_SHOWN) or 'an empty folder'}")
-    entries = list(os.scandir(folder))
-    classes = {entry.name for entry in entries if entry.is_dir()}
-    if not classes:
-        loose = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in entries)
-        what = f"holds {loose:,} images that are not sorted into class folders" if loose else "is empty"
-        raise BenchmarkError(f"{folder}/ {what}; {LAYOUT}")
-    return classes
+def _places(texts: Sequence[str], cache: Path) -> tuple[Place, ...]:
+    return tuple(place_of(text, cache) for text in texts)
 
 
-def _files_of(root: Path, part: str, transform: Callable[[Any], Tensor], workers: int) -> tuple[ImageFiles, Tensor]:
-    try:
-        found = ImageFolder(str(root / part))
-    except FileNotFoundError as error:
-        raise BenchmarkError(f"{root / part}/ has classes without images: {error}") from error
-    names = tuple(Path(path).relative_to(root).as_posix() for path, _ in found.samples)
-    return ImageFiles(root=root, names=names, transform=transform, workers=workers), torch.tensor(found.targets)
+def _part(root: Path, part: str) -> str | None:
+    """Folder, or else file of labels, of a part of `--data`."""
+    found = [path for path in (root / part, root / f"{part}.txt", root / f"{part}.csv") if path.exists()]
+    return str(found[0]) if found else None
+
+
+def _missing(root: Path, part: str) -> BenchmarkError:
+    found = sorted(entry.name for entry in root.iterdir())
+    option = "--test-data" if part == "val" else "--calib-data"
+    return BenchmarkError(
+        f"{root / part}/ is missing; {LAYOUT}, found {some(found, ENTRIES_SHOWN) or 'an empty folder'}; {option} names "
+        "another place"
+    )
+
+
+def _files(places: Sequence[Place]) -> Files | None:
+    return joined([place.files() for place in places]) if places else None
+
+
+def _images(files: Files, request: Request) -> ImageFiles:
+    return ImageFiles(root=files.root, names=files.names, transform=request.transform, workers=request.workers)
+
+
+def _held_out(images: int, request: Request) -> tuple[Tensor, Tensor]:
+    """Rows that are not for testing, and those that are, in their order: half of them, or with folds, where all others
+    test in turn, as many as quantization takes."""
+    number = images // 2 if request.test_folds == 1 else request.n_calib
+    if not 0 < number < images:
+        raise BenchmarkError(
+            f"{images:,} images serve for everything, of which quantization takes {number:,}; lower --n-calib, or name "
+            "other images by --calib-data"
+        )
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return order[:number].sort().values, order[number:].sort().values
 
 
 IMAGENET = Description(
     name="imagenet",
     title="ImageNet",
-    load=lambda request: load_imagenet(request.data, request.transform, request.workers),
-    count_classes=lambda folder: CLASSES if folder is None else len(class_names(folder)),
+    load=load_imagenet,
+    output_counts=output_counts,
     image_shape=(3, 224, 224),
     iters=20_000,
     n_calib=1024,

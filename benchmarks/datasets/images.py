@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import BenchmarkError
 from benchmarks.runs.files import digest_text
-from benchmarks.wording import reason
+from benchmarks.wording import lasting, reason
 from cat_plugin.running.digests import image_digests
 
 FILES_BATCH = 64  # decoded together; 256 of ImageNet's in flight for every worker would be gigabytes
@@ -55,11 +55,30 @@ class ImageFiles:
             return list(threads.map(_file_digest, [self.root / name for name in self.names]))
 
     def listing(self) -> str:
-        """Changes with names and sizes of the files and with the transform; nothing is read."""
+        """Changes with names and sizes of the files, and with what the transform makes of the first one."""
         with ThreadPoolExecutor(READING_THREADS) as threads:
             sizes = threads.map(_file_size, [self.root / name for name in self.names])
             listed = [f"{name}:{size}" for name, size in zip(self.names, sizes, strict=True)]
-        return digest_text(repr(self.transform), *listed)
+        return digest_text(lasting(self.transform), *image_digests(self.first()), *listed)
+
+    def first(self) -> Tensor:
+        """The first image `(1, C, H, W)`, as the transform makes it.
+
+        Raises:
+            BenchmarkError: it cannot be read, or the transform, which may be the user's, makes no such tensor of it.
+        """
+        try:
+            found = _Decoded(self)[0]
+        except Exception as error:
+            raise BenchmarkError(
+                f"the transform fails on {self.root / self.names[0]}: {type(error).__name__}: {reason(error)}"
+            ) from error
+        if isinstance(found, BenchmarkError):
+            raise found
+        if not isinstance(found, Tensor) or found.ndim != 3 or found.dtype != torch.float32:
+            kind = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+            raise BenchmarkError(f"the transform makes {kind} of an image; expected a float32 tensor (channels, H, W)")
+        return found[None]
 
 
 Images = Tensor | ImageFiles

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.datasets.dataset import Dataset
@@ -24,7 +25,8 @@ class Row(LowBitNetwork):
     """A line of `results.csv`; top-1 accuracies and `*_delta` (with the correction minus low-bit) in percent.
 
     `iters` is what was asked for, also where a method learns nothing. Scores of corrections that were not asked for
-    are None, and `cat_paper_top1` is where there are fewer images than the paper's 64 clusters.
+    are None, and `cat_paper_top1` is where there are fewer images than the paper's 64 clusters. With two `test_folds`,
+    corrections were fitted on `n_cat` images of one half of the test images and scored on the other, in turn.
     """
 
     seed: int
@@ -40,12 +42,13 @@ class Row(LowBitNetwork):
     layers_top1: float | None
     output_delta: float | None
     layers_delta: float | None
+    test_folds: int = 1
 
 
 class Measurement(Record[Row]):
     """A row with the predictions of the networks `fp`, `lq`, and of every correction, by the names of `MODES`.
 
-    `parts` are the seconds of `quantization` and of the fit of every correction.
+    `parts` are the seconds of `quantization` and of the fit of every correction, their mean where there are several.
     """
 
     row_type: ClassVar[type] = Row
@@ -90,7 +93,7 @@ def measure(
 
     Training images are split by the setting's seed; the labels of the images that quantization and corrections see
     are not used. Quantized networks are kept in `cache` and taken from it; inputs and outputs of units are kept on
-    `cache_device`, `"model"` or `"cpu"`, while one is made.
+    `cache_device`, `"model"` or `"cpu"`, while one is made. Predictions of several folds are pooled.
 
     Raises:
         BenchmarkError: a test image is among those for quantization or for corrections.
@@ -98,9 +101,14 @@ def measure(
     started = time.perf_counter()
     kept = {"cache": cache, "cache_device": cache_device, "progress": progress}
     networks = Networks.made(setting, protocol, dataset, fp_model, **kept)
-    configs = corrections(protocol.n_cat, setting.seed)
-    corrected = {mode: networks.correct(config) for mode, config in configs.items() if mode in modes}
-    predictions = networks.logits.score({mode: each.logits for mode, each in corrected.items()})
+    configs = {mode: each for mode, each in corrections(protocol.n_cat, setting.seed).items() if mode in modes}
+    folds = networks.folds(protocol.n_cat) if dataset.test_folds > 1 else [networks]
+    fits = [{mode: fold.correct(config) for mode, config in configs.items()} for fold in folds]
+    scored = [
+        fold.logits.score({mode: each.logits for mode, each in corrected.items()})
+        for fold, corrected in zip(folds, fits, strict=True)
+    ]
+    predictions = {name: torch.cat([each[name] for each in scored]) for name in scored[0]}
     row = Row(
         dataset=dataset.name,
         model=model_name,
@@ -108,12 +116,14 @@ def measure(
         iters=protocol.iters,
         n_calib=protocol.n_calib,
         n_cat=protocol.n_cat,
+        test_folds=dataset.test_folds,
         **Measurement.figures(predictions),
     )
-    parts = {QUANTIZATION: networks.quantization_seconds} | {mode: each.seconds for mode, each in corrected.items()}
+    parts = {QUANTIZATION: networks.quantization_seconds}
+    parts |= {mode: sum(corrected[mode].seconds for corrected in fits) / len(fits) for mode in configs}
     known = {name: round(seconds, 3) for name, seconds in parts.items() if seconds is not None}
     seconds = time.perf_counter() - started
-    return Measurement(row, predictions, seconds, _profiles(networks.logits, corrected), known)
+    return Measurement(row, predictions, seconds, _profiles(folds[0].logits, fits[0]), known)
 
 
 def _profiles(pairs: PairedLogits, corrected: Mapping[str, Corrected]) -> tuple[ClusterProfile, ...]:

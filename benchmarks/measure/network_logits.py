@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from baselines.files import atomic_path, digest_tensors
-from benchmarks.datasets.calibration_split import split_calibration
-from benchmarks.datasets.dataset import Dataset
-from benchmarks.datasets.images import ImageFiles, Images, batches, digests, stacked
+from baselines.files import atomic_path
+from benchmarks import BenchmarkError
+from benchmarks.datasets.dataset import FOLDS_SEED, Dataset
+from benchmarks.datasets.images import Images, batches, digests, stacked
 from benchmarks.measure.leak_guard import FITTED, LeakGuard, fit_networks_guarded
 from benchmarks.measure.paired_logits import PairedLogits, Source
 from benchmarks.measure.protocol import Protocol, Setting, quantization_options
@@ -24,6 +24,7 @@ from benchmarks.networks.layer_fits import VIEWS, Variation, layer_by_layer, lay
 from benchmarks.networks.quantized import cache_key, timed_quantized_model
 from benchmarks.runs.clock import clock
 from benchmarks.runs.files import digest_text
+from benchmarks.wording import file_name
 from cat_plugin import CATConfig, ClusterAffine
 from cat_plugin.layers.fit import fitting_by
 from cat_plugin.running.collect import PairedOutputs, collect_outputs, to_cpu
@@ -82,12 +83,12 @@ class Networks:
         Raises:
             BenchmarkError: a test image is among those for quantization or for corrections.
         """
-        calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
+        calib, cat = dataset.split(protocol.n_calib, protocol.n_cat, setting.seed)
         guard = LeakGuard(dataset.test_images)
-        guard.check(dataset.train_images[calib], "images for quantization")
-        guard.check(dataset.train_images[cat], "images for corrections")
+        guard.check(calib, "images for quantization")
+        guard.check(cat, "images for corrections")
         device, options = protocol.device, quantization_options(setting, protocol)
-        images = stacked(dataset.train_images[calib]).to(device)
+        images = stacked(calib).to(device)
         kept = {"cache_device": cache_device, "progress": progress}
         quantized, seconds = timed_quantized_model(fp_model, images, cache, **kept, **options)
         return cls(
@@ -95,7 +96,7 @@ class Networks:
             fp_model=fp_model,
             dataset=dataset,
             tuned_images=images,
-            fit_images=dataset.train_images[cat],
+            fit_images=cat,
             guard=guard,
             quantization_seconds=seconds,
             progress=progress,
@@ -105,9 +106,9 @@ class Networks:
     def logits(self) -> PairedLogits:
         """Of both networks for the images of all parts."""
         parts = {
-            "tuned": self._outputs(self.tuned_images, "images for quantization"),
+            "tuned": self._tuned_outputs,
             "fit": self._fit_outputs[0],
-            "test": self._outputs(self.dataset.test_images, "test images"),
+            "test": self._test_outputs[0],
         }
         logits = {f"{part}_{name}": getattr(found, name) for part, found in parts.items() for name in "qf"}
         return PairedLogits(**logits, labels=self.dataset.test_labels)
@@ -160,10 +161,29 @@ class Networks:
         finally:
             attached.remove()
 
+    def folds(self, n_cat: int) -> list["Fold"]:
+        """Of the data set's folds: fitted on `n_cat` of the test images and scored on those of the other half.
+
+        Raises:
+            BenchmarkError: a half has fewer images, or an image is in both halves.
+        """
+        return [Fold.made(self, fit_rows, test_rows, n_cat) for fit_rows, test_rows in self.dataset.folds()]
+
+    @cached_property
+    def _tuned_outputs(self) -> PairedOutputs:
+        return self._outputs(self.tuned_images, "images for quantization")
+
     @cached_property
     def _fit_outputs(self) -> tuple[PairedOutputs, float]:
+        return self._timed(self.fit_images, "images for corrections")
+
+    @cached_property
+    def _test_outputs(self) -> tuple[PairedOutputs, float]:
+        return self._timed(self.dataset.test_images, "test images")
+
+    def _timed(self, images: Images, title: str) -> tuple[PairedOutputs, float]:
         started = self._now()
-        return self._outputs(self.fit_images, "images for corrections"), self._now() - started
+        return self._outputs(images, title), self._now() - started
 
     def _now(self) -> float:
         return clock(self.tuned_images.device)
@@ -178,6 +198,55 @@ class Networks:
         with inference({"quantized_model": self.quantized}):
             found = [to_cpu(run(self.quantized, batch)) for batch, _ in iterate_inputs(loader, SCORING_BATCH)]
         return torch.cat(found)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fold(Networks):
+    """The networks of `whole`, corrected on some of its test images, `fit_rows`, and scored on `test_rows`, others.
+
+    Outputs for test images are those of `whole`: the networks run once for all folds.
+    """
+
+    whole: Networks
+    fit_rows: Tensor
+    test_rows: Tensor
+
+    @classmethod
+    def made(cls, whole: Networks, fit_rows: Tensor, test_rows: Tensor, n_cat: int) -> "Fold":
+        """Fitted on `n_cat` of `fit_rows`, drawn at random.
+
+        Raises:
+            BenchmarkError: there are fewer, or one of the images is among those to score on.
+        """
+        if not 0 < n_cat <= len(fit_rows):
+            raise BenchmarkError(
+                f"--n-cat {n_cat:,} asks for more than the {len(fit_rows):,} images of a fold of "
+                f"{len(whole.dataset.test_images):,}; lower it, or leave it out for all of them"
+            )
+        drawn = torch.randperm(len(fit_rows), generator=torch.Generator().manual_seed(FOLDS_SEED))[:n_cat]
+        data, rows = whole.dataset, fit_rows[drawn]
+        tested = replace(data, test_images=data.test_images[test_rows], test_labels=data.test_labels[test_rows])
+        guard = LeakGuard(tested.test_images)
+        guard.check(data.test_images[rows], "images for corrections")
+        shared = {field.name: getattr(whole, field.name) for field in fields(Networks)}
+        shared |= {"dataset": tested, "fit_images": data.test_images[rows], "guard": guard}
+        return cls(**shared, whole=whole, fit_rows=rows, test_rows=test_rows)
+
+    @property
+    def _tuned_outputs(self) -> PairedOutputs:
+        return self.whole._tuned_outputs
+
+    @property
+    def _fit_outputs(self) -> tuple[PairedOutputs, float]:
+        return self._part(self.fit_rows)
+
+    @property
+    def _test_outputs(self) -> tuple[PairedOutputs, float]:
+        return self._part(self.test_rows)
+
+    def _part(self, rows: Tensor) -> tuple[PairedOutputs, float]:
+        outputs, seconds = self.whole._test_outputs
+        return PairedOutputs(outputs.q[rows], outputs.f[rows]), seconds * len(rows) / len(outputs.q)
 
 
 def paired_logits(
@@ -208,13 +277,11 @@ def network_sources(
     with tqdm(grid, unit="network", disable=not progress) as bar:
         for setting in bar:
             bar.set_description(setting.name)
-            calib, cat = split_calibration(len(dataset.train_images), protocol.n_calib, protocol.n_cat, setting.seed)
-            images = stacked(dataset.train_images[calib]).to(protocol.device)
+            calib, fresh = dataset.split(protocol.n_calib, protocol.n_cat, setting.seed)
+            images = stacked(calib).to(protocol.device)
             key = cache_key(fp_model, images, quantization_options(setting, protocol))
-            fresh = dataset.train_images[cat]
             # The digest of the data knows training images that are files by their names and sizes alone.
-            read = digests(fresh) if isinstance(fresh, ImageFiles) else []
-            parts = key, data, digest_tensors({"cat": cat}), LOGITS_FORMAT, *read
+            parts = key, data, LOGITS_FORMAT, *digests(fresh)
             path = cache / "logits" / f"{digest_text(*parts)}.safetensors"
             pairs = _stored(path)
             kept = {"cache": cache, "cache_device": cache_device, "progress": progress}
@@ -222,7 +289,7 @@ def network_sources(
                 pairs = paired_logits(setting, protocol, dataset, fp_model, **kept)
                 with atomic_path(path) as temporary:
                     save_file(pairs.tensors(), temporary)
-            name = f"{dataset.name}-{model_name}-{setting.name}"
+            name = f"{dataset.name}-{file_name(model_name)}-{setting.name}"
             networks = partial(Networks.made, setting, protocol, dataset, fp_model, **kept)
             found.append(Source.of(name, pairs, partial(_read, path), networks))
     return found

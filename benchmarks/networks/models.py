@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v2
 from torchvision.models.resnet import BasicBlock
 
 from benchmarks import BenchmarkError
+from benchmarks.networks.checkpoints import KEYS_SHOWN, read_state, without_prefixes
 from benchmarks.wording import reason, some
 
 WIDTHS = (16, 32, 64)
 # (expansion, channels, repeats, stride) of each stage: torchvision's MobileNetV2 with strides for 32x32 images.
 MOBILENETV2_STAGES = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 2, 1], [6, 64, 2, 2], [6, 96, 2, 2], [6, 160, 1, 1]]
-KEYS_SHOWN = 5
 
 
 class CifarResNet(nn.Module):
@@ -72,25 +71,18 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"resnet8": resnet8, "resnet20": r
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state_dict from a safetensors file, or from a `torch.save` file that holds tensors only.
+    """Load what `read_state` reads, without prefixes such as `module.`.
 
     Raises:
-        BenchmarkError: no such file, a file that is more than tensors (nothing of it is run), something other than a
-            state_dict, or keys or shapes that do not fit the network, which the message lists.
+        BenchmarkError: see `read_state`; or keys or shapes do not fit the network: the message lists the first of them.
     """
-    if not path.is_file():
-        raise BenchmarkError(f"no such weights file: {path}")
-    state = _read_state(path)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        held = (
-            f"a mapping with the keys {some(state, KEYS_SHOWN)}" if isinstance(state, Mapping) else type(state).__name__
-        )
-        raise BenchmarkError(f"{path} is not a state_dict, that is names with tensors; it holds {held}")
+    state = read_state(path)
+    versions, state = getattr(state, "_metadata", None), without_prefixes(state, model.state_dict())
     # Files from before torch 0.4.1 lack these counters, which only training uses.
     counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
     whole = OrderedDict({**counters, **state})
     _refuse_misfit(model, whole, path)
-    load_state(model, whole, getattr(state, "_metadata", None))
+    load_state(model, whole, versions)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[str, Any] | None = None) -> None:
@@ -104,23 +96,29 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[
     model.load_state_dict(versioned)
 
 
+def count_outputs(model: nn.Module, images: Tensor) -> int:
+    """How many the network has for an image.
+
+    Raises:
+        BenchmarkError: it fails on one, or gives something else than logits `(N, C)`.
+    """
+    shape = tuple(images.shape[1:])
+    try:
+        with torch.no_grad():
+            found = model(images[:1])
+    except Exception as error:  # a network of the user's raises what it likes
+        raise BenchmarkError(f"the model fails on an image {shape}: {type(error).__name__}: {reason(error)}") from error
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        kind = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise BenchmarkError(f"the model gives {kind} for an image {shape}; expected logits (N, classes)")
+    return found.shape[-1]
+
+
 def check_outputs(model: nn.Module, images: Tensor, classes: tuple[str, ...]) -> None:
     """Raise `BenchmarkError` unless the network has one output a class."""
-    with torch.no_grad():
-        outputs = model(images[:1]).shape[-1]
+    outputs = count_outputs(model, images)
     if outputs != len(classes):
         raise BenchmarkError(f"the model has {outputs} outputs, the data {len(classes)} classes")
-
-
-def _read_state(path: Path) -> object:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the two readers raise many types for damaged and for hostile files
-        raise BenchmarkError(
-            f"{path} is not a readable weights file that holds tensors only: {reason(error)}"
-        ) from error
 
 
 def _refuse_misfit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

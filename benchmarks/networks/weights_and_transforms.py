@@ -1,20 +1,26 @@
 """Networks with torchvision's and timm's own weights and transforms of images, or with weights from a file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum, get_model, get_model_weights
+from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
 from benchmarks import BenchmarkError
-from benchmarks.networks.catalogue import TIMM, is_timm
+from benchmarks.networks.catalogue import is_timm, without_library
 from benchmarks.networks.models import MODELS, load_weights
+from benchmarks.networks.named_objects import is_named
 from benchmarks.wording import reason
 
-DEFAULT = "DEFAULT"
+DEFAULT, RANDOM = "DEFAULT", "random"
+NAMES_SHOWN = 3
+OPTIONS = {name: {"transform_input": True, "init_weights": False} for name in ("googlenet", "inception_v3")}
+"""Of networks that are built in another way where they have weights."""
 # Top-1 in percent, from results/results-imagenet.csv of huggingface/pytorch-image-models, commit 0173a139.
 TIMM_TOP1 = {
     "deit_tiny_patch16_224.fb_in1k": 72.172,
@@ -31,23 +37,25 @@ class Pretrained:
     """A network in eval mode, the transform that makes its inputs `(3, H, W)` of RGB images, and where it is from.
 
     The small networks take images as they are in memory, so their `transform` is None. `published` is the top-1 in
-    percent on the 50,000 validation images that `source` states, or None.
+    percent on the 50,000 validation images that `source` states, or None. `code` changes with what a network computes
+    that comes from a function of the user's.
     """
 
     model: nn.Module
     transform: Callable[[Any], Tensor] | None
     source: str
     published: float | None = None
+    code: str = ""
 
 
 def load_pretrained(name: str, weights: str, classes: int, seed: int = 0) -> Pretrained:
     """The named network with `classes` outputs.
 
     Args:
-        name: of `ALL_NETWORKS`, or of timm.
+        name: of `ALL_NETWORKS`, or of timm or torchvision, after its name and a slash.
         weights: `DEFAULT` or another name that torchvision or timm gives to weights, which are downloaded where
-            their cache does not hold them; else a file with a state_dict. With a file, images are prepared as for
-            torchvision's first weights (V1) or timm's default ones.
+            their cache does not hold them; `random` ones; else what `read_state` takes, such as a file. With these,
+            images are prepared as for torchvision's first weights (V1) or timm's default ones.
         classes: of the data; named weights have theirs.
         seed: of the initial weights, which those of a file replace.
 
@@ -77,9 +85,10 @@ def untrained(name: str, classes: int, seed: int = 0) -> nn.Module:
 def _random(name: str, classes: int) -> nn.Module:
     if name in MODELS:
         return MODELS[name](classes)
+    bare = without_library(name)
     if is_timm(name):
-        return _known_to_timm(name).create_model(name, pretrained=False, num_classes=classes)
-    return get_model(name, weights=None, num_classes=classes)
+        return _known_to_timm(bare).create_model(bare, pretrained=False, num_classes=classes)
+    return get_model(_known_to_torchvision(bare), weights=None, num_classes=classes, **OPTIONS.get(bare, {}))
 
 
 def _small(name: str, weights: str, classes: int) -> Pretrained:
@@ -87,23 +96,24 @@ def _small(name: str, weights: str, classes: int) -> Pretrained:
 
 
 def _from_torchvision(name: str, weights: str, classes: int) -> Pretrained:
-    known = get_model_weights(name)
+    bare = _known_to_torchvision(without_library(name))
+    known = get_model_weights(bare)
     if weights not in known.__members__:
         model = _with_file(name, weights, classes, [DEFAULT, *known.__members__])
         return Pretrained(model=model, transform=next(iter(known)).transforms(), source=weights)
     chosen = known[weights]
-    _refuse_other_classes(f"{name} {chosen.name}", len(chosen.meta["categories"]), classes)
+    _refuse_other_classes(f"{bare} {chosen.name}", len(chosen.meta["categories"]), classes)
     return Pretrained(
-        model=_with_state(name, chosen),
+        model=_with_state(bare, chosen),
         transform=chosen.transforms(),
-        source=f"torchvision's {chosen.name} of {name}",
+        source=f"torchvision's {chosen.name} of {bare}",
         published=chosen.meta["_metrics"]["ImageNet-1K"]["acc@1"],
     )
 
 
 def _with_state(name: str, weights: WeightsEnum) -> nn.Module:
     """As `get_model(name, weights=weights)`, but nothing except tensors is unpickled."""
-    options = {"image_size": weights.meta["min_size"][0]} if name.startswith("vit_") else {}
+    options = {"image_size": weights.meta["min_size"][0]} if name.startswith("vit_") else OPTIONS.get(name, {})
     model = get_model(name, weights=None, num_classes=len(weights.meta["categories"]), **options)
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -113,13 +123,25 @@ def _with_state(name: str, weights: WeightsEnum) -> nn.Module:
     return model
 
 
+def _known_to_torchvision(name: str) -> str:
+    known = list_models(module=torchvision.models)
+    if name not in known:
+        raise BenchmarkError(f"torchvision {torchvision.__version__} has no network {name!r}; {_like(name, known)}")
+    return name
+
+
 def _from_timm(name: str, weights: str, classes: int) -> Pretrained:
-    timm = _known_to_timm(name)
-    tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{name}.*")]
+    bare = without_library(name)
+    timm = _known_to_timm(bare)
+    architecture, _, tag = bare.partition(".")
+    weights = tag if tag and weights == DEFAULT else weights
+    tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{architecture}.*")]
     if weights != DEFAULT and weights not in tags:
         model = _with_file(name, weights, classes, [DEFAULT, *tags])
-        return Pretrained(model=model, transform=_timm_transform(timm, model), source=weights)
-    full = f"{name}.{timm.get_pretrained_cfg(name).tag if weights == DEFAULT else weights}"
+        return Pretrained(model=model, transform=timm_transform(f"--model {name}", model), source=weights)
+    if not tags:
+        raise BenchmarkError(f"timm has no weights of {bare}; give them by --weights FILE, or try {RANDOM} ones")
+    full = f"{architecture}.{timm.get_pretrained_cfg(architecture).tag if weights == DEFAULT else weights}"
     _refuse_other_classes(full, timm.get_pretrained_cfg(full).num_classes, classes)
     try:
         model = timm.create_model(full, pretrained=True)
@@ -127,34 +149,56 @@ def _from_timm(name: str, weights: str, classes: int) -> Pretrained:
         raise _failed_download(f"timm's {full}", error) from error
     return Pretrained(
         model=model,
-        transform=_timm_transform(timm, model),
+        transform=timm_transform(f"--model {name}", model),
         source=f"timm's {full}",
         published=TIMM_TOP1.get(full),
     )
 
 
-def _timm_transform(timm: Any, model: nn.Module) -> Callable[[Any], Tensor]:
-    return timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+def timm_transform(shown: str, model: nn.Module) -> Callable[[Any], Tensor]:
+    """What a network's own configuration says, as timm reads it; `shown` is what messages call the network.
+
+    Raises:
+        BenchmarkError: timm cannot be imported.
+    """
+    timm = _timm(shown)
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    config = config if isinstance(config, Mapping) else vars(config)
+    return timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config), is_training=False)
 
 
-def _known_to_timm(name: str) -> Any:
-    """timm itself, which knows the name; it is only imported for networks of its own."""
+def _timm(shown: str) -> Any:
+    """It is only imported for networks of its own."""
     try:
         import timm
     except ImportError as error:
         raise BenchmarkError(
-            f"--model {name} is one of timm's networks, and timm cannot be imported ({error}); "
+            f"{shown} is one of timm's networks, and timm cannot be imported ({error}); "
             "pip install '.[imagenet]' installs it"
         ) from error
-    if not timm.is_model(name):
-        raise BenchmarkError(f"timm {timm.__version__} has no network {name!r}; choose from {', '.join(TIMM)}")
     return timm
+
+
+def _known_to_timm(name: str) -> Any:
+    """timm itself, which knows the name."""
+    timm = _timm(f"--model {name}")
+    if not timm.is_model(name):
+        raise BenchmarkError(f"timm {timm.__version__} has no network {name!r}; {_like(name, timm.list_models())}")
+    return timm
+
+
+def _like(name: str, known: Sequence[str]) -> str:
+    """Those of the known names that are most alike."""
+    found = get_close_matches(name, known, NAMES_SHOWN)
+    return f"did you mean {' or '.join(found)}?" if found else f"it has {len(known):,} others, such as {known[0]}"
 
 
 def _with_file(name: str, weights: str, classes: int, known: Sequence[str] = ()) -> nn.Module:
     """The network with the weights of a file; `known` are the weights that have names."""
     path, model = Path(weights), _random(name, classes)
-    if known and not path.is_file():
+    if weights == RANDOM:
+        return model
+    if known and not path.is_file() and not is_named(weights):
         raise BenchmarkError(f"no such weights file: {path}; weights of {name} that have names: {', '.join(known)}")
     load_weights(model, path)
     return model

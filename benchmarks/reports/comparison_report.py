@@ -44,10 +44,14 @@ def to_markdown(measured: Sequence[Measurement], weights: str | None = None) -> 
 def title(rows: Sequence[Row], weights: str | None = None) -> str:
     """One sentence that says what the table shows; `weights` are those of the full-precision network."""
     first, seeds = rows[0], sorted({row.seed for row in rows})
+    others = f"{first.n_cat:,} others for the corrections"
+    if first.test_folds > 1:
+        others = f"corrections fitted on {first.n_cat:,} images of one half of the test images and tested on the other"
+        others += ", in turn"
     return (
         f"Top-1 in percent on {first.n_eval:,} test images: {first.model} on {first.dataset}, "
         f"{'' if weights is None else f'full-precision weights: {weights}, '}"
-        f"{first.n_calib:,} images for quantization, {first.n_cat:,} others for the corrections, "
+        f"{first.n_calib:,} images for quantization, {others}, "
         f"{first.iters:,} iterations a unit, {'seed' if len(seeds) == 1 else 'mean ± standard deviation of seeds'} "
         f"{', '.join(map(str, seeds))}."
     )

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.models import resnet18
 
 from benchmarks.commands import ablate, compare, loading, report, robustness
+from benchmarks.datasets.description import Request
 from benchmarks.datasets.imagenet import load_imagenet
 from benchmarks.datasets.images import stacked
 from benchmarks.measure import fp_check
@@ -28,7 +31,10 @@ def results(folder):
 
 def fp_top1(root, weights):
     """By hand."""
-    model, dataset = load_pretrained("resnet18", str(weights), 3).model, load_imagenet(root, SMALL, 0)
+    model, dataset = (
+        load_pretrained("resnet18", str(weights), 3).model,
+        load_imagenet(Request(data=root, cache=root, transform=SMALL)),
+    )
     with torch.no_grad():
         right = model(stacked(dataset.test_images)).argmax(1) == dataset.test_labels
     return 100 * sum(right.tolist()) / len(right)
@@ -154,6 +160,117 @@ def test_ablation_and_robustness_draw_files_too(tiny_imagenet, tmp_path, capsys)
     capsys.readouterr()
     assert report.main([str(results(tmp_path / "ablated"))]) == 0
     assert "alpha.csv (the same)" in capsys.readouterr().out
+
+
+CODE = """
+import torch
+from torch import nn
+from torchvision.transforms._presets import ImageClassification
+
+def tiny():
+    features = nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*features, nn.Linear(8, 3)), ImageClassification(crop_size=32, resize_size=36)
+"""
+
+
+@pytest.fixture
+def own_network(shared_imagenet, tmp_path, monkeypatch):
+    """A script with a function, and all test images in one flat folder with a file of labels."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "own_network", raising=False)
+    (tmp_path / "own_network.py").write_text(CODE)
+    (tmp_path / "flat").mkdir()
+    lines = []
+    for label, name in enumerate(WNIDS):
+        for path in sorted((shared_imagenet / "train" / name).iterdir()):
+            shutil.copy(path, tmp_path / "flat" / f"{name}_{path.name}")
+            lines.append(f"{name}_{path.name} {label}\n")
+    (tmp_path / "flat" / "val.txt").write_text("".join(lines))
+    yield [
+        *("--dataset", "imagenet", "--data", str(tmp_path / "flat"), "--model-fn", f"{tmp_path}/own_network.py:tiny"),
+        *(
+            "--methods",
+            "rtn",
+            "--bits",
+            "4/4",
+            "--n-calib",
+            "8",
+            "--batch-size",
+            "4",
+            "--modes",
+            "plain_affine",
+            "output",
+        ),
+        *(
+            "--workers",
+            "0",
+            "--results",
+            str(tmp_path / "results"),
+            "--cache",
+            str(tmp_path / "cache"),
+            "--no-progress",
+        ),
+    ]
+    sys.modules.pop("own_network", None)
+
+
+def test_own_network_runs_on_a_flat_folder_and_resumes(own_network, tmp_path, capsys):
+    assert compare.main([*own_network, "--n-cat", "12"]) == 0
+    run = results(tmp_path / "results")
+    (line,) = csv.DictReader((run / "results.csv").open())
+    assert (line["model"], line["n_eval"], line["n_cat"], line["test_folds"]) == ("tiny", "21", "12", "1")
+    assert "weights: those of tiny in own_network.py, 8 images for quantization, 12 others" in capsys.readouterr().out
+    assert compare.main([*own_network, "--n-cat", "12"]) == 0
+    assert "1 of 1 rows are finished already" in capsys.readouterr().out
+    # Another network by the same name and with the same weights is another run, and not taken from the cache.
+    sys.modules.pop("own_network")
+    (tmp_path / "own_network.py").write_text(CODE.replace("stride=4", "stride=3"))
+    assert compare.main([*own_network, "--n-cat", "12"]) == 0
+    assert len(list((tmp_path / "results").iterdir())) == 2
+
+
+def test_folds_test_all_images_but_those_of_quantization_and_the_table_says_so(own_network, tmp_path, capsys):
+    assert compare.main([*own_network, "--test-folds", "2"]) == 0
+    run = results(tmp_path / "results")
+    (line,) = csv.DictReader((run / "results.csv").open())
+    assert (line["n_eval"], line["n_calib"], line["n_cat"], line["test_folds"]) == ("34", "8", "17", "2")
+    told = "8 images for quantization, corrections fitted on 17 images of one half of the test images and tested on the"
+    assert told in capsys.readouterr().out
+    before = (run / "results.md").read_bytes()
+    assert report.main([str(run)]) == 0
+    assert (run / "results.md").read_bytes() == before
+    assert compare.main([*own_network, "--test-folds", "2", "--n-cat", "18"]) == 2
+    assert "--n-cat 18 asks for more than the 17 images of a fold of 34; lower it" in capsys.readouterr().err
+
+
+def test_image_in_both_folds_is_a_leak(own_network, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    names = [line.split()[0] for line in (flat / "val.txt").read_text().splitlines()]
+    for index, name in enumerate(names):
+        shutil.copy(flat / names[0], flat / name) if index % 2 else None
+    assert compare.main([*own_network, "--test-folds", "2"]) == 2
+    assert "are test images, such as number" in capsys.readouterr().err
+
+
+def test_broken_image_and_label_outside_the_outputs_end_with_one_line(own_network, tmp_path, capsys):
+    table = tmp_path / "flat" / "val.txt"
+    table.write_text(table.read_text() + table.read_text().splitlines()[0].rsplit(" ", 1)[0] + " 3\n")
+    assert compare.main([*own_network, "--n-cat", "12"]) == 2
+    error = capsys.readouterr().err
+    assert "1 labels of test images are not among the classes: 3; expected those of 0 to 2" in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_three_places_for_the_other_commands_too(own_network, shared_imagenet, tmp_path, capsys):
+    places = ["--calib-data", str(shared_imagenet / "train"), "--cat-data", str(tmp_path / "flat")]
+    places += ["--test-data", str(shared_imagenet / "val")]
+    options = [each for each in own_network if each not in ("--modes", "plain_affine", "output")]
+    options[options.index("--data") : options.index("--data") + 2] = places
+    assert robustness.main([*options, "--images", "20", "--max-draws", "9"]) == 0
+    lines = list(csv.DictReader((results(tmp_path / "results") / "results.csv").open()))
+    # All 42 images of the second place are left, whatever quantization takes of the first.
+    assert [line["draw"] for line in lines if line["mode"] == "output"] == ["0", "1"]
+    assert {line["n_eval"] for line in lines} == {"15"}
 
 
 @pytest.mark.slow

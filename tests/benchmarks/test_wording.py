@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.wording import bits_name, reason, signed, some, spread
+from benchmarks.wording import bits_name, file_name, lasting, reason, signed, some, spread
 
 
 @pytest.mark.parametrize(("points", "text"), [(-0.001, "+0.00"), (-0.006, "-0.01"), (1.0, "+1.00")])
@@ -34,3 +34,11 @@ def test_few_names_are_all_shown():
 )
 def test_reason_is_one_line_and_never_empty(error, text):
     assert reason(error) == text
+
+
+def test_names_in_files_have_no_slash():
+    assert file_name("timm/resnet18") == "timm-resnet18" and file_name("resnet18") == "resnet18"
+
+
+def test_descriptions_last_without_addresses():
+    assert lasting([lasting, 3]) == "[<function lasting>, 3]"

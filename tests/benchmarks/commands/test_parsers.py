@@ -26,6 +26,13 @@ def test_options_go_before_the_preset():
     assert (args.model, args.weights) == ("resnet50", Path("DEFAULT"))
 
 
+def test_batches_are_no_larger_than_the_images_that_are_asked_for():
+    assert parse_compare([*IMAGENET, "--n-calib", "16"]).batch_size == 16
+    assert parse_compare([*IMAGENET, "--n-calib", "64"]).batch_size == 32
+    with pytest.raises(BenchmarkError, match="--n-calib 16 is less than one batch; lower --batch-size 17"):
+        parse_compare([*IMAGENET, "--n-calib", "16", "--batch-size", "17"])
+
+
 @pytest.mark.parametrize("model", ["deit_small_patch16_224", "deit_base_distilled_patch16_224"])
 def test_timm_has_no_first_version_of_weights(model):
     assert parse_compare([*IMAGENET, "--preset", "paper", "--model", model]).weights == Path("DEFAULT")
@@ -58,6 +65,15 @@ def test_other_data_sets_keep_their_defaults():
         (["--fp-top1", "70"], "--fp-top1 is for --dataset imagenet"),
         ([*IMAGENET, "--model", "resnet20"], "--model resnet20 is not for imagenet; choose from resnet18, resnet50"),
         (["--model", "deit_tiny_patch16_224"], "is not for digits; choose from resnet8"),
+        (["--model", "timm/resnet18"], "is not for digits; choose from resnet8"),
+        (["--model-fn", "m:f"], "--model-fn is for --dataset imagenet"),
+        (["--test-data", "val"], "--test-data is for --dataset imagenet"),
+        (["--test-folds", "2"], "--test-folds is for --dataset imagenet"),
+        (
+            [*IMAGENET, "--model", "resnet18", "--model-fn", "m:f"],
+            "--model resnet18 and --model-fn m:f are two networks",
+        ),
+        ([*IMAGENET, "--test-folds", "2", "--cat-data", "cat"], "--test-folds fits corrections on test images in turn"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message):

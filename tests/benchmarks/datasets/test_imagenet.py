@@ -9,7 +9,8 @@ from PIL import Image
 
 from benchmarks import BenchmarkError
 from benchmarks.datasets.calibration_split import split_calibration
-from benchmarks.datasets.imagenet import class_names, load_imagenet
+from benchmarks.datasets.description import Request
+from benchmarks.datasets.imagenet import load_imagenet
 from benchmarks.datasets.images import batches, stacked
 from benchmarks.measure import network_logits
 from benchmarks.measure.network_logits import network_sources, paired_logits
@@ -20,12 +21,12 @@ from tests.benchmarks.conftest import SMALL, WNIDS
 
 
 def load(root):
-    return load_imagenet(root, SMALL, workers=0)
+    return load_imagenet(Request(data=root, cache=root.parent / "cache", transform=SMALL))
 
 
 def test_labels_are_those_of_the_folders(shared_imagenet):
     dataset = load(shared_imagenet)
-    assert dataset.name == "imagenet" and dataset.classes == WNIDS == class_names(shared_imagenet)
+    assert dataset.name == "imagenet" and dataset.classes == WNIDS
     assert (len(dataset.train_images), len(dataset.test_images)) == (42, 15)
     for images, labels, part in [
         (dataset.train_images, dataset.train_labels, "train"),
@@ -69,12 +70,18 @@ def archive(root):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove_part, r"imagenet/val/ is missing; expected train/<class>/\*\.JPEG and val/<class>.*, found train$"),
+        (
+            remove_part,
+            r"imagenet/val/ is missing; expected train/<class>/\*\.JPEG and val/<class>.*, found train; --test-data ",
+        ),
         (empty_part, r"imagenet/train/ is empty; expected train/<class>"),
-        (flatten_val, r"imagenet/val/ holds 15 images that are not sorted into class folders; expected"),
-        (rename_class, r"only train/ has 1: n00000007; only val/ has 1: zebra; expected the same folders in both"),
+        (flatten_val, r"imagenet/val/ holds 15 images that are not sorted into class folders and have no file"),
+        (
+            rename_class,
+            r"imagenet/val: 1 labels of test images are not among the classes: zebra; expected those of the class fol",
+        ),
         (empty_class, r"imagenet/train/ has classes without images: .*n00000100"),
-        (archive, r"imagenet is a file; extract it first; expected train"),
+        (archive, r"imagenet is a file, and none of labels \(\.txt, \.csv, \.tsv\) nor a tar file; expected train"),
         (shutil.rmtree, r"imagenet is no folder; expected train"),
     ],
 )

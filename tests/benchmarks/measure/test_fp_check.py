@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks import BenchmarkError
+from benchmarks.datasets.description import Request
 from benchmarks.datasets.imagenet import load_imagenet
 from benchmarks.datasets.images import stacked
 from benchmarks.measure import fp_check
@@ -23,7 +24,7 @@ def model():
 
 @pytest.fixture
 def dataset(shared_imagenet):
-    return load_imagenet(shared_imagenet, SMALL, workers=0)
+    return load_imagenet(Request(data=shared_imagenet, cache=shared_imagenet.parent, transform=SMALL))
 
 
 @pytest.fixture
@@ -109,3 +110,16 @@ def test_modes_of_the_network_are_left_alone(dataset, tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3)).eval()
     accuracy(model, dataset, tmp_path)
     assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+
+
+def test_what_is_published_for_other_images_only_stops_what_is_far_off(model, dataset, tmp_path):
+    found = by_hand(model, dataset)
+    told = check_accuracy(model, dataset, 1.9 * found, "torchvision's V1", tmp_path, images=50_000)
+    assert (
+        f"{found:.3f} % on 15 images; not comparable with {1.9 * found:.3f} %, which torchvision's V1 says of 50,000"
+        in told
+    )
+    with pytest.raises(BenchmarkError, match="Nothing was quantized"):
+        check_accuracy(model, dataset, 2.1 * found, "torchvision's V1", tmp_path, images=50_000)
+    with pytest.raises(BenchmarkError, match="Nothing was quantized"):
+        check_accuracy(model, dataset, 1.9 * found, "torchvision's V1", tmp_path, images=15)

@@ -9,7 +9,7 @@ from benchmarks.measure import network_logits
 from benchmarks.measure.network_logits import Networks, network_sources
 from benchmarks.measure.protocol import Protocol, Setting
 from benchmarks.networks.weights_and_transforms import untrained
-from cat_plugin import CATConfig, apply_cat
+from cat_plugin import CATConfig, apply_cat, fit_cluster_affine
 
 PROTOCOL = Protocol(iters=2, n_calib=16, n_cat=24, batch_size=8)
 GRID = [Setting("rtn", 4, 4, 0), Setting("rtn", 2, 4, 1)]
@@ -100,3 +100,28 @@ def test_damaged_logits_are_replaced(dataset, model, tmp_path, runs, caplog):
     (again,) = collect(dataset, model, tmp_path, GRID[:1])
     assert "the stored logits are unusable" in caplog.text
     assert runs == 2 * GRID[:1] and again.digest == first.digest
+
+
+def test_folds_are_fitted_on_one_half_and_scored_on_the_other(dataset, model):
+    folded = replace(dataset, test_folds=2)
+    networks = Networks.made(GRID[1], replace(PROTOCOL, n_cat=10), folded, model)
+    assert len(networks.fit_images) == 0
+    seen = []
+    for fold, (fit_rows, test_rows) in zip(networks.folds(10), folded.folds(), strict=True):
+        found = fold.correct(CATConfig(layers="none"))
+        fitted_on = dataset.test_images[fit_rows]
+        assert sorted(fold.fit_rows.tolist()) == fit_rows.tolist() and len(fold.fit_images) == 10
+        with torch.no_grad():
+            q, f = networks.quantized(fold.fit_images), model(fold.fit_images)
+            test_q = networks.quantized(dataset.test_images[test_rows])
+        assert {image.sum().item() for image in fold.fit_images} == {image.sum().item() for image in fitted_on}
+        torch.testing.assert_close(fold.logits.fit_q, q)
+        torch.testing.assert_close(found.logits, fit_cluster_affine(q, f, CATConfig(layers="none"))(test_q))
+        assert torch.equal(fold.logits.labels, dataset.test_labels[test_rows])
+        layered = fold.correct(CATConfig())
+        cat_model = apply_cat(networks.quantized, model, fold.fit_images, config=CATConfig())
+        with torch.no_grad():
+            torch.testing.assert_close(layered.logits, cat_model(dataset.test_images[test_rows]))
+        cat_model.remove()
+        seen += test_rows.tolist()
+    assert sorted(seen) == list(range(20))

@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -53,8 +56,9 @@ class Marker:
         (nn.Linear(2, 2), "not a readable weights file that holds tensors only"),
         ([torch.zeros(1)], "not a state_dict, that is names with tensors; it holds list"),
         ({"state_dict": {}, "epoch": 3}, "it holds a mapping with the keys state_dict, epoch"),
+        ({"model": {"fc.weight": 3}}, "it holds a mapping with the keys model"),
     ],
-    ids=["code", "module", "list", "checkpoint"],
+    ids=["code", "module", "list", "checkpoint", "nested"],
 )
 def test_files_with_more_than_tensors_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "weights.pt")
@@ -67,6 +71,47 @@ def test_files_that_are_no_weights_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"no weights")
     with pytest.raises(BenchmarkError, match="not a readable weights file"):
         load_weights(untrained("resnet8", 10), tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state, other: {"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}},
+        lambda state, other: {"model": {f"module.{name}": value for name, value in state.items()}},
+        lambda state, other: {"state_dict": {f"model._orig_mod.{name}": value for name, value in state.items()}},
+        lambda state, other: {"model": other, "model_ema": state},
+        lambda state, other: {"state_dict": other, "state_dict_ema": state, "epoch": 3},
+        lambda state, other: {
+            "model": other,
+            "model_ema": {"n_averaged": torch.tensor(5), **{f"module.{name}": value for name, value in state.items()}},
+        },
+    ],
+    ids=["state_dict", "parallel", "compiled", "ema", "timm's ema", "torch's ema"],
+)
+def test_weights_are_found_in_checkpoints(tmp_path, wrap):
+    state, other = (untrained("resnet8", 10, seed=seed).state_dict() for seed in (1, 2))
+    torch.save(wrap(state, other), tmp_path / "checkpoint.pth")
+    model = untrained("resnet8", 10, seed=0)
+    load_weights(model, tmp_path / "checkpoint.pth")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("attribute", ["STATE", "path", "network", "Files.path"])
+def test_weights_are_found_in_packages(tmp_path, monkeypatch, attribute):
+    torch.save(untrained("resnet8", 10, seed=1).state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "some_weights.py").write_text(
+        f"import torch\nfrom benchmarks.networks.weights_and_transforms import untrained\n"
+        f"STATE = untrained('resnet8', 10, seed=1).state_dict()\n"
+        f"def path():\n    return {str(tmp_path / 'weights.pt')!r}\n"
+        f"def network():\n    return untrained('resnet8', 10, seed=1)\n"
+        f"class Files:\n    path = {str(tmp_path / 'weights.pt')!r}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "some_weights", raising=False)
+    model = untrained("resnet8", 10, seed=0)
+    load_weights(model, Path(f"some_weights:{attribute}"))
+    expected = untrained("resnet8", 10, seed=1).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
 def test_missing_weights_are_refused(tmp_path):

@@ -5,13 +5,14 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torchvision.models import get_model, list_models, resnet18
 from torchvision.transforms import InterpolationMode
 
 from benchmarks import BenchmarkError
 from benchmarks.datasets.imagenet import IMAGENET
-from benchmarks.networks.catalogue import NETWORKS, TIMM, TORCHVISION, is_timm
+from benchmarks.networks.catalogue import NETWORKS, TIMM, TORCHVISION, is_timm, one_name
 from benchmarks.networks.weights_and_transforms import TIMM_TOP1, load_pretrained, untrained
 
 RESNET18 = "resnet18-f37072fd.pth"  # as torchvision calls the file of IMAGENET1K_V1
@@ -156,10 +157,36 @@ def test_timm_is_only_needed_for_its_own_networks(monkeypatch):
             call("deit_tiny_patch16_224", 2)
 
 
+@pytest.mark.parametrize("name", ["timm/test_resnet.r160_in1k", "torchvision/squeezenet1_1"])
+def test_any_network_of_either_library_has_its_own_transform(name):
+    if name.startswith("timm"):
+        timm = pytest.importorskip("timm")
+        config = timm.get_pretrained_cfg("test_resnet")
+    before = torch.get_rng_state()
+    found = load_pretrained(name, "random", 5)
+    assert torch.equal(torch.get_rng_state(), before)
+    image = found.transform(Image.new("RGB", (300, 400)))
+    size = config.input_size if name.startswith("timm") else (3, 224, 224)
+    assert tuple(image.shape) == size and found.model(image[None]).shape == (1, 5)
+    assert (found.source, found.published) == ("random", None)
+
+
+def test_one_network_has_one_name():
+    assert [one_name(name) for name in ("torchvision/resnet18", "timm/regnetx_006", "resnet50")] == [
+        "resnet18",
+        "regnetx_006",
+        "resnet50",
+    ]
+    assert one_name("timm/resnet18") == "timm/resnet18"  # another network than torchvision's
+
+
+def test_network_that_torchvision_does_not_know_is_refused():
+    with pytest.raises(BenchmarkError, match=r"torchvision \S+ has no network 'resnet19'; did you mean resnet1"):
+        load_pretrained("torchvision/resnet19", "random", 1000)
+
+
 def test_network_that_timm_does_not_know_is_refused():
-    with pytest.raises(
-        BenchmarkError, match=r"timm \S+ has no network 'deit_huge_9'; choose from deit_tiny_patch16_224"
-    ):
+    with pytest.raises(BenchmarkError, match=r"timm \S+ has no network 'deit_huge_9'; did you mean davit_huge"):
         load_pretrained("deit_huge_9", "DEFAULT", 1000)
 
 

@@ -11,14 +11,14 @@ from tests.benchmarks.rows import cells, make_measurement
 
 COLUMNS = (
     "dataset,model,method,w_bits,a_bits,seed,iters,n_calib,n_cat,n_eval,"
-    "fp_top1,lq_top1,plain_affine_top1,cat_paper_top1,output_top1,layers_top1,output_delta,layers_delta"
+    "fp_top1,lq_top1,plain_affine_top1,cat_paper_top1,output_top1,layers_top1,output_delta,layers_delta,test_folds"
 )
 
 
 def test_csv_has_exactly_the_columns_and_leaves_unknown_values_empty():
     text = to_csv([make_measurement().row, make_measurement(cat_paper=False).row])
     assert text.splitlines()[0] == COLUMNS
-    assert text.splitlines()[1] == "digits,resnet8,rtn,2,2,0,9,16,1024,500,99.0,90.0,91.0,92.6,92.0,93.0,2.0,3.0"
+    assert text.splitlines()[1] == "digits,resnet8,rtn,2,2,0,9,16,1024,500,99.0,90.0,91.0,92.6,92.0,93.0,2.0,3.0,1"
     assert [line["cat_paper_top1"] for line in csv.DictReader(io.StringIO(text))] == ["92.6", ""]
 
 

@@ -1,0 +1,67 @@
+"""Files that say which class images are of: `path label` a line, as Caffe has it, or CSV with a header."""
+
+import csv
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from benchmarks import BenchmarkError
+
+ENDINGS = ".txt", ".csv", ".tsv"
+PATHS = "path", "file", "filename", "file_name", "filepath", "image", "image_path", "image_id", "imageid", "name"
+LABELS = "label", "class", "target", "wnid", "synset", "class_id", "label_id", "truelabel"
+"""Headers of columns, however they are written."""
+EXPECTED = "expected `path label` a line, or a CSV with a header such as path,label"
+
+
+def is_label_file(name: str) -> bool:
+    """Whether a file may be one of labels, by its name."""
+    return name.lower().endswith(ENDINGS) and not name.startswith(".") and not name.lower().startswith("readme")
+
+
+def read_labels(path: Path) -> list[tuple[str, str]]:
+    """Every image's path, as the file has it, and its label, the name of a class or a number, as text.
+
+    Raises:
+        BenchmarkError: the file is not text, has no lines, or one that says no label; or a header of unknown names.
+    """
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchmarkError(f"{path} cannot be read as a file of labels: {error}; {EXPECTED}") from error
+    read = _lines if path.suffix.lower() == ".txt" else _table
+    found = read(path, text)
+    if not found:
+        raise BenchmarkError(f"{path} holds no labels; {EXPECTED}")
+    return found
+
+
+def _lines(path: Path, text: str) -> list[tuple[str, str]]:
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        parts = line.rsplit(None, 1)  # of Caffe, where a path may have spaces and a label has none
+        if len(parts) == 2:
+            found.append((parts[0].strip(), parts[1]))
+        elif parts:
+            raise BenchmarkError(f"{path}, line {number}: {line.strip()!r} has no label; {EXPECTED}")
+    return found
+
+
+def _table(path: Path, text: str) -> list[tuple[str, str]]:
+    rows = csv.reader(text.splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    header = [name.strip().lower() for name in next(rows, [])]
+    if any(name.endswith(IMG_EXTENSIONS) for name in header):
+        raise BenchmarkError(f"{path} has no header, its first line is an image; {EXPECTED}")
+    columns = []
+    for kind, names in (("paths", PATHS), ("labels", LABELS)):
+        known = [header.index(name) for name in names if name in header]
+        if not known:
+            raise BenchmarkError(f"{path} has no column of {kind}: its header is {header}, names known {list(names)}")
+        columns.append(known[0])
+    found = []
+    for number, row in enumerate(rows, 2):
+        if row and (len(row) <= max(columns) or not all(row[column].strip() for column in columns)):
+            raise BenchmarkError(f"{path}, line {number}: {row} lacks a path or a label")
+        if row:
+            found.append((row[columns[0]].strip(), row[columns[1]].strip()))
+    return found
