@@ -49,7 +49,7 @@ images each is seen less often."""
 FOLDS = 3
 SHARES = (1.0, 0.5)
 """Of the way from the identity to the fitted corrections."""
-WATCHED = 64
+WATCHED = 32
 """Held-out images whose divergence is followed from epoch to epoch."""
 PROBED = 8
 """Images that a gradient is tried on."""
@@ -302,7 +302,10 @@ class _Fit:
             logger.warning(
                 "%d layers that no gradient reaches are left alone: %s", len(unreached), ", ".join(unreached)
             )
-        return CorrectedNetwork(self.model, layers, kept, **self.reading), unreached, ""
+        network = CorrectedNetwork(self.model, layers, kept, **self.reading)
+        for part in self._probed():
+            network.arrange(part)
+        return network, unreached, ""
 
     def _probed(self) -> Iterator[Part]:
         """A few images that the model is tried on, all of this process if there are no more."""

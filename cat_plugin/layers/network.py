@@ -20,6 +20,8 @@ BATCH = 32
 BYTES_AT_ONCE = 2**24
 """Of a layer's output on a CPU. Larger ones leave the cache, and their memory is asked from the system every time."""
 
+IMAGES_NDIM = 4
+
 
 class CorrectedNetwork:
     """Runs the quantized model with corrections of its layers, which are two numbers a channel of one vector.
@@ -45,6 +47,7 @@ class CorrectedNetwork:
             self._spread = torch.cat([place.spread for place in places]).to(self.device)
         self._sizes = [place.channels for place in places]
         self._output, self._forward_fn = output, forward_fn
+        self._channels_last = False
         # Another thread that runs the model meanwhile gets its plain output.
         self._current: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("corrections here", default=None)
 
@@ -77,11 +80,26 @@ class CorrectedNetwork:
     def rows(self, part: Part, vector: Tensor | None) -> Tensor:
         """(n, C) logits of the images in `part` that count, with the corrections of `vector`, or without."""
         token = self._current.set(None if vector is None else self._split(vector))
+        batch = part.batch
+        if self._channels_last and isinstance(batch, Tensor) and batch.ndim == IMAGES_NDIM:
+            batch = batch.contiguous(memory_format=torch.channels_last)
         try:
-            returned = run(self.model, part.batch, self._forward_fn)
+            returned = run(self.model, batch, self._forward_fn)
         finally:
             self._current.reset(token)
         return part.rows(extract(returned, "quantized_model", self._output))
+
+    def arrange(self, part: Part) -> None:
+        """From here on, large images come with their channels last, on which CPUs are faster, if the model, tried on
+        `part`, takes them so."""
+        if self.at_once == BATCH or self._forward_fn is not None:
+            return
+        self._channels_last = True
+        try:
+            with torch.no_grad():
+                self.rows(part, None)
+        except RuntimeError:  # a view of what is not in the usual order
+            self._channels_last = False
 
     def corrections(self, vector: Tensor) -> dict[str, ChannelAffine]:
         """The corrections of `vector` as modules, by the names of layers."""

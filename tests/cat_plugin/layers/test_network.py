@@ -114,6 +114,29 @@ def test_large_outputs_come_in_few_images_at_once():
     assert made(large, torch.randn(1, 3, 300, 300))[0].at_once == 1
 
 
+class Viewed(nn.Module):
+    def __init__(self, view):
+        super().__init__()
+        self.first, self.last, self.view, self.seen = nn.Conv2d(3, 64, 1), nn.Linear(64 * 16384, 2), view, []
+
+    def forward(self, x):
+        self.seen.append(x.is_contiguous())
+        hidden = self.first(x)
+        return self.last(hidden.view(len(x), -1) if self.view else hidden.flatten(1))
+
+
+@pytest.mark.parametrize("view", [False, True], ids=["any order", "one order"])
+def test_large_images_have_their_channels_last_where_the_model_takes_that(view):
+    model, x = Viewed(view), torch.randn(2, 3, 128, 128)
+    network, part = made(model, x)
+    with torch.no_grad():
+        expected = model(x)
+        network.arrange(part)
+        model.seen.clear()
+        torch.testing.assert_close(network.rows(part, None), expected)
+    assert model.seen == [view]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_types_of_models_are_kept(dtype):
     model, x = planted()[0].to(dtype), pictures(4).to(dtype)
