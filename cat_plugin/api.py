@@ -45,7 +45,7 @@ def apply_cat(
     output: Output = None,
     forward_fn: ForwardFn | None = None,
     augment: str | Augment | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> CATWrapper:
     """Fits corrections of `quantized_model` towards `fp_model` and attaches them (arXiv 2509.26277).
@@ -74,7 +74,7 @@ def apply_cat(
         augment: other views of the images that layers are fitted on: `"flip"`, half of them mirrored (along the last
             axis), or a function of a batch of images that gives another one of the same shape. The views have
             full-precision outputs of their own; an image and its views count as one.
-        batch_size: into which a loader that is one tensor is cut.
+        batch_size: into which a loader that is one tensor is cut; by default 64, on a CPU fewer of large images.
         progress: show progress bars.
 
     Returns:

@@ -20,7 +20,15 @@ from cat_plugin.running.checks import check_finite, check_same_shape
 from cat_plugin.running.collect import progress_bar, to_cpu
 from cat_plugin.running.digests import output_keys
 from cat_plugin.running.inference import inference
-from cat_plugin.running.loaders import ForwardFn, Loader, NoImagesError, check_forward, iterate_inputs, run
+from cat_plugin.running.loaders import (
+    ForwardFn,
+    Loader,
+    NoImagesError,
+    batch_size_for,
+    check_forward,
+    iterate_inputs,
+    run,
+)
 from cat_plugin.running.models import unwrap
 from cat_plugin.running.outputs import Output, check_where, extract
 from cat_plugin.running.positions import Drawn, PositionDraw
@@ -40,7 +48,7 @@ def compare_accuracy(
     output: Output = None,
     class_axis: int | None = None,
     forward_fn: ForwardFn | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool = False,
     seed: int = 0,
 ) -> AccuracyReport:
@@ -80,7 +88,7 @@ def measure_accuracy(
     output: Output = None,
     class_axis: int | None = None,
     forward_fn: ForwardFn | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool = False,
     seed: int = 0,
     processes: Processes = ALONE,
@@ -98,6 +106,7 @@ def measure_accuracy(
     check_forward(models, forward_fn)
     draw = PositionDraw(class_axis, EVALUATED_POSITIONS, seed, binary=True)
     seen: list[_Seen] = []
+    batch_size = batch_size_for(loader, models["quantized_model"], batch_size)
     with inference(models):
         batches = iterate_inputs(loader, batch_size, whole=forward_fn is not None)
         try:

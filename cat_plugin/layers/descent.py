@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 RATES = {"near": 0.044, "midway": 0.14, "far": 0.44}
 """Of Adam at the start, in scales and in offsets as shares of their channel's spread, over the number of layers, since
 what all of them change adds up. Reconstructed networks are near their best, rounded ones far."""
+NEAREST = "near"
 FEWEST_LAYERS = 20
 """With fewer layers the rate is as with so many."""
 PULL = 1e-5

@@ -27,7 +27,7 @@ from cat_plugin.correction.channel_affine import ChannelAffine
 from cat_plugin.fitting.processes import Processes
 from cat_plugin.fitting.store import LogitStore, different_images, groups_of_alike
 from cat_plugin.kinds import VALUE, OutputKind
-from cat_plugin.layers.descent import RATES, Augment, Descent, Divergence, Schedule
+from cat_plugin.layers.descent import NEAREST, RATES, Augment, Descent, Divergence, Schedule
 from cat_plugin.layers.evidence import LayerChange, LayersEvidence
 from cat_plugin.layers.gradients import fitting_through
 from cat_plugin.layers.images import KeptImages, Part
@@ -46,6 +46,8 @@ MIN_IMAGES = 64
 STEPS = {"near": 100, "midway": 100, "far": 150}
 """Of a fit on 683 images, two thirds of 1,024, at each of `RATES`; as the square root of their number, so that of more
 images each is seen less often."""
+SHORT_WAY = 0.7
+"""Of the mean root divergence of the model as it is: the nearest rate is tried where at least so much is left."""
 FOLDS = 3
 SHARES = (1.0, 0.5)
 """Of the way from the identity to the fitted corrections."""
@@ -204,6 +206,8 @@ class _Fit:
                 found: dict[str | None, Tensor] = {None: self.q[rows]}
                 # From far to near for as long as held-out images like it.
                 for each in [rate] if rate else reversed(recipe.rates):
+                    if tried and each == NEAREST and self._left(found, outside) < SHORT_WAY:
+                        break
                     tried[each] = self._fitted(network, descent, schedules[each], each, fold, chosen, outside, bar)
                     found[each] = self._outputs(network, tried[each][0], outside)
                     if self._best({name: found[name] for name in list(tried)[-2:]}, outside) != each:
@@ -340,13 +344,20 @@ class _Fit:
         sums = torch.zeros(len(images), dtype=torch.float64, device="cpu").index_add_(0, owners, divergence)
         return self.processes.gather_rows(sums / torch.bincount(owners, minlength=len(images)))
 
+    def _left(self, outputs: Mapping[str | None, Tensor], images: Tensor) -> float:
+        """The share of the plain model's mean root divergence that the latest of the outputs have."""
+        *_, latest = outputs.values()
+        return self._root(latest, images) / max(self._root(outputs[None], images), 1e-12)
+
     def _best(self, outputs: Mapping[Key, Tensor], images: Tensor) -> Key:
-        """The key of the outputs that are nearest to full precision on the given images, by the mean root of the
-        divergence: of the divergence itself a few images hold so much that chance would choose."""
-        means = {
-            key: self._divergences(rows, images).clamp(min=0).sqrt().mean().item() for key, rows in outputs.items()
-        }
+        """The key of the outputs that are nearest to full precision on the given images."""
+        means = {key: self._root(rows, images) for key, rows in outputs.items()}
         return self.processes.agree(min(means, key=means.get))
+
+    def _root(self, outputs: Tensor, images: Tensor) -> float:
+        """The mean root of the divergence: of the divergence itself a few images hold so much that chance would
+        choose."""
+        return self._divergences(outputs, images).clamp(min=0).sqrt().mean().item()
 
     def _log_costs(self, network: CorrectedNetwork, placed: Sequence[Place], steps: int) -> None:
         """Says what the fit will take."""

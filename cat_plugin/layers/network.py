@@ -18,7 +18,7 @@ from cat_plugin.running.outputs import Output, extract, with_first_changed
 BATCH = 32
 """Images a step, of all processes together, and as many at once where memory is fast."""
 BYTES_AT_ONCE = 2**24
-"""Of a layer's output on a CPU. Larger ones leave the cache, and their memory is asked from the system every time."""
+"""Of a layer's output, for each thread of a CPU. Larger ones leave the cache, and their memory is asked from the system every time."""
 
 IMAGES_NDIM = 4
 
@@ -57,7 +57,7 @@ class CorrectedNetwork:
         if self.device.type != "cpu":
             return BATCH
         largest = 4 * max((place.numbers for place in self.places), default=1)
-        return min(max(BYTES_AT_ONCE // largest, 1), BATCH)
+        return min(max(BYTES_AT_ONCE * torch.get_num_threads() // largest, 1), BATCH)
 
     @property
     def size(self) -> int:

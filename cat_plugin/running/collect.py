@@ -18,6 +18,7 @@ from cat_plugin.running.loaders import (
     ForwardFn,
     Loader,
     NoImagesError,
+    batch_size_for,
     check_forward,
     find_inputs,
     iterate_inputs,
@@ -83,7 +84,7 @@ def feed_outputs(
     binary: bool = True,
     forward_fn: ForwardFn | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> None:
     """Runs both models once over `loader` in evaluation mode and hands their logits to `consume`, batch by batch.
@@ -98,7 +99,7 @@ def feed_outputs(
         positions: how many of an image's positions are drawn, with `seed`; None: all.
         binary: whether a single logit is that of the second of two classes, and is given as those.
         forward_fn: how a model is called on a batch, if not on one tensor, see `cat_plugin.running.loaders.ForwardFn`.
-        batch_size: into which a loader that is one stacked tensor is cut.
+        batch_size: into which a loader that is one stacked tensor is cut, see `batch_size_for`.
 
     Raises:
         CATError: models that cannot be compared, a loader without images, logits that cannot be told, differ in shape,
@@ -110,6 +111,7 @@ def feed_outputs(
     check_where(output)
     check_forward(models, forward_fn)
     calibration = known_calibration(quantized_model)
+    batch_size = batch_size_for(loader, quantized_model, batch_size)
     draw, total = PositionDraw(class_axis, positions, seed, binary), 0
     with ExitStack() as stack:
         stack.enter_context(inference(models))

@@ -15,6 +15,9 @@ LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x", "data")
 MOST_IMAGES = 2**21
 """That a loader without a length may yield: more than ImageNet has, so that an endless one ends in an error."""
+USUAL_BATCH = 64
+BATCH_BYTES = 2**22
+"""Of a batch of images that a tensor is cut into, for a model on a CPU."""
 # What a model can compute in; weights of 8 bits are only stored.
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -81,6 +84,17 @@ def find_inputs(batch: Any) -> Tensor | None:
         return _split(batch)[0]
     except CATError:
         return None
+
+
+def batch_size_for(loader: Loader, model: nn.Module, batch_size: int | None = None) -> int:
+    """Into which a `loader` that is one tensor is cut: what is given, or 64, and on a CPU fewer of large images, whose
+    outputs would leave its cache."""
+    if batch_size is not None:
+        return batch_size
+    device = model_device(model)
+    if not isinstance(loader, Tensor) or len(loader) == 0 or device is None or device.type != "cpu":
+        return USUAL_BATCH
+    return min(max(BATCH_BYTES * len(loader) // max(loader.nbytes, 1), 1), USUAL_BATCH)
 
 
 def num_batches(loader: Loader, batch_size: int = 64) -> int | None:

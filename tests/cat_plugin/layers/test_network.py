@@ -105,13 +105,17 @@ def test_which_layers_a_gradient_reaches():
     assert network.reached(None) == [False, False, False]
 
 
-def test_large_outputs_come_in_few_images_at_once():
-    """Of 4 MB an image, 4 images are 16 MB; small ones come 32 at once."""
+def test_large_outputs_come_in_few_images_at_once(monkeypatch):
+    """Of 4 MB an image, 4 images are 16 MB, for each thread; small ones come 32 at once."""
+    threads = 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     small = nn.Sequential(nn.Conv2d(3, 4, 1))
     large = nn.Sequential(nn.Conv2d(3, 64, 1))
     assert made(small, torch.randn(2, 3, 8, 8))[0].at_once == 32
     assert made(large, torch.randn(1, 3, 128, 128))[0].at_once == 4
     assert made(large, torch.randn(1, 3, 300, 300))[0].at_once == 1
+    threads = 3
+    assert made(large, torch.randn(1, 3, 128, 128))[0].at_once == 12
 
 
 class Viewed(nn.Module):
@@ -126,7 +130,8 @@ class Viewed(nn.Module):
 
 
 @pytest.mark.parametrize("view", [False, True], ids=["any order", "one order"])
-def test_large_images_have_their_channels_last_where_the_model_takes_that(view):
+def test_large_images_have_their_channels_last_where_the_model_takes_that(view, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     model, x = Viewed(view), torch.randn(2, 3, 128, 128)
     network, part = made(model, x)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cat_plugin import CATError
-from cat_plugin.running.loaders import iterate_inputs, model_device, num_batches, place
+from cat_plugin.running.loaders import batch_size_for, iterate_inputs, model_device, num_batches, place
 
 X, Y = torch.arange(20.0).reshape(10, 2), torch.arange(10)
 
@@ -130,3 +130,19 @@ def test_weights_of_8_bits_say_nothing_about_inputs():
     assert place(X.double(), model).dtype == torch.float32
     model.bias = None
     assert place(X.double(), model).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("loader", "given", "expected"),
+    [
+        (torch.zeros(10, 3, 32, 32), None, 64),
+        (torch.zeros(10, 3, 224, 224), None, 6),  # 4 MB of 600 KB each
+        (torch.zeros(2, 3, 2000, 2000), None, 1),
+        (torch.zeros(10, 3, 224, 224), 9, 9),
+        (torch.zeros(0, 3, 224, 224), None, 64),
+        ([torch.zeros(2, 3, 2000, 2000)], None, 64),
+    ],
+    ids=["small", "large", "huge", "as given", "none", "a list"],
+)
+def test_a_tensor_is_cut_into_batches_that_stay_in_the_cache(loader, given, expected):
+    assert batch_size_for(loader, torch.nn.Linear(2, 2), given) == expected
