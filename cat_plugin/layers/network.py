@@ -18,7 +18,8 @@ from cat_plugin.running.outputs import Output, extract, with_first_changed
 BATCH = 32
 """Images a step, of all processes together, and as many at once where memory is fast."""
 BYTES_AT_ONCE = 2**24
-"""Of a layer's output, for each thread of a CPU. Larger ones leave the cache, and their memory is asked from the system every time."""
+"""Of a layer's output, for each thread of a CPU. Larger ones leave the cache, and their memory is asked from the system
+every time."""
 
 IMAGES_NDIM = 4
 
