@@ -34,6 +34,7 @@ from cat_plugin.running.loaders import iterate_inputs, run
 logger = logging.getLogger(__name__)
 
 SCORING_BATCH = 256
+FEW = 2  # images that show which layers run
 LOGITS_FORMAT = "q and f: fresh images, those tuned on, test images"  # changes with what is stored of a network
 
 
@@ -150,12 +151,15 @@ class Networks:
         if variation.closed_form:
             self.guard.check(images, FITTED)
             with layer_by_layer(self.quantized, self.fp_model, stacked(images).to(self.tuned_images.device)):
-                return self._test_logits()
-        config = replace(config, layers=layers_of(self.quantized, variation.which))
+                return self._logits_with(images, replace(config, layers="none"))
+        few = self.tuned_images[:FEW]
+        config = replace(config, layers=layers_of(self.quantized, variation.which, few))
         with fitting_by(variation.recipe):
-            attached = fit_networks_guarded(
-                self.quantized, self.fp_model, images, config, self.guard, augment=VIEWS[variation.views]
-            )
+            return self._logits_with(images, config, augment=VIEWS[variation.views])
+
+    def _logits_with(self, images: Images, config: CATConfig, **how: Any) -> Tensor:
+        """`(M, C)` of the test images, with a correction that is fitted on `images` and attached meanwhile."""
+        attached = fit_networks_guarded(self.quantized, self.fp_model, images, config, self.guard, **how)
         try:
             return self._test_logits()
         finally:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from baselines.network.batch_norm_folding import folded_copy
+from benchmarks import BenchmarkError
 from cat_plugin import ChannelAffine
 from cat_plugin.fitting.processes import ALONE
 from cat_plugin.layers.fit import Recipe
@@ -50,14 +51,26 @@ class Variation:
     closed_form: bool = False
 
 
-def layers_of(model: nn.Module, which: str) -> str | tuple[str, ...]:
-    """`CATConfig.layers` for one of `WHICH`: convolutions, or the last layer inside of each module that holds some."""
-    found = candidates(model, EVERY)
+def layers_of(model: nn.Module, which: str, images: Tensor) -> str | tuple[str, ...]:
+    """`CATConfig.layers` for one of `WHICH`: of the layers that run on `images` (N, ...), convolutions, or the last one
+    inside of each module that holds some.
+
+    Raises:
+        BenchmarkError: there are none.
+    """
+    if which == EVERY:
+        return "auto"
+    layers = candidates(model, EVERY)
+    with measuring(layers) as measures, inference({"model": model}):
+        model(images)
+    found = {place.name: layers[place.name] for place in places(measures, ALONE)}
     if which == CONVOLUTIONS:
-        return tuple(name for name, layer in found.items() if any(weight.ndim > 2 for weight in weights_of(layer)))
-    if which == ENDS:
-        return tuple({name.rpartition(".")[0]: name for name in found}.values())
-    return "auto"
+        names = tuple(name for name, layer in found.items() if any(weight.ndim > 2 for weight in weights_of(layer)))
+    else:
+        names = tuple({name.rpartition(".")[0]: name for name in found}.values())
+    if not names:
+        raise BenchmarkError(f"the network has no {which} that can be corrected; leave that value out")
+    return names
 
 
 @contextmanager
@@ -79,9 +92,7 @@ def layer_by_layer(quantized: nn.Module, fp_model: nn.Module, images: Tensor) ->
         for place in places(measures, ALONE):  # in the order in which they run
             with _Moments(layers[place.name], originals[place.name], place.axis) as moments:
                 for batch in batches:
-                    quantized(batch)
-                    original(batch)
-                    moments.take()
+                    moments.take(quantized, original, batch)
             correction = moments.correction()
             corrections[place.name] = correction
             stack.callback(layers[place.name].register_forward_hook(_Corrects(correction)).remove)
@@ -103,15 +114,18 @@ class _Moments:
 
     def __init__(self, layer: nn.Module, other: nn.Module, axis: int) -> None:
         self._layers, self._axis = (layer, other), axis
-        self._rows: list[Tensor] = []
+        self._rows: dict[int, list[Tensor]] = {}
         self._sums = torch.zeros(())
 
     def __enter__(self) -> "_Moments":
-        self._hooks = [
-            layer.register_forward_hook(lambda module, args, output: self._rows.append(self._channels(output)))
-            for layer in self._layers
-        ]
+        self._hooks = [layer.register_forward_hook(self._watch(side)) for side, layer in enumerate(self._layers)]
         return self
+
+    def _watch(self, side: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            self._rows.setdefault(side, []).append(self._channels(output))
+
+        return hook
 
     def __exit__(self, *exception: object) -> None:
         for hook in self._hooks:
@@ -121,9 +135,12 @@ class _Moments:
         """(n, C) float64."""
         return output.movedim(self._axis, -1).flatten(0, -2).double()
 
-    def take(self) -> None:
-        """Both layers have run on a batch."""
-        (x, y), self._rows = self._rows, []
+    def take(self, network: nn.Module, other: nn.Module, batch: Tensor) -> None:
+        """Runs the networks of both layers on a batch; a layer may run several times."""
+        self._rows = {}
+        network(batch)
+        other(batch)
+        x, y = (torch.cat(self._rows[side]) for side in range(2))
         self._sums = self._sums + torch.stack([each.sum(0) for each in (torch.ones_like(x), x, y, x * x, x * y)])
 
     def correction(self) -> ChannelAffine:

@@ -206,7 +206,7 @@ class _Fit:
                 found: dict[str | None, Tensor] = {None: self.q[rows]}
                 # From far to near for as long as held-out images like it.
                 for each in [rate] if rate else reversed(recipe.rates):
-                    if tried and each == NEAREST and self._left(found, outside) < SHORT_WAY:
+                    if tried and each == NEAREST and self.processes.agree(self._left(found, outside) < SHORT_WAY):
                         break
                     tried[each] = self._fitted(network, descent, schedules[each], each, fold, chosen, outside, bar)
                     found[each] = self._outputs(network, tried[each][0], outside)
@@ -307,8 +307,10 @@ class _Fit:
                 "%d layers that no gradient reaches are left alone: %s", len(unreached), ", ".join(unreached)
             )
         network = CorrectedNetwork(self.model, layers, kept, **self.reading)
-        for part in self._probed():
-            network.arrange(part)
+        part = next(self._probed(), None)
+        if part is not None and part.inside is None:
+            with fitting_through(self.model), network.attached():
+                network.arrange(lambda: self._gradient_at_identity(network, part))
         return network, unreached, ""
 
     def _probed(self) -> Iterator[Part]:
@@ -356,8 +358,9 @@ class _Fit:
 
     def _root(self, outputs: Tensor, images: Tensor) -> float:
         """The mean root of the divergence: of the divergence itself a few images hold so much that chance would
-        choose."""
-        return self._divergences(outputs, images).clamp(min=0).sqrt().mean().item()
+        choose. Infinite where outputs are not finite."""
+        root = self._divergences(outputs, images).clamp(min=0).sqrt().mean().item()
+        return root if math.isfinite(root) else math.inf
 
     def _log_costs(self, network: CorrectedNetwork, placed: Sequence[Place], steps: int) -> None:
         """Says what the fit will take."""

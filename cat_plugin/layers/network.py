@@ -1,6 +1,6 @@
 """A quantized network whose layers have corrections that are being fitted."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -22,6 +22,8 @@ BYTES_AT_ONCE = 2**24
 every time."""
 
 IMAGES_NDIM = 4
+SAME = 0.05
+"""Share of a gradient that rounding may change, which takes some values over a step of a quantizer."""
 
 
 class CorrectedNetwork:
@@ -90,16 +92,16 @@ class CorrectedNetwork:
             self._current.reset(token)
         return part.rows(extract(returned, "quantized_model", self._output))
 
-    def arrange(self, part: Part) -> None:
-        """From here on, large images come with their channels last, on which CPUs are faster, if the model, tried on
-        `part`, takes them so."""
+    def arrange(self, gradient_of: Callable[[], Tensor | None]) -> None:
+        """From here on, large images come with their channels last, on which CPUs are faster, if the model takes them
+        so: if `gradient_of()`, a gradient of the vector on some images, stays the same."""
         if self.at_once == BATCH or self._forward_fn is not None:
             return
-        self._channels_last = True
+        expected, self._channels_last = gradient_of(), True
         try:
-            with torch.no_grad():
-                self.rows(part, None)
-        except RuntimeError:  # a view of what is not in the usual order
+            change = (gradient_of() - expected).norm() / expected.norm()
+            self._channels_last = bool(change < SAME)
+        except Exception:  # a model that wants its images in the usual order says so in any way
             self._channels_last = False
 
     def corrections(self, vector: Tensor) -> dict[str, ChannelAffine]:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from baselines import quantize
+from benchmarks import BenchmarkError
 from benchmarks.measure.draws import Cell, measure
 from benchmarks.measure.network_logits import network_sources
 from benchmarks.measure.protocol import Protocol, Setting
@@ -56,12 +57,20 @@ def test_layer_after_layer_is_least_squares_of_what_the_layers_give(networks):
 
 
 def test_which_layers():
-    network = untrained("resnet8", 10)
-    assert layers_of(network, "all") == "auto"
-    assert all(isinstance(network.get_submodule(name), nn.Conv2d) for name in layers_of(network, "convolutions"))
-    ends = layers_of(network, "ends of blocks")
+    network, images = untrained("resnet8", 10), torch.randn(2, 1, 8, 8)
+    network.unused = nn.Conv2d(3, 3, 1)
+    assert layers_of(network, "all", images) == "auto"
+    convolutions = layers_of(network, "convolutions", images)
+    assert all(isinstance(network.get_submodule(name), nn.Conv2d) for name in convolutions)
+    assert "unused" not in convolutions and len(convolutions) > 3
+    ends = layers_of(network, "ends of blocks", images)
     assert len(ends) == len({name.rpartition(".")[0] for name in ends}) > 3
     assert set(ends) < {name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+
+
+def test_no_such_layers():
+    with pytest.raises(BenchmarkError, match="no convolutions"):
+        layers_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "convolutions", torch.randn(2, 4))
 
 
 def test_shifted_images_are_parts_of_the_padded_ones():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cat_plugin import CATConfig, CATError, apply_cat
+from cat_plugin.layers import fit
 from cat_plugin.layers.fit import Recipe, fitting_by
 from tests.cat_plugin.helpers import state_of
 from tests.cat_plugin.layers.networks import Net, Rounded, distance, pictures, planted
@@ -59,6 +60,20 @@ def test_one_part_alone(part):
     for correction in cat_model.layers.values():
         assert bool((correction.scale == 1).all()) == (part == "offsets")
         assert bool((correction.shift == 0).all()) == (part == "scales")
+
+
+def test_a_rate_whose_outputs_are_not_finite_is_not_chosen(monkeypatch):
+    fitted_by = fit._Fit._fitted
+
+    def overflowing(self, network, descent, schedule, rate, *more):
+        vector, curve = fitted_by(self, network, descent, schedule, rate, *more)
+        return vector * (torch.nan if rate == "far" else 1), curve
+
+    monkeypatch.setattr(fit._Fit, "_fitted", overflowing)
+    quantized, fp = planted()
+    with fitting_by(Recipe(steps=0.3)):
+        evidence = apply_cat(quantized, fp, pictures(IMAGES), config=ALL).report.layers
+    assert evidence.accepted and evidence.rate in ("midway", "near")
 
 
 def test_batches_and_seeds():

@@ -140,9 +140,10 @@ def test_weights_of_8_bits_say_nothing_about_inputs():
         (torch.zeros(2, 3, 2000, 2000), None, 1),
         (torch.zeros(10, 3, 224, 224), 9, 9),
         (torch.zeros(0, 3, 224, 224), None, 64),
+        (torch.tensor(1.0), None, 64),
         ([torch.zeros(2, 3, 2000, 2000)], None, 64),
     ],
-    ids=["small", "large", "huge", "as given", "none", "a list"],
+    ids=["small", "large", "huge", "as given", "none", "no images", "a list"],
 )
 def test_a_tensor_is_cut_into_batches_that_stay_in_the_cache(loader, given, expected):
     assert batch_size_for(loader, torch.nn.Linear(2, 2), given) == expected
