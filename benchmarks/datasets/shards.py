@@ -21,9 +21,16 @@ LABELS = "labels.csv"
 
 
 def is_shards(place: str) -> bool:
-    """Whether a place is a tar file, several as in `val-{000..007}.tar`, or a folder that holds such files."""
+    """Whether a place is a tar file, several as in `val-{000..007}.tar`, or a folder of such files.
+
+    A folder with images or further folders is one of images, whatever archive lies beside them.
+    """
     path = Path(place)
-    return place.lower().endswith(ENDINGS) or (path.is_dir() and bool(_in_folder(path)))
+    if not path.is_dir():
+        return place.lower().endswith(ENDINGS)
+    seen = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    unpacked_already = any(entry.is_dir() or entry.name.lower().endswith(IMG_EXTENSIONS) for entry in seen)
+    return bool(_in_folder(path)) and not unpacked_already
 
 
 def unpacked(place: str, cache: Path) -> tuple[Path, Path | None]:
@@ -53,7 +60,8 @@ def unpacked(place: str, cache: Path) -> tuple[Path, Path | None]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(ENDINGS))
+    found = [path for path in folder.iterdir() if path.name.lower().endswith(ENDINGS) and path.is_file()]
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def _files(place: str) -> list[Path]:

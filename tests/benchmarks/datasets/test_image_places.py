@@ -214,6 +214,14 @@ def test_plain_tar_files_keep_folders_and_names(tmp_path):
     assert found.train_labels.tolist() == [0, 1, 145]
 
 
+@pytest.mark.parametrize("place", ["images", "images/bee"])
+def test_archive_left_beside_images_is_left_alone(tmp_path, place):
+    classes(tmp_path / "images", ("ant", "bee"))
+    shard(tmp_path / place / "ILSVRC2012_img_val.tar", {"a.png": png(1)})
+    found = load(tmp_path, 2, data=None, calib_data=(f"{tmp_path}/images/bee",), test_data=(f"{tmp_path}/images",))
+    assert found.classes == ("ant", "bee") and found.test_labels.tolist() == [0, 1] and len(found.train_images) == 1
+
+
 def listed(text, name="val.txt"):
     def damage(root):
         flat(root / "images", 2)
