@@ -222,6 +222,43 @@ def test_archive_left_beside_images_is_left_alone(tmp_path, place):
     assert found.classes == ("ant", "bee") and found.test_labels.tolist() == [0, 1] and len(found.train_images) == 1
 
 
+def test_every_image_of_a_name_up_to_the_first_dot_is_unpacked(tmp_path):
+    pytest.importorskip("webdataset")
+    names = [f"frame.{number:03d}.{ending}" for number, ending in enumerate(("jpg", "png", "JPG", "png", "png"))]
+    shard(tmp_path / "calib.tar", dict.fromkeys(names, png(1)))
+    classes(tmp_path / "val", ("ant",))
+    found = load(tmp_path, 1, data=None, calib_data=(f"{tmp_path}/calib.tar",), test_data=(f"{tmp_path}/val",))
+    assert sorted(Path(name).name for name in found.train_images.names) == sorted(names)
+
+
+def test_names_in_tar_files_keep_their_case(tmp_path):
+    """As files of labels have them; endings of labels are found in any."""
+    pytest.importorskip("webdataset")
+    shard(tmp_path / "val.tar", {"v_0.JPEG": png(1), "v_1.JPEG": png(2)})
+    (tmp_path / "val.txt").write_text("v_0.JPEG 1\nv_1.JPEG 0\n")
+    shard(tmp_path / "labelled.tar", {"a.CLS": b"1", "a.PNG": png(1), "b.CLS": b"0", "b.PNG": png(2)})
+    tests = f"{tmp_path}/val.tar", f"{tmp_path}/labelled.tar"
+    found = load(tmp_path, 2, data=None, calib_data=(tests[0],), test_data=tests)
+    names = {"v_0.JPEG": 1, "v_1.JPEG": 0, "a.PNG": 1, "b.PNG": 0}
+    assert labels_by_name(found.test_images, found.test_labels) == names
+
+
+def test_images_of_one_name_in_shards_of_one_name_are_all_unpacked(tmp_path):
+    pytest.importorskip("webdataset")
+    for color, folder in enumerate("abc"):
+        shard(tmp_path / folder / "s.tar", {"x.png": png(color)})
+    classes(tmp_path / "val", ("ant",))
+    place = f"{tmp_path}/{{a,b,c}}/s.tar"
+    images = load(tmp_path, 1, data=None, calib_data=(place,), test_data=(f"{tmp_path}/val",)).train_images
+    assert sorted(Image.open(images.root / name).getpixel((0, 0))[0] for name in images.names) == [0, 1, 2]
+
+
+def test_braces_that_do_not_close_are_refused(tmp_path):
+    pytest.importorskip("webdataset")
+    with pytest.raises(BenchmarkError, match=r"val-\{0\.\.1\.tar: .*; expected braces as in val-\{000\.\.007\}\.tar"):
+        load(tmp_path, 2, data=None, test_data=(f"{tmp_path}/val-{{0..1.tar",))
+
+
 def listed(text, name="val.txt"):
     def damage(root):
         flat(root / "images", 2)
@@ -320,8 +357,11 @@ def test_lists_of_classes_that_cannot_be_used_are_refused(tmp_path, text, messag
         ({"readme.md": b"text"}, r"holds no images; known are files that end in jpg"),
         ({"../a.png": png(1)}, r"0\.tar holds \.\./a, which is outside"),
         ({"a.png": png(1), "b.cls": b"1", "b.png": png(2)}, r"1 of 2 images have no label"),
+        ({"a.cls": b"1", "a.0.png": png(1), "a.1.png": png(2)}, r"0\.tar: one label and 2 images are called a up to"),
+        ({"a.png": png(1), "a.png/b.png": png(2)}, r"0\.tar: 'a\.png/b\.png' in it cannot be unpacked: "),
+        ({"caf\udce9.png": png(1)}, r"0\.tar: 'caf\\udce9\.png' in it cannot be unpacked: .* can't encode"),
     ],
-    ids=["missing", "damaged", "no images", "outside", "labels missing"],
+    ids=["missing", "damaged", "no images", "outside", "labels missing", "one label", "file as folder", "no utf-8"],
 )
 def test_tar_files_that_cannot_be_used_are_refused(tmp_path, members, message):
     pytest.importorskip("webdataset")
