@@ -45,7 +45,7 @@ class Place:
             return self._listed(self.labels)
         if self.classes:
             try:
-                found = ImageFolder(str(self.folder))
+                found = _ClassFolders(str(self.folder), self.classes)
             except FileNotFoundError as error:
                 raise BenchmarkError(f"{self.shown}/ has classes without images: {error}") from error
             root = Path(os.path.abspath(self.folder)).parent
@@ -66,6 +66,18 @@ class Place:
             )
         names, labels = zip(*listed, strict=True)
         return Files(root, tuple(os.path.normpath(name) for name in names), labels)
+
+
+class _ClassFolders(ImageFolder):
+    """Images in the folders of `names` alone; none that are hidden or in hidden folders, copies of a system's own."""
+
+    def __init__(self, folder: str, names: Sequence[str]) -> None:
+        self._names = names
+        super().__init__(folder, is_valid_file=lambda path: _is_image(path) and f"{os.sep}." not in path[len(folder) :])
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """In the order of `names`."""
+        return list(self._names), {name: index for index, name in enumerate(self._names)}
 
 
 @dataclass(frozen=True)
@@ -134,7 +146,7 @@ def _folder(folder: Path, shown: str) -> Place:
 
 def _inner(folder: Path, flat: bool) -> Path:
     """The folder below those that hold one folder and nothing else; one of images is a class unless they are `flat`."""
-    entries = list(folder.iterdir())
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     if len(entries) == 1 and entries[0].is_dir() and (flat or any(each.is_dir() for each in entries[0].iterdir())):
         return _inner(entries[0], flat)
     return folder
@@ -146,12 +158,14 @@ def _beside(path: Path) -> Path | None:
     return next((each for each in found if each.is_file()), None)
 
 
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
 def _loose(entries: Sequence[os.DirEntry]) -> list[str]:
     """Names of images that lie in no further folder; of hidden files there are copies of a system's own."""
     return [
-        entry.name
-        for entry in entries
-        if entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
+        entry.name for entry in entries if _is_image(entry.name) and not entry.name.startswith(".") and entry.is_file()
     ]
 
 

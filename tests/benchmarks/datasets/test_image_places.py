@@ -140,6 +140,17 @@ def test_folders_of_images_for_quantization_need_be_no_classes(tmp_path):
     assert found.test_labels.tolist() == [0, 1, 145] and len(found.train_images) == 2 and found.train_labels is None
 
 
+def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path):
+    classes(tmp_path / "val", ("ant", "bee"))
+    for name in (".thumbs/ant_0.png", "bee/.thumbs/bee_0.png", "ant/._ant_0.png"):
+        save(tmp_path / "val" / name, 1)
+    (tmp_path / "val" / ".ipynb_checkpoints").mkdir()
+    flat(tmp_path / "calib", 2)
+    found = load(tmp_path, 2, data=None, calib_data=(f"{tmp_path}/calib",), test_data=(f"{tmp_path}/val",))
+    assert labels_by_name(found.test_images, found.test_labels) == {"ant_0.png": 0, "bee_0.png": 1}
+    assert len(found.test_images) == 2
+
+
 def test_list_of_classes_decides(tmp_path):
     classes(tmp_path / "train", REAL)
     classes(tmp_path / "val", REAL[1:])
