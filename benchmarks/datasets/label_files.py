@@ -48,8 +48,13 @@ def _lines(path: Path, text: str) -> list[tuple[str, str]]:
 
 
 def _table(path: Path, text: str) -> list[tuple[str, str]]:
-    rows = csv.reader(text.splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    header = [name.strip().lower() for name in next(rows, [])]
+    try:
+        first, *rows = list(
+            csv.reader(text.splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        ) or [[]]
+    except csv.Error as error:
+        raise BenchmarkError(f"{path} cannot be read as a table: {error}; {EXPECTED}") from error
+    header = [name.strip().lower() for name in first]
     if any(name.endswith(IMG_EXTENSIONS) for name in header):
         raise BenchmarkError(f"{path} has no header, its first line is an image; {EXPECTED}")
     columns = []

@@ -159,6 +159,15 @@ def test_list_of_classes_decides(tmp_path):
     assert found.classes == REAL[::-1] and found.test_labels.tolist() == [1, 0]
 
 
+def test_list_of_classes_may_begin_with_a_byte_order_mark(tmp_path):
+    classes(tmp_path / "train", ("ant", "bee"))
+    classes(tmp_path / "val", ("ant", "bee"))
+    (tmp_path / "list.txt").write_text("bee\nant\n", "utf-8-sig")
+    (tmp_path / "first.txt").write_text("ant\nbee\n", "utf-8-sig")
+    for name, labels in (("list", [1, 0]), ("first", [0, 1])):
+        assert load(tmp_path, 2, data=tmp_path, classes=tmp_path / f"{name}.txt").test_labels.tolist() == labels
+
+
 def test_places_may_be_three_and_several_to_test_on(tmp_path):
     flat(tmp_path / "calib", 3)
     flat(tmp_path / "cat", 4)
@@ -319,6 +328,16 @@ def numbers_and_names(root):
         (
             listed("path,label\n0.png,1\n1.png,\n", "val.csv"),
             r"val\.csv, line 3: \['1\.png', ''\] lacks a path or a label",
+        ),
+        (
+            listed("0.png 0\n1.png 20231127\n"),
+            r"images: label 20231127 cannot be the number of a class, which are below 1,000,000; expected labels",
+        ),
+        (listed("0.png 1000000\n1.png 2\n"), r"label 1000000 cannot be the number"),
+        (listed(f"0.png {'9' * 5000}\n1.png 2\n"), r"label 9{20}\.\.\. cannot be the number"),
+        (
+            listed(f'path,label\n0.png,"{"a" * 200_000}"\n', "val.csv"),
+            r"val\.csv cannot be read as a table: field larger than field limit \(131072\); expected",
         ),
         (two_files, r"holds several files that may be of labels \(a\.txt, b\.csv\); give one of them itself"),
         (lambda root: flat(root / "images", 2), r"images/ holds 2 images that are not sorted into class folders"),
