@@ -9,8 +9,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from benchmarks import BenchmarkError
-from benchmarks.datasets.label_files import ENDINGS, EXPECTED, is_label_file, read_labels
-from benchmarks.datasets.shards import is_shards, unpacked
+from benchmarks.datasets.label_files import ENDINGS, EXPECTED, is_label_file, names_one_of, read_labels
+from benchmarks.datasets.shards import is_shards, unpacked, without_ending
 
 LAYOUT = "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
 
@@ -89,8 +89,10 @@ class Files:
     labels: tuple[str, ...] | None
 
 
-def place_of(text: str, cache: Path) -> Place:
+def place_of(text: str, cache: Path, labels_needed: bool = True) -> Place:
     """The place that an option names: a folder, a file of labels, or tar files, which are unpacked to `cache`.
+
+    Unless `labels_needed`, files with images that name none of these, such as a licence, are no files of labels.
 
     Raises:
         BenchmarkError: there is no such place, it holds no images, or several files of labels.
@@ -99,9 +101,9 @@ def place_of(text: str, cache: Path) -> Place:
     if is_shards(text):
         folder, labels = unpacked(text, cache)
         if labels is None:
-            labels = _beside(Path(text.partition(".tar")[0]))
+            labels = _beside(without_ending(text))
             folder = _inner(folder, flat=labels is not None)
-        return Place(folder=folder, shown=text, labels=labels) if labels else _folder(folder, text)
+        return Place(folder=folder, shown=text, labels=labels) if labels else _folder(folder, text, labels_needed)
     if path.is_file():
         if not is_label_file(path.name):
             raise BenchmarkError(
@@ -110,7 +112,7 @@ def place_of(text: str, cache: Path) -> Place:
         return Place(folder=path.parent, shown=text, labels=path)
     if not path.is_dir():
         raise BenchmarkError(f"{path} is no folder; {LAYOUT}")
-    return _folder(path, text)
+    return _folder(path, text, labels_needed)
 
 
 def joined(all_files: Sequence[Files]) -> Files:
@@ -125,13 +127,15 @@ def joined(all_files: Sequence[Files]) -> Files:
     return Files(root, tuple(names), tuple(labels) if len(labels) == len(names) else None)
 
 
-def _folder(folder: Path, shown: str) -> Place:
+def _folder(folder: Path, shown: str, labels_needed: bool) -> Place:
     entries = list(os.scandir(folder))
     loose = _loose(entries)
     if loose:
         inside = [folder / entry.name for entry in entries if entry.is_file() and is_label_file(entry.name)]
-        beside = _beside(folder)
-        found = inside or ([beside] if beside else [])
+        beside = [path for path in [_beside(folder)] if path]
+        if not labels_needed:
+            inside, beside = ([path for path in each if names_one_of(path, loose)] for each in (inside, beside))
+        found = inside or beside
         if len(found) > 1:
             names = ", ".join(sorted(path.name for path in found))
             raise BenchmarkError(
@@ -154,7 +158,8 @@ def _inner(folder: Path, flat: bool) -> Path:
 
 def _beside(path: Path) -> Path | None:
     """`val.txt` of the folder `val`."""
-    found = [path.with_name(f"{path.name}{ending}") for ending in ENDINGS]
+    path = path if path.name else path.absolute()  # the current directory
+    found = [path.parent / f"{path.name}{ending}" for ending in ENDINGS]
     return next((each for each in found if each.is_file()), None)
 
 

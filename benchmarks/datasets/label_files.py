@@ -1,7 +1,8 @@
 """Files that say which class images are of: `path label` a line, as Caffe has it, or CSV with a header."""
 
 import csv
-from pathlib import Path
+from collections.abc import Collection
+from pathlib import Path, PurePath
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -17,6 +18,17 @@ EXPECTED = "expected `path label` a line, or a CSV with a header such as path,la
 def is_label_file(name: str) -> bool:
     """Whether a file may be one of labels, by its name."""
     return name.lower().endswith(ENDINGS) and not name.startswith(".") and not name.lower().startswith("readme")
+
+
+def names_one_of(path: Path, images: Collection[str]) -> bool:
+    """Whether a line of a file, readable as labels or not, names one of `images`, which are names without folders."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+    known = frozenset(images)
+    parts = (part for line in lines for part in (line, *line.rsplit(None, 1)[:1], *line.split(","), *line.split("\t")))
+    return any(PurePath(part.strip().strip('"')).name in known for part in parts)
 
 
 def read_labels(path: Path) -> list[tuple[str, str]]:

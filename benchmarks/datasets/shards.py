@@ -37,6 +37,12 @@ def is_shards(place: str) -> bool:
     return bool(_in_folder(path)) and not unpacked_already
 
 
+def without_ending(place: str) -> Path:
+    """`val` of `val.tar.gz`: what labels beside it are called like."""
+    ending = next((each for each in ENDINGS if place.lower().endswith(each)), "")
+    return Path(place[: len(place) - len(ending)])
+
+
 def unpacked(place: str, cache: Path) -> tuple[Path, Path | None]:
     """The folder in `cache` that the images of a place are unpacked to, and a file of labels, where samples have some.
 

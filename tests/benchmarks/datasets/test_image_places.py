@@ -1,5 +1,6 @@
 """Images where people have them, against folders and tables made by hand."""
 
+import gzip
 import io
 import json
 import shutil
@@ -73,6 +74,30 @@ def test_file_of_labels_may_lie_beside_the_folder(tmp_path):
     assert len(found.classes) == 10
     given = load(tmp_path, 10, data=tmp_path / "data", test_data=(str(tmp_path / "data" / "val.txt"),))
     assert labels_by_name(given.test_images, given.test_labels)["an image.png"] == 7
+
+
+@pytest.mark.parametrize("kind", ["inside", "beside"])
+def test_texts_that_name_no_image_are_no_labels_where_none_are_needed(tmp_path, kind):
+    flat(tmp_path / "calib", 2)
+    for name in ("LICENSE.txt", "urls.txt") if kind == "inside" else ("../calib.txt",):
+        (tmp_path / "calib" / name).write_text("Licence\n\nYou may use these images.\n")
+    classes(tmp_path / "val", ("ant",))
+    asked = {"calib_data": (f"{tmp_path}/calib",), "test_data": (f"{tmp_path}/val",)}
+    assert len(load(tmp_path, 1, data=None, **asked).train_images) == 2
+    (tmp_path / "calib" / "labels.csv").write_text('label,path\nant,"0.png"\n')  # this one is of labels
+    found = load(tmp_path, 1, data=None, **asked)
+    assert found.train_images.names == ("0.png",) and found.train_labels.tolist() == [0]
+    (tmp_path / "calib" / "labels.csv").write_text('label,path\nant,"0.png"\nant\n')
+    with pytest.raises(BenchmarkError, match=r"line 3: \['ant'\] lacks a path or a label"):
+        load(tmp_path, 1, data=None, **asked)
+
+
+def test_flat_images_may_lie_in_the_current_directory(tmp_path, monkeypatch):
+    flat(tmp_path / "images", 2)
+    (tmp_path / "images.txt").write_text("0.png 1\n1.png 0\n")
+    monkeypatch.chdir(tmp_path / "images")
+    found = load(tmp_path, 2, data=None, calib_data=(".",), test_data=(".",))
+    assert labels_by_name(found.test_images, found.test_labels) == {"0.png": 1, "1.png": 0}
 
 
 def test_flat_folder_serves_for_everything_in_halves_that_stay(tmp_path):
@@ -240,6 +265,18 @@ def test_archive_left_beside_images_is_left_alone(tmp_path, place):
     shard(tmp_path / place / "ILSVRC2012_img_val.tar", {"a.png": png(1)})
     found = load(tmp_path, 2, data=None, calib_data=(f"{tmp_path}/images/bee",), test_data=(f"{tmp_path}/images",))
     assert found.classes == ("ant", "bee") and found.test_labels.tolist() == [0, 1] and len(found.train_images) == 1
+
+
+@pytest.mark.parametrize("name", ["val.tgz", "val.tar.gz", "val.TAR"])
+def test_labels_beside_a_tar_file_are_found_whatever_its_ending(tmp_path, name):
+    pytest.importorskip("webdataset")
+    place = tmp_path / "some.tar.files" / name
+    shard(place, {"a.png": png(50), "b.png": png(60)})
+    if name != "val.TAR":
+        place.write_bytes(gzip.compress(place.read_bytes()))
+    place.with_name("val.txt").write_text("b.png 1\na.png 0\n")
+    found = load(tmp_path, 2, data=None, calib_data=(str(place),), test_data=(str(place),))
+    assert labels_by_name(found.test_images, found.test_labels) == {"a.png": 0, "b.png": 1}
 
 
 def test_every_image_of_a_name_up_to_the_first_dot_is_unpacked(tmp_path):
