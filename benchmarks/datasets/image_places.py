@@ -57,8 +57,8 @@ class Place:
         listed = read_labels(path)
         folders = [folder for folder in dict.fromkeys((self.folder, path.parent / path.stem)) if folder.is_dir()]
         # The first image says which of the folders paths start from.
-        root = next((folder for folder in folders if (folder / listed[0][0]).is_file()), folders[0])
-        missing = [name for name, _ in listed if not (root / name).is_file()]
+        root = next((folder for folder in folders if os.path.isfile(folder / listed[0][0])), folders[0])
+        missing = [name for name, _ in listed if not os.path.isfile(root / name)]
         if missing:
             raise BenchmarkError(
                 f"{path} names {len(missing):,} images of {len(listed):,} that are not there, such as {missing[0]}; "

@@ -376,6 +376,7 @@ def numbers_and_names(root):
             listed(f'path,label\n0.png,"{"a" * 200_000}"\n', "val.csv"),
             r"val\.csv cannot be read as a table: field larger than field limit \(131072\); expected",
         ),
+        (listed(f"{'a' * 5000}.png 1\n1.png 2\n"), r"val\.txt names 1 images of 2 that are not there, such as aaa"),
         (two_files, r"holds several files that may be of labels \(a\.txt, b\.csv\); give one of them itself"),
         (lambda root: flat(root / "images", 2), r"images/ holds 2 images that are not sorted into class folders"),
         (lambda root: (root / "images").mkdir(), r"images/ is empty"),
