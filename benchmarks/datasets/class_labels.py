@@ -12,6 +12,9 @@ from benchmarks.datasets.image_places import Files, Place
 from benchmarks.wording import some
 
 CLASSES_SHOWN = 3
+MOST_CLASSES = 10**6
+"""Numbers beyond are ids or dates rather than outputs of a network."""
+LABEL_SHOWN = 20
 
 
 @lru_cache(maxsize=1)
@@ -27,7 +30,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
         BenchmarkError: no such file, an empty one, or a class that it lists twice.
     """
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BenchmarkError(f"--classes {path} cannot be read: {error}; expected a class a line") from error
     first = [line.split()[0] for line in lines]
@@ -47,11 +50,13 @@ def possible_classes(
     are wnids or numbers; or, where there are no names to go by, those of the test images.
 
     Raises:
-        BenchmarkError: the test images have a class that none of these has.
+        BenchmarkError: the test images have a class that none of these has, or a number that is no class.
     """
     names = frozenset().union(*(place.class_names() for place in test))
     known = frozenset().union(*(place.classes for place in train))
     numbers = are_numbers(test)
+    if numbers:
+        _refuse_ids(test)
     if given is not None:
         lists = [given]
     else:
@@ -121,6 +126,19 @@ def are_numbers(places: Sequence[Place]) -> bool:
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
+
+
+def _refuse_ids(places: Sequence[Place]) -> None:
+    """Raise `BenchmarkError` where a number is none of `MOST_CLASSES`."""
+    for place in places:
+        # By length before value: Python makes no numbers of thousands of digits.
+        label = max((name.lstrip("0") for name in place.class_names()), key=lambda name: (len(name), name))
+        if len(label) > len(str(MOST_CLASSES)) or int(label or 0) >= MOST_CLASSES:
+            shown = label if len(label) <= LABEL_SHOWN else f"{label[:LABEL_SHOWN]}..."
+            raise BenchmarkError(
+                f"{place.shown}: label {shown} cannot be the number of a class, which are below {MOST_CLASSES:,}; "
+                "expected labels that count from 0, or names of classes"
+            )
 
 
 def _numbered(count: int) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from benchmarks import BenchmarkError
-from benchmarks.datasets.label_files import ENDINGS, EXPECTED, is_label_file, read_labels
-from benchmarks.datasets.shards import is_shards, unpacked
+from benchmarks.datasets.label_files import ENDINGS, EXPECTED, is_label_file, names_one_of, read_labels
+from benchmarks.datasets.shards import is_shards, unpacked, without_ending
 
 LAYOUT = "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
 
@@ -45,7 +45,7 @@ class Place:
             return self._listed(self.labels)
         if self.classes:
             try:
-                found = ImageFolder(str(self.folder))
+                found = _ClassFolders(str(self.folder), self.classes)
             except FileNotFoundError as error:
                 raise BenchmarkError(f"{self.shown}/ has classes without images: {error}") from error
             root = Path(os.path.abspath(self.folder)).parent
@@ -57,8 +57,8 @@ class Place:
         listed = read_labels(path)
         folders = [folder for folder in dict.fromkeys((self.folder, path.parent / path.stem)) if folder.is_dir()]
         # The first image says which of the folders paths start from.
-        root = next((folder for folder in folders if (folder / listed[0][0]).is_file()), folders[0])
-        missing = [name for name, _ in listed if not (root / name).is_file()]
+        root = next((folder for folder in folders if os.path.isfile(folder / listed[0][0])), folders[0])
+        missing = [name for name, _ in listed if not os.path.isfile(root / name)]
         if missing:
             raise BenchmarkError(
                 f"{path} names {len(missing):,} images of {len(listed):,} that are not there, such as {missing[0]}; "
@@ -66,6 +66,18 @@ class Place:
             )
         names, labels = zip(*listed, strict=True)
         return Files(root, tuple(os.path.normpath(name) for name in names), labels)
+
+
+class _ClassFolders(ImageFolder):
+    """Images in the folders of `names` alone; none that are hidden or in hidden folders, copies of a system's own."""
+
+    def __init__(self, folder: str, names: Sequence[str]) -> None:
+        self._names = names
+        super().__init__(folder, is_valid_file=lambda path: _is_image(path) and f"{os.sep}." not in path[len(folder) :])
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """In the order of `names`."""
+        return list(self._names), {name: index for index, name in enumerate(self._names)}
 
 
 @dataclass(frozen=True)
@@ -77,8 +89,10 @@ class Files:
     labels: tuple[str, ...] | None
 
 
-def place_of(text: str, cache: Path) -> Place:
+def place_of(text: str, cache: Path, labels_needed: bool = True) -> Place:
     """The place that an option names: a folder, a file of labels, or tar files, which are unpacked to `cache`.
+
+    Unless `labels_needed`, files with images that name none of these, such as a licence, are no files of labels.
 
     Raises:
         BenchmarkError: there is no such place, it holds no images, or several files of labels.
@@ -87,9 +101,9 @@ def place_of(text: str, cache: Path) -> Place:
     if is_shards(text):
         folder, labels = unpacked(text, cache)
         if labels is None:
-            labels = _beside(Path(text.partition(".tar")[0]))
+            labels = _beside(without_ending(text))
             folder = _inner(folder, flat=labels is not None)
-        return Place(folder=folder, shown=text, labels=labels) if labels else _folder(folder, text)
+        return Place(folder=folder, shown=text, labels=labels) if labels else _folder(folder, text, labels_needed)
     if path.is_file():
         if not is_label_file(path.name):
             raise BenchmarkError(
@@ -98,7 +112,7 @@ def place_of(text: str, cache: Path) -> Place:
         return Place(folder=path.parent, shown=text, labels=path)
     if not path.is_dir():
         raise BenchmarkError(f"{path} is no folder; {LAYOUT}")
-    return _folder(path, text)
+    return _folder(path, text, labels_needed)
 
 
 def joined(all_files: Sequence[Files]) -> Files:
@@ -113,13 +127,15 @@ def joined(all_files: Sequence[Files]) -> Files:
     return Files(root, tuple(names), tuple(labels) if len(labels) == len(names) else None)
 
 
-def _folder(folder: Path, shown: str) -> Place:
+def _folder(folder: Path, shown: str, labels_needed: bool) -> Place:
     entries = list(os.scandir(folder))
     loose = _loose(entries)
     if loose:
         inside = [folder / entry.name for entry in entries if entry.is_file() and is_label_file(entry.name)]
-        beside = _beside(folder)
-        found = inside or ([beside] if beside else [])
+        beside = [path for path in [_beside(folder)] if path]
+        if not labels_needed:
+            inside, beside = ([path for path in each if names_one_of(path, loose)] for each in (inside, beside))
+        found = inside or beside
         if len(found) > 1:
             names = ", ".join(sorted(path.name for path in found))
             raise BenchmarkError(
@@ -134,7 +150,7 @@ def _folder(folder: Path, shown: str) -> Place:
 
 def _inner(folder: Path, flat: bool) -> Path:
     """The folder below those that hold one folder and nothing else; one of images is a class unless they are `flat`."""
-    entries = list(folder.iterdir())
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     if len(entries) == 1 and entries[0].is_dir() and (flat or any(each.is_dir() for each in entries[0].iterdir())):
         return _inner(entries[0], flat)
     return folder
@@ -142,16 +158,19 @@ def _inner(folder: Path, flat: bool) -> Path:
 
 def _beside(path: Path) -> Path | None:
     """`val.txt` of the folder `val`."""
-    found = [path.with_name(f"{path.name}{ending}") for ending in ENDINGS]
+    path = path if path.name else path.absolute()  # the current directory
+    found = [path.parent / f"{path.name}{ending}" for ending in ENDINGS]
     return next((each for each in found if each.is_file()), None)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS)
 
 
 def _loose(entries: Sequence[os.DirEntry]) -> list[str]:
     """Names of images that lie in no further folder; of hidden files there are copies of a system's own."""
     return [
-        entry.name
-        for entry in entries
-        if entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
+        entry.name for entry in entries if _is_image(entry.name) and not entry.name.startswith(".") and entry.is_file()
     ]
 
 

@@ -51,7 +51,7 @@ def find_places(request: Request) -> Places:
     Raises:
         BenchmarkError: one is missing, see `place_of`; or test images have no labels.
     """
-    found = {name: _places(getattr(request, f"{name}_data"), request.cache) for name in ("calib", "cat", "test")}
+    found = {name: _places(getattr(request, f"{name}_data"), request.cache, name) for name in ("calib", "cat", "test")}
     if request.data is not None:
         parts = {name: _part(request.data, part) for name, part in PARTS.items()}
         # Without train/ and val/, what it holds is to test on, or else to calibrate on; val.txt may be of flat images.
@@ -61,7 +61,7 @@ def find_places(request: Request) -> Places:
             if not found[name]:
                 if part is None:
                     raise _missing(request.data, PARTS[name])
-                found[name] = _places((part,), request.cache)
+                found[name] = _places((part,), request.cache, name)
     for place in found["test"]:
         if not place.is_labelled:
             raise unlabelled(place)
@@ -105,8 +105,8 @@ def load_imagenet(request: Request) -> Dataset:
     )
 
 
-def _places(texts: Sequence[str], cache: Path) -> tuple[Place, ...]:
-    return tuple(place_of(text, cache) for text in texts)
+def _places(texts: Sequence[str], cache: Path, name: str) -> tuple[Place, ...]:
+    return tuple(place_of(text, cache, labels_needed=name == "test") for text in texts)
 
 
 def _part(root: Path, part: str) -> str | None:

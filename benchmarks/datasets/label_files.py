@@ -1,7 +1,8 @@
 """Files that say which class images are of: `path label` a line, as Caffe has it, or CSV with a header."""
 
 import csv
-from pathlib import Path
+from collections.abc import Collection
+from pathlib import Path, PurePath
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -17,6 +18,17 @@ EXPECTED = "expected `path label` a line, or a CSV with a header such as path,la
 def is_label_file(name: str) -> bool:
     """Whether a file may be one of labels, by its name."""
     return name.lower().endswith(ENDINGS) and not name.startswith(".") and not name.lower().startswith("readme")
+
+
+def names_one_of(path: Path, images: Collection[str]) -> bool:
+    """Whether a line of a file, readable as labels or not, names one of `images`, which are names without folders."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+    known = frozenset(images)
+    parts = (part for line in lines for part in (line, *line.rsplit(None, 1)[:1], *line.split(","), *line.split("\t")))
+    return any(PurePath(part.strip().strip('"')).name in known for part in parts)
 
 
 def read_labels(path: Path) -> list[tuple[str, str]]:
@@ -48,8 +60,13 @@ def _lines(path: Path, text: str) -> list[tuple[str, str]]:
 
 
 def _table(path: Path, text: str) -> list[tuple[str, str]]:
-    rows = csv.reader(text.splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    header = [name.strip().lower() for name in next(rows, [])]
+    try:
+        first, *rows = list(
+            csv.reader(text.splitlines(), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        ) or [[]]
+    except csv.Error as error:
+        raise BenchmarkError(f"{path} cannot be read as a table: {error}; {EXPECTED}") from error
+    header = [name.strip().lower() for name in first]
     if any(name.endswith(IMG_EXTENSIONS) for name in header):
         raise BenchmarkError(f"{path} has no header, its first line is an image; {EXPECTED}")
     columns = []

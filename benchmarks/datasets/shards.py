@@ -1,9 +1,10 @@
 """Images in tar files, of webdataset or plain: unpacked once, through the library that reads them."""
 
 import csv
+import itertools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,19 +12,35 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from benchmarks import BenchmarkError
 from benchmarks.runs.files import digest_text
-from benchmarks.wording import reason
+from benchmarks.wording import reason, some
 
 ENDINGS = ".tar", ".tar.gz", ".tgz"
+ENDINGS_SHOWN = 3
 IMAGE_KEYS = tuple(ending.removeprefix(".") for ending in IMG_EXTENSIONS)
 LABEL_KEYS = "cls", "label", "target", "wnid", "class"
 """Of a sample: files with these endings, or fields of its JSON, hold the label."""
 LABELS = "labels.csv"
+UNPACKED_AS = "2"
+"""Changes with the names that images are unpacked to: what was unpacked to others is not taken."""
 
 
 def is_shards(place: str) -> bool:
-    """Whether a place is a tar file, several as in `val-{000..007}.tar`, or a folder that holds such files."""
+    """Whether a place is a tar file, several as in `val-{000..007}.tar`, or a folder of such files.
+
+    A folder with images or further folders is one of images, whatever archive lies beside them.
+    """
     path = Path(place)
-    return place.lower().endswith(ENDINGS) or (path.is_dir() and bool(_in_folder(path)))
+    if not path.is_dir():
+        return place.lower().endswith(ENDINGS)
+    seen = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    unpacked_already = any(entry.is_dir() or entry.name.lower().endswith(IMG_EXTENSIONS) for entry in seen)
+    return bool(_in_folder(path)) and not unpacked_already
+
+
+def without_ending(place: str) -> Path:
+    """`val` of `val.tar.gz`: what labels beside it are called like."""
+    ending = next((each for each in ENDINGS if place.lower().endswith(each)), "")
+    return Path(place[: len(place) - len(ending)])
 
 
 def unpacked(place: str, cache: Path) -> tuple[Path, Path | None]:
@@ -32,12 +49,13 @@ def unpacked(place: str, cache: Path) -> tuple[Path, Path | None]:
     Images of tar files without such labels keep their names and folders.
 
     Raises:
-        BenchmarkError: a tar file is missing or damaged, or holds no images; or webdataset cannot be imported.
+        BenchmarkError: a tar file is missing or damaged, or holds no images, or several with one label; or webdataset
+            cannot be imported.
     """
     files = _files(place)
     stats = [path.stat() for path in files]
     known = [f"{path.resolve()}:{each.st_size}:{each.st_mtime_ns}" for path, each in zip(files, stats, strict=True)]
-    folder = cache / "shards" / digest_text(*known)
+    folder = cache / "shards" / digest_text(UNPACKED_AS, *known)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as temporary:
@@ -53,13 +71,18 @@ def unpacked(place: str, cache: Path) -> tuple[Path, Path | None]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(ENDINGS))
+    found = [path for path in folder.iterdir() if path.name.lower().endswith(ENDINGS) and path.is_file()]
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
 def _files(place: str) -> list[Path]:
     if Path(place).is_dir():
         return _in_folder(Path(place))
-    files = [Path(name) for name in _webdataset(place).shardlists.expand_urls(place)]
+    webdataset = _webdataset(place)
+    try:
+        files = [Path(name) for name in webdataset.shardlists.expand_urls(place)]
+    except ValueError as error:  # braceexpand has its own kinds of these
+        raise BenchmarkError(f"{place}: {reason(error)}; expected braces as in val-{{000..007}}.tar") from error
     missing = [path for path in files if not path.is_file()]
     if missing:
         raise BenchmarkError(f"no such file: {missing[0]}, one of {len(files):,} tar files of {place}")
@@ -84,12 +107,15 @@ def _unpack(place: str, files: list[Path], folder: Path) -> None:
             name = PurePosixPath(f"{key}.{ending}")
             if name.is_absolute() or ".." in name.parts:
                 raise BenchmarkError(f"{path} holds {key}, which is outside of the folder that it is unpacked to")
-            if str(name) in labels:  # shards often count their samples anew
-                name = path.name.partition(".")[0] / name
+            name = _free(name, path, labels)
             labels[str(name)] = label
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(image)
+            try:
+                str(name).encode()
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(image)
+            except (OSError, ValueError) as error:
+                raise BenchmarkError(f"{path}: {str(name)!r} in it cannot be unpacked: {reason(error)}") from error
     if not labels:
         raise BenchmarkError(f"{place} holds no images; known are files that end in {', '.join(IMAGE_KEYS)}")
     known = {name: label for name, label in labels.items() if label is not None}
@@ -100,13 +126,28 @@ def _unpack(place: str, files: list[Path], folder: Path) -> None:
             csv.writer(opened, lineterminator="\n").writerows([("path", "label"), *known.items()])
 
 
+def _free(name: PurePosixPath, path: Path, taken: Container[str]) -> PurePosixPath:
+    """`name`, or where that is taken, one with the shard's before it: shards often count their samples anew."""
+    stem = path.name.partition(".")[0]
+    prefixes = itertools.chain(("", f"{stem}-"), (f"{stem}-{number}-" for number in itertools.count(2)))
+    return next(each for each in (name.with_name(prefix + name.name) for prefix in prefixes) if str(each) not in taken)
+
+
 def _samples(place: str, path: Path) -> Iterator[tuple[str, str, bytes, str | None]]:
     """Key, ending, bytes and label of every image."""
+    reader = _webdataset(place).tariterators
     try:
-        for sample in _webdataset(place).tariterators.tarfile_samples([{"url": str(path)}]):
-            endings = [ending for ending in sample if ending.rpartition(".")[2] in IMAGE_KEYS]
-            if endings:
-                yield sample["__key__"], endings[0], sample[endings[0]], _label(sample)
+        files = reader.tar_file_expander(reader.url_opener([{"url": str(path)}]))
+        for sample in reader.group_by_keys(files, lcase=False):  # names as they are: files of labels have them so
+            endings = [ending for ending in sample if ending.lower().rpartition(".")[2] in IMAGE_KEYS]
+            label = _label({ending.lower(): value for ending, value in sample.items()})
+            if label is not None and len(endings) > 1:
+                raise BenchmarkError(
+                    f"{path}: one label and {len(endings):,} images are called {sample['__key__']} up to the first "
+                    f"dot ({some(endings, ENDINGS_SHOWN)}); expected one image a label"
+                )
+            for ending in endings:
+                yield sample["__key__"], ending, sample[ending], label
     except BenchmarkError:
         raise
     except Exception as error:  # whatever tar files and their compression raise
@@ -114,6 +155,7 @@ def _samples(place: str, path: Path) -> Iterator[tuple[str, str, bytes, str | No
 
 
 def _label(sample: dict[str, Any]) -> str | None:
+    """Of a sample with endings in lower case."""
     fields = json.loads(sample["json"]) if "json" in sample else {}
     found = {**(fields if isinstance(fields, dict) else {}), **sample}
     for key in LABEL_KEYS:

@@ -32,7 +32,9 @@ def read_state(source: Path) -> Mapping[str, Tensor]:
     """
     held = _read(source) if source.is_file() or not is_named(str(source)) else _named(str(source))
     state = _unwrapped(held, source)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         kind = f"a mapping with the keys {some(held, KEYS_SHOWN)}" if isinstance(held, Mapping) else type(held).__name__
         raise BenchmarkError(f"{source} is not a state_dict, that is names with tensors; it holds {kind}")
     return state

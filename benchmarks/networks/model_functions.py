@@ -48,7 +48,7 @@ def load_from_function(text: str, weights: Path | None, seed: int = 0) -> Pretra
         model=model.eval(),
         transform=transform or _transform_of(model, text),
         source=readable_source(text) if weights is None else str(weights),
-        code=digest_text(lasting(model), _source_code(function)),
+        code=digest_text(lasting(model), *_source_codes(function, model)),
     )
 
 
@@ -75,9 +75,23 @@ def _transform_of(model: nn.Module, text: str) -> Callable[[Any], Tensor]:
     return ImageClassification(crop_size=224)
 
 
-def _source_code(function: Callable[[], object]) -> str:
-    """All of the file that a function is in: what its network computes may change with any line."""
+def _source_codes(function: Callable[[], object], model: nn.Module) -> list[str]:
+    """All of the files that a function and the classes of the network's layers are in, wherever they lie: what the
+    network computes may change with any line."""
+    layers = {kind for layer in model.modules() for kind in type(layer).__mro__}
+    files = {_source_file(each) for each in layers} - {None, _source_file(function)}
+    return [_text(_source_file(function)), *sorted(map(_text, files))]
+
+
+def _source_file(code: object) -> str | None:
     try:
-        return Path(inspect.getsourcefile(inspect.unwrap(function)) or "").read_text("utf-8")
-    except (OSError, TypeError, UnicodeDecodeError):
+        return inspect.getsourcefile(inspect.unwrap(code))
+    except (OSError, TypeError):  # compiled code, or a class that was made while the program ran
+        return None
+
+
+def _text(path: str | None) -> str:
+    try:
+        return Path(path or "").read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
         return ""

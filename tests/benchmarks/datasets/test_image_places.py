@@ -1,5 +1,6 @@
 """Images where people have them, against folders and tables made by hand."""
 
+import gzip
 import io
 import json
 import shutil
@@ -75,6 +76,30 @@ def test_file_of_labels_may_lie_beside_the_folder(tmp_path):
     assert labels_by_name(given.test_images, given.test_labels)["an image.png"] == 7
 
 
+@pytest.mark.parametrize("kind", ["inside", "beside"])
+def test_texts_that_name_no_image_are_no_labels_where_none_are_needed(tmp_path, kind):
+    flat(tmp_path / "calib", 2)
+    for name in ("LICENSE.txt", "urls.txt") if kind == "inside" else ("../calib.txt",):
+        (tmp_path / "calib" / name).write_text("Licence\n\nYou may use these images.\n")
+    classes(tmp_path / "val", ("ant",))
+    asked = {"calib_data": (f"{tmp_path}/calib",), "test_data": (f"{tmp_path}/val",)}
+    assert len(load(tmp_path, 1, data=None, **asked).train_images) == 2
+    (tmp_path / "calib" / "labels.csv").write_text('label,path\nant,"0.png"\n')  # this one is of labels
+    found = load(tmp_path, 1, data=None, **asked)
+    assert found.train_images.names == ("0.png",) and found.train_labels.tolist() == [0]
+    (tmp_path / "calib" / "labels.csv").write_text('label,path\nant,"0.png"\nant\n')
+    with pytest.raises(BenchmarkError, match=r"line 3: \['ant'\] lacks a path or a label"):
+        load(tmp_path, 1, data=None, **asked)
+
+
+def test_flat_images_may_lie_in_the_current_directory(tmp_path, monkeypatch):
+    flat(tmp_path / "images", 2)
+    (tmp_path / "images.txt").write_text("0.png 1\n1.png 0\n")
+    monkeypatch.chdir(tmp_path / "images")
+    found = load(tmp_path, 2, data=None, calib_data=(".",), test_data=(".",))
+    assert labels_by_name(found.test_images, found.test_labels) == {"0.png": 1, "1.png": 0}
+
+
 def test_flat_folder_serves_for_everything_in_halves_that_stay(tmp_path):
     names = flat(tmp_path / "images", 9)
     (tmp_path / "images" / "val.txt").write_text("".join(f"{name} {index}\n" for index, name in enumerate(names)))
@@ -140,12 +165,32 @@ def test_folders_of_images_for_quantization_need_be_no_classes(tmp_path):
     assert found.test_labels.tolist() == [0, 1, 145] and len(found.train_images) == 2 and found.train_labels is None
 
 
+def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path):
+    classes(tmp_path / "val", ("ant", "bee"))
+    for name in (".thumbs/ant_0.png", "bee/.thumbs/bee_0.png", "ant/._ant_0.png"):
+        save(tmp_path / "val" / name, 1)
+    (tmp_path / "val" / ".ipynb_checkpoints").mkdir()
+    flat(tmp_path / "calib", 2)
+    found = load(tmp_path, 2, data=None, calib_data=(f"{tmp_path}/calib",), test_data=(f"{tmp_path}/val",))
+    assert labels_by_name(found.test_images, found.test_labels) == {"ant_0.png": 0, "bee_0.png": 1}
+    assert len(found.test_images) == 2
+
+
 def test_list_of_classes_decides(tmp_path):
     classes(tmp_path / "train", REAL)
     classes(tmp_path / "val", REAL[1:])
     (tmp_path / "list.txt").write_text(f"{REAL[2]} king penguin\n{REAL[1]} goldfish, Carassius\n{REAL[0]} tench\n")
     found = load(tmp_path, 3, data=tmp_path, classes=tmp_path / "list.txt")
     assert found.classes == REAL[::-1] and found.test_labels.tolist() == [1, 0]
+
+
+def test_list_of_classes_may_begin_with_a_byte_order_mark(tmp_path):
+    classes(tmp_path / "train", ("ant", "bee"))
+    classes(tmp_path / "val", ("ant", "bee"))
+    (tmp_path / "list.txt").write_text("bee\nant\n", "utf-8-sig")
+    (tmp_path / "first.txt").write_text("ant\nbee\n", "utf-8-sig")
+    for name, labels in (("list", [1, 0]), ("first", [0, 1])):
+        assert load(tmp_path, 2, data=tmp_path, classes=tmp_path / f"{name}.txt").test_labels.tolist() == labels
 
 
 def test_places_may_be_three_and_several_to_test_on(tmp_path):
@@ -214,6 +259,63 @@ def test_plain_tar_files_keep_folders_and_names(tmp_path):
     assert found.train_labels.tolist() == [0, 1, 145]
 
 
+@pytest.mark.parametrize("place", ["images", "images/bee"])
+def test_archive_left_beside_images_is_left_alone(tmp_path, place):
+    classes(tmp_path / "images", ("ant", "bee"))
+    shard(tmp_path / place / "ILSVRC2012_img_val.tar", {"a.png": png(1)})
+    found = load(tmp_path, 2, data=None, calib_data=(f"{tmp_path}/images/bee",), test_data=(f"{tmp_path}/images",))
+    assert found.classes == ("ant", "bee") and found.test_labels.tolist() == [0, 1] and len(found.train_images) == 1
+
+
+@pytest.mark.parametrize("name", ["val.tgz", "val.tar.gz", "val.TAR"])
+def test_labels_beside_a_tar_file_are_found_whatever_its_ending(tmp_path, name):
+    pytest.importorskip("webdataset")
+    place = tmp_path / "some.tar.files" / name
+    shard(place, {"a.png": png(50), "b.png": png(60)})
+    if name != "val.TAR":
+        place.write_bytes(gzip.compress(place.read_bytes()))
+    place.with_name("val.txt").write_text("b.png 1\na.png 0\n")
+    found = load(tmp_path, 2, data=None, calib_data=(str(place),), test_data=(str(place),))
+    assert labels_by_name(found.test_images, found.test_labels) == {"a.png": 0, "b.png": 1}
+
+
+def test_every_image_of_a_name_up_to_the_first_dot_is_unpacked(tmp_path):
+    pytest.importorskip("webdataset")
+    names = [f"frame.{number:03d}.{ending}" for number, ending in enumerate(("jpg", "png", "JPG", "png", "png"))]
+    shard(tmp_path / "calib.tar", dict.fromkeys(names, png(1)))
+    classes(tmp_path / "val", ("ant",))
+    found = load(tmp_path, 1, data=None, calib_data=(f"{tmp_path}/calib.tar",), test_data=(f"{tmp_path}/val",))
+    assert sorted(Path(name).name for name in found.train_images.names) == sorted(names)
+
+
+def test_names_in_tar_files_keep_their_case(tmp_path):
+    """As files of labels have them; endings of labels are found in any."""
+    pytest.importorskip("webdataset")
+    shard(tmp_path / "val.tar", {"v_0.JPEG": png(1), "v_1.JPEG": png(2)})
+    (tmp_path / "val.txt").write_text("v_0.JPEG 1\nv_1.JPEG 0\n")
+    shard(tmp_path / "labelled.tar", {"a.CLS": b"1", "a.PNG": png(1), "b.CLS": b"0", "b.PNG": png(2)})
+    tests = f"{tmp_path}/val.tar", f"{tmp_path}/labelled.tar"
+    found = load(tmp_path, 2, data=None, calib_data=(tests[0],), test_data=tests)
+    names = {"v_0.JPEG": 1, "v_1.JPEG": 0, "a.PNG": 1, "b.PNG": 0}
+    assert labels_by_name(found.test_images, found.test_labels) == names
+
+
+def test_images_of_one_name_in_shards_of_one_name_are_all_unpacked(tmp_path):
+    pytest.importorskip("webdataset")
+    for color, folder in enumerate("abc"):
+        shard(tmp_path / folder / "s.tar", {"x.png": png(color)})
+    classes(tmp_path / "val", ("ant",))
+    place = f"{tmp_path}/{{a,b,c}}/s.tar"
+    images = load(tmp_path, 1, data=None, calib_data=(place,), test_data=(f"{tmp_path}/val",)).train_images
+    assert sorted(Image.open(images.root / name).getpixel((0, 0))[0] for name in images.names) == [0, 1, 2]
+
+
+def test_braces_that_do_not_close_are_refused(tmp_path):
+    pytest.importorskip("webdataset")
+    with pytest.raises(BenchmarkError, match=r"val-\{0\.\.1\.tar: .*; expected braces as in val-\{000\.\.007\}\.tar"):
+        load(tmp_path, 2, data=None, test_data=(f"{tmp_path}/val-{{0..1.tar",))
+
+
 def listed(text, name="val.txt"):
     def damage(root):
         flat(root / "images", 2)
@@ -264,6 +366,17 @@ def numbers_and_names(root):
             listed("path,label\n0.png,1\n1.png,\n", "val.csv"),
             r"val\.csv, line 3: \['1\.png', ''\] lacks a path or a label",
         ),
+        (
+            listed("0.png 0\n1.png 20231127\n"),
+            r"images: label 20231127 cannot be the number of a class, which are below 1,000,000; expected labels",
+        ),
+        (listed("0.png 1000000\n1.png 2\n"), r"label 1000000 cannot be the number"),
+        (listed(f"0.png {'9' * 5000}\n1.png 2\n"), r"label 9{20}\.\.\. cannot be the number"),
+        (
+            listed(f'path,label\n0.png,"{"a" * 200_000}"\n', "val.csv"),
+            r"val\.csv cannot be read as a table: field larger than field limit \(131072\); expected",
+        ),
+        (listed(f"{'a' * 5000}.png 1\n1.png 2\n"), r"val\.txt names 1 images of 2 that are not there, such as aaa"),
         (two_files, r"holds several files that may be of labels \(a\.txt, b\.csv\); give one of them itself"),
         (lambda root: flat(root / "images", 2), r"images/ holds 2 images that are not sorted into class folders"),
         (lambda root: (root / "images").mkdir(), r"images/ is empty"),
@@ -312,8 +425,11 @@ def test_lists_of_classes_that_cannot_be_used_are_refused(tmp_path, text, messag
         ({"readme.md": b"text"}, r"holds no images; known are files that end in jpg"),
         ({"../a.png": png(1)}, r"0\.tar holds \.\./a, which is outside"),
         ({"a.png": png(1), "b.cls": b"1", "b.png": png(2)}, r"1 of 2 images have no label"),
+        ({"a.cls": b"1", "a.0.png": png(1), "a.1.png": png(2)}, r"0\.tar: one label and 2 images are called a up to"),
+        ({"a.png": png(1), "a.png/b.png": png(2)}, r"0\.tar: 'a\.png/b\.png' in it cannot be unpacked: "),
+        ({"caf\udce9.png": png(1)}, r"0\.tar: 'caf\\udce9\.png' in it cannot be unpacked: .* can't encode"),
     ],
-    ids=["missing", "damaged", "no images", "outside", "labels missing"],
+    ids=["missing", "damaged", "no images", "outside", "labels missing", "one label", "file as folder", "no utf-8"],
 )
 def test_tar_files_that_cannot_be_used_are_refused(tmp_path, members, message):
     pytest.importorskip("webdataset")

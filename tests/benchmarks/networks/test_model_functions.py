@@ -91,6 +91,28 @@ def test_code_changes_with_the_file_and_the_network(script):
     assert load_from_function(f"{script}:pair", None).code not in codes
 
 
+@pytest.mark.parametrize("changed", ["tiny_layers", "tiny_bases"])
+def test_code_changes_with_the_files_of_layers_and_what_they_inherit(script, monkeypatch, changed):
+    files = {
+        "tiny_bases": "from torch import nn\n\nclass Base(nn.Linear):\n    pass\n",
+        "tiny_layers": "from tiny_bases import Base\n\nclass Layer(Base):\n    pass\n",
+        "tiny_networks": "from torch import nn\nfrom tiny_layers import Layer\n\n"
+        "def stacked():\n    return nn.Sequential(nn.Flatten(), Layer(3, 5))\n",
+    }
+    codes = []
+    for text in ("", "", "number = 3\n"):
+        for name, code in files.items():
+            monkeypatch.delitem(sys.modules, name, raising=False)
+            (script.parent / f"{name}.py").write_text(code + (text if name == changed else ""))
+        codes.append(load_from_function(f"{script}:stacked", None).code)
+    assert codes[0] == codes[1] != codes[2]
+
+
+def test_network_of_a_class_without_a_file_has_a_code(script):
+    script.write_text(CODE + "\ndef made():\n    return type('Made', (Tiny,), {'__module__': 'nowhere'})()\n")
+    assert load_from_function(f"{script}:made", None).code
+
+
 def test_weights_replace_those_of_the_function(script, tmp_path):
     state = {"fc.weight": torch.ones(5, 3), "fc.bias": torch.zeros(5)}
     save_file(state, tmp_path / "weights.safetensors")

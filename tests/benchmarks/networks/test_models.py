@@ -57,8 +57,10 @@ class Marker:
         ([torch.zeros(1)], "not a state_dict, that is names with tensors; it holds list"),
         ({"state_dict": {}, "epoch": 3}, "it holds a mapping with the keys state_dict, epoch"),
         ({"model": {"fc.weight": 3}}, "it holds a mapping with the keys model"),
+        ({0: torch.zeros(1)}, "not a state_dict, that is names with tensors; it holds a mapping with the keys 0"),
+        ({"model": {0: torch.zeros(1), "a": torch.zeros(1)}}, "it holds a mapping with the keys model"),
     ],
-    ids=["code", "module", "list", "checkpoint", "nested"],
+    ids=["code", "module", "list", "checkpoint", "nested", "numbers", "nested numbers"],
 )
 def test_files_with_more_than_tensors_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "weights.pt")
