@@ -10,10 +10,10 @@ from benchmarks.networks.models import mobilenetv2, resnet20
 from benchmarks.perf.timings import Medians, normal, processor_time
 from cat_plugin.fitting.processes import ALONE
 from cat_plugin.kinds import SOFTMAX
-from cat_plugin.layers.descent import BATCH, Descent, Schedule
+from cat_plugin.layers.descent import Descent, Schedule
 from cat_plugin.layers.gradients import fitting_through
 from cat_plugin.layers.images import KeptImages
-from cat_plugin.layers.network import CorrectedNetwork
+from cat_plugin.layers.network import BATCH, CorrectedNetwork
 from cat_plugin.layers.place import candidates, measuring, places
 from cat_plugin.running.collect import Inputs
 from cat_plugin.running.positions import PositionDraw
