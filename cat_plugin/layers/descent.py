@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 RATES = {"near": 0.044, "midway": 0.14, "far": 0.44}
 """Of Adam at the start, in scales and in offsets as shares of their channel's spread, over the number of layers, since
 what all of them change adds up. Reconstructed networks are near their best, rounded ones far."""
-NEAREST = "near"
+NEAREST = next(iter(RATES))
 FEWEST_LAYERS = 20
 """With fewer layers the rate is as with so many."""
 PULL = 1e-5
@@ -65,7 +65,7 @@ class Descent:
         processes: Processes,
         augment: Augment | None = None,
         micro_batch: int | None = None,
-        fitted: Tensor | None = None,
+        fitted: Tensor | float = 1.0,
     ) -> None:
         self._network, self._kept, self._targets, self._divergence = network, kept, targets, divergence
         self._processes, self._augment = processes, augment
@@ -113,8 +113,7 @@ class Descent:
         total = self._whole(vector, part, max(rows.item(), 1.0)) if len(part.images) else torch.zeros_like(vector)
         if self._processes.several:
             total = self._processes.sum(total.cpu()).to(vector.device)
-        total = total + self._scaler.scale(2 * PULL * vector.detach())
-        return total if self._fitted is None else total * self._fitted
+        return self._fitted * (total + self._scaler.scale(2 * PULL * vector.detach()))
 
     def _whole(self, vector: Tensor, part: Part, count: float) -> Tensor:
         """The gradient of the sum over the images of `part`, divided by `count`; in pieces where memory ends."""

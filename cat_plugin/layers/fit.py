@@ -10,10 +10,11 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +39,6 @@ from cat_plugin.running.loaders import ForwardFn, run
 from cat_plugin.running.outputs import Output, extract
 
 logger = logging.getLogger(__name__)
-
-Key = TypeVar("Key")
 
 MIN_IMAGES = 64
 """Under which `"auto"` does not try."""
@@ -144,6 +143,16 @@ def fit_layers(
         )
 
 
+class _Trial(NamedTuple):
+    """A fit at `rate`: its vector, the divergence of some held-out images before it and after each epoch, and (n, C)
+    outputs of all held-out images of this process."""
+
+    rate: str
+    vector: Tensor
+    curve: Sequence[float]
+    outputs: Tensor
+
+
 class _Fit:
     """The arguments of `fit_layers`, and its steps."""
 
@@ -198,34 +207,25 @@ class _Fit:
                 self.augment,
                 fitted=network.chosen(recipe.scales, recipe.offsets),
             )
-            rate, curves, vectors = None, [], []
+            rate, trials = None, []
             for fold in range(self.folds):
                 chosen, outside = _indices((self.fold_of != fold) & self.distinct), _indices(self.fold_of == fold)
-                rows = self.rows_of(outside)[0]
-                tried: dict[str, tuple[Tensor, list[float]]] = {}
-                found: dict[str | None, Tensor] = {None: self.q[rows]}
-                # From far to near for as long as held-out images like it.
-                for each in [rate] if rate else reversed(recipe.rates):
-                    if tried and each == NEAREST and self.processes.agree(self._left(found, outside) < SHORT_WAY):
-                        break
-                    tried[each] = self._fitted(network, descent, schedules[each], each, fold, chosen, outside, bar)
-                    found[each] = self._outputs(network, tried[each][0], outside)
-                    if self._best({name: found[name] for name in list(tried)[-2:]}, outside) != each:
-                        break
+                fitted = partial(self._fitted, network, descent, schedules, fold, chosen, outside, bar)
+                trial = fitted(rate) if rate else self._nearest(fitted, recipe.rates, outside)
+                if trial is None:
+                    return left_alone("nothing to gain: no rate of the fit brings held-out images nearer", **known)
                 if rate is None:
-                    rate = self._best(found, outside)
-                    if rate is None:
-                        return left_alone("nothing to gain: no rate of the fit brings held-out images nearer", **known)
+                    rate = trial.rate
                     bar.total = bar.n + (self.folds - 1) * schedules[rate].total
-                vector, curve = tried[rate]
-                vectors.append(vector)
-                curves.append(curve)
+                trials.append(trial)
+                rows = self.rows_of(outside)[0]
                 for share, outputs in held_out.items():
-                    outputs[rows] = found[rate] if share == 1 else self._outputs(network, share * vector, outside)
+                    whole = share == 1
+                    outputs[rows] = trial.outputs if whole else self._outputs(network, share * trial.vector, outside)
             images_once = _indices(self.distinct)
             rows = self.rows_of(images_once)[0]
-            share = self._best({share: outputs[rows] for share, outputs in held_out.items()}, images_once)
-        vector = torch.stack(vectors).mean(dim=0)
+            share = min(SHARES, key=lambda share: self._root(held_out[share][rows], images_once))
+        vector = torch.stack([trial.vector for trial in trials]).mean(dim=0)
         corrections = network.corrections(share * vector)
         changes = _changes(corrections, network.places)
         evidence = LayersEvidence(
@@ -237,24 +237,38 @@ class _Fit:
             share=share,
             epochs=schedules[rate].epochs,
             steps=schedules[rate].steps,
-            curve=tuple(sum(values) / len(curves) for values in zip(*curves, strict=True)),
+            curve=tuple(sum(values) / len(trials) for values in zip(*(trial.curve for trial in trials), strict=True)),
             operations=sum(place.numbers for place in network.places),
             seconds=time.perf_counter() - started,
         )
         return LayersFit(corrections, evidence, held_out[share])
 
+    def _nearest(self, fitted: Callable[[str], _Trial], rates: Sequence[str], outside: Tensor) -> _Trial | None:
+        """The fit whose rate brings the images `outside` nearest, tried from far to near for as long as it brings them
+        nearer; None where they are nearest as they are."""
+        plain, best, least = self._root(self.q[self.rows_of(outside)[0]], outside), None, math.inf
+        for rate in reversed(rates):
+            if best is not None and rate == NEAREST and least < SHORT_WAY * plain:
+                break
+            trial = fitted(rate)
+            root = self._root(trial.outputs, outside)
+            if best is not None and not root < least:
+                break
+            best, least = trial, root
+        return best if least < plain else None
+
     def _fitted(
         self,
         network: CorrectedNetwork,
         descent: Descent,
-        schedule: Schedule,
-        rate: str,
+        schedules: Mapping[str, Schedule],
         number: int,
         chosen: Tensor,
         outside: Tensor,
         bar: tqdm,
-    ) -> tuple[Tensor, list[float]]:
-        """The vector of a fit on the images `chosen`, and the divergence on others before it and after each epoch."""
+        rate: str,
+    ) -> _Trial:
+        """A fit on the images `chosen`, judged on those `outside`."""
         watched = outside[self.distinct[outside]][:WATCHED]
         curve = [self._divergences(self.q[self.rows_of(watched)[0]], watched).mean().item()]
 
@@ -262,7 +276,8 @@ class _Fit:
             curve.append(self._divergences(self._outputs(network, vector, watched), watched).mean().item())
             bar.set_postfix_str(f"held-out divergence {curve[0]:.4f} -> {curve[-1]:.4f}")
 
-        return descent.fit(chosen, schedule, rate, self.config.seed + number, watch, bar.update), curve
+        vector = descent.fit(chosen, schedules[rate], rate, self.config.seed + number, watch, bar.update)
+        return _Trial(rate, vector, curve, self._outputs(network, vector, outside))
 
     def _places(self, layers: dict[str, nn.Module]) -> tuple[list[Place], str]:
         """Those of the layers that run, and why the model fails on other batches than it was given, if it does."""
@@ -346,21 +361,11 @@ class _Fit:
         sums = torch.zeros(len(images), dtype=torch.float64, device="cpu").index_add_(0, owners, divergence)
         return self.processes.gather_rows(sums / torch.bincount(owners, minlength=len(images)))
 
-    def _left(self, outputs: Mapping[str | None, Tensor], images: Tensor) -> float:
-        """The share of the plain model's mean root divergence that the latest of the outputs have."""
-        *_, latest = outputs.values()
-        return self._root(latest, images) / max(self._root(outputs[None], images), 1e-12)
-
-    def _best(self, outputs: Mapping[Key, Tensor], images: Tensor) -> Key:
-        """The key of the outputs that are nearest to full precision on the given images."""
-        means = {key: self._root(rows, images) for key, rows in outputs.items()}
-        return self.processes.agree(min(means, key=means.get))
-
     def _root(self, outputs: Tensor, images: Tensor) -> float:
-        """The mean root of the divergence: of the divergence itself a few images hold so much that chance would
-        choose. Infinite where outputs are not finite."""
+        """The mean root of the divergence of the given images, alike in all processes: of the divergence
+        itself a few images hold so much that chance would choose. Infinite where outputs are not finite."""
         root = self._divergences(outputs, images).clamp(min=0).sqrt().mean().item()
-        return root if math.isfinite(root) else math.inf
+        return self.processes.agree(root if math.isfinite(root) else math.inf)
 
     def _log_costs(self, network: CorrectedNetwork, placed: Sequence[Place], steps: int) -> None:
         """Says what the fit will take."""

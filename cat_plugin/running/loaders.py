@@ -92,15 +92,10 @@ def batch_size_for(loader: Loader, model: nn.Module, batch_size: int | None = No
     if batch_size is not None:
         return batch_size
     device = model_device(model)
-    if (
-        not isinstance(loader, Tensor)
-        or loader.numel() == 0
-        or loader.ndim == 0
-        or device is None
-        or device.type != "cpu"
-    ):
+    images = isinstance(loader, Tensor) and loader.ndim > 0 and loader.numel() > 0
+    if not images or device is None or device.type != "cpu":
         return USUAL_BATCH
-    return min(max(BATCH_BYTES * len(loader) // max(loader.nbytes, 1), 1), USUAL_BATCH)
+    return min(max(BATCH_BYTES * len(loader) // loader.nbytes, 1), USUAL_BATCH)
 
 
 def num_batches(loader: Loader, batch_size: int = 64) -> int | None:
