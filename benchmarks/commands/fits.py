@@ -3,7 +3,7 @@
 import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def load_sources(args: argparse.Namespace, most: int | None = None) -> list[Sour
     if args.dataset is not None:
         loaded = load_network(args)
         dataset = loaded.dataset
-        rest = len(dataset.left_for_corrections) - (args.n_calib if dataset.cat_images is None else 0)
+        rest = dataset.fresh(args.n_calib)
         if rest < 1:
             raise BenchmarkError(
                 f"--n-calib {args.n_calib} leaves none of the {len(dataset.train_images):,} training images to draw"
@@ -73,17 +73,18 @@ def run_fits(
         "grid": [cell.name for cell in grid],
         **more,
     }
-    networks = [] if args.dataset is None else [f"{args.dataset}-{file_name(args.model)}"]
-    subject = "-".join([kind, *(folder.resolve().name for folder in args.logits), *networks])
+    named = [] if args.dataset is None else [f"{args.dataset}-{file_name(args.model)}"]
+    subject = "-".join([kind, *(folder.resolve().name for folder in args.logits), *named])
     # The grid goes source by source, one of which is in memory at a time.
     load = lru_cache(maxsize=1)(lambda source: source.load())
+    networks = lru_cache(maxsize=1)(lambda source: source.networks())
     shared = args.cache / "fits" / fits_digest()
     run_grid(
         args,
         subject,
         settings,
         grid,
-        lambda cell: measure(cell, load(cell.source)),
+        lambda cell: measure(cell, load(cell.source), partial(networks, cell.source)),
         lambda folder: draw_rows(folder, shared),
         report,
         args.seeds,

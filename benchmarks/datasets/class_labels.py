@@ -52,7 +52,7 @@ def possible_classes(
     Raises:
         BenchmarkError: the test images have a class that none of these has, or a number that is no class.
     """
-    names = frozenset().union(*(place.class_names() for place in test))
+    names = _names(test)
     known = frozenset().union(*(place.classes for place in train))
     numbers = are_numbers(test)
     if numbers:
@@ -85,7 +85,7 @@ def chosen_classes(lists: Sequence[tuple[str, ...]], test: Sequence[Place], outp
         return lists[0]
     found = {len(each): each for each in lists}
     if outputs not in found and are_numbers(test):
-        names, classes = frozenset().union(*(place.class_names() for place in test)), _numbered(outputs)
+        names, classes = _names(test), _numbered(outputs)
         if _strange(names, classes, True):
             raise _outside(test, names, classes, True, False)
         return classes
@@ -114,7 +114,7 @@ def are_numbers(places: Sequence[Place]) -> bool:
         BenchmarkError: of several places, some have numbers and others names.
     """
     kinds = {
-        place.shown: place.labels is not None and all(map(_is_number, place.class_names()))
+        place.shown: place.labels is not None and all(map(_is_number, place.class_names))
         for place in places
         if place.is_labelled
     }
@@ -122,6 +122,10 @@ def are_numbers(places: Sequence[Place]) -> bool:
         numbers, names = (next(shown for shown, kind in kinds.items() if kind is each) for each in (True, False))
         raise BenchmarkError(f"labels of {numbers} are numbers, those of {names} names of classes; expected one kind")
     return any(kinds.values())
+
+
+def _names(places: Sequence[Place]) -> frozenset[str]:
+    return frozenset().union(*(place.class_names for place in places))
 
 
 def _is_number(text: str) -> bool:
@@ -132,7 +136,7 @@ def _refuse_ids(places: Sequence[Place]) -> None:
     """Raise `BenchmarkError` where a number is none of `MOST_CLASSES`."""
     for place in places:
         # By length before value: Python makes no numbers of thousands of digits.
-        label = max((name.lstrip("0") for name in place.class_names()), key=lambda name: (len(name), name))
+        label = max((name.lstrip("0") for name in place.class_names), key=lambda name: (len(name), name))
         if len(label) > len(str(MOST_CLASSES)) or int(label or 0) >= MOST_CLASSES:
             shown = label if len(label) <= LABEL_SHOWN else f"{label[:LABEL_SHOWN]}..."
             raise BenchmarkError(
@@ -156,7 +160,7 @@ def _outside(
     places: Sequence[Place], names: frozenset[str], classes: tuple[str, ...], numbers: bool, given: bool
 ) -> BenchmarkError:
     strange = _strange(names, classes, numbers)
-    shown = next(place.shown for place in places if place.class_names() & set(strange))
+    shown = next(place.shown for place in places if place.class_names & set(strange))
     known = (
         "the list of --classes"
         if given

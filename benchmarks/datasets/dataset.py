@@ -33,10 +33,9 @@ class Dataset:
     cat_images: Images | None = None
     test_folds: int = 1
 
-    @property
-    def left_for_corrections(self) -> Images:
-        """Images that corrections may be fitted on, of which the training images are for quantization, too."""
-        return self.train_images if self.cat_images is None else self.cat_images
+    def fresh(self, n_calib: int) -> int:
+        """How many images are left for corrections where quantization takes `n_calib`."""
+        return len(self.train_images) - n_calib if self.cat_images is None else len(self.cat_images)
 
     def split(self, n_calib: int, n_cat: int, seed: int) -> tuple[Images, Images]:
         """Images for quantization and, with one test fold, others for corrections, drawn at random.

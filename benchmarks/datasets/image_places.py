@@ -3,13 +3,13 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from benchmarks import BenchmarkError
-from benchmarks.datasets.label_files import ENDINGS, EXPECTED, is_label_file, names_one_of, read_labels
+from benchmarks.datasets.label_files import ENDINGS, EXPECTED, is_image, is_label_file, names_one_of, read_labels
 from benchmarks.datasets.shards import is_shards, unpacked, without_ending
 
 LAYOUT = "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
@@ -31,9 +31,15 @@ class Place:
     def is_labelled(self) -> bool:
         return bool(self.classes) or self.labels is not None
 
+    @cached_property
+    def listed(self) -> list[tuple[str, str]]:
+        """What the file of labels lists, see `read_labels`."""
+        return read_labels(self.labels)
+
+    @cached_property
     def class_names(self) -> frozenset[str]:
         """Labels that occur, numbers as text where the file of labels has numbers."""
-        return frozenset(label for _, label in read_labels(self.labels)) if self.labels else frozenset(self.classes)
+        return frozenset(label for _, label in self.listed) if self.labels else frozenset(self.classes)
 
     def files(self) -> "Files":
         """All images.
@@ -42,7 +48,7 @@ class Place:
             BenchmarkError: a class folder has no image, or an image that the file of labels names is not there.
         """
         if self.labels is not None:
-            return self._listed(self.labels)
+            return self._from_labels(self.labels)
         if self.classes:
             try:
                 found = _ClassFolders(str(self.folder), self.classes)
@@ -53,8 +59,8 @@ class Place:
             return Files(root, tuple(paths), tuple(found.classes[index] for index in found.targets))
         return Files(self.folder, tuple(sorted(_loose(list(os.scandir(self.folder))))), None)
 
-    def _listed(self, path: Path) -> "Files":
-        listed = read_labels(path)
+    def _from_labels(self, path: Path) -> "Files":
+        listed = self.listed
         folders = [folder for folder in dict.fromkeys((self.folder, path.parent / path.stem)) if folder.is_dir()]
         # The first image says which of the folders paths start from.
         root = next((folder for folder in folders if os.path.isfile(folder / listed[0][0])), folders[0])
@@ -73,7 +79,7 @@ class _ClassFolders(ImageFolder):
 
     def __init__(self, folder: str, names: Sequence[str]) -> None:
         self._names = names
-        super().__init__(folder, is_valid_file=lambda path: _is_image(path) and f"{os.sep}." not in path[len(folder) :])
+        super().__init__(folder, is_valid_file=lambda path: is_image(path) and f"{os.sep}." not in path[len(folder) :])
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """In the order of `names`."""
@@ -163,14 +169,10 @@ def _beside(path: Path) -> Path | None:
     return next((each for each in found if each.is_file()), None)
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
-
-
 def _loose(entries: Sequence[os.DirEntry]) -> list[str]:
     """Names of images that lie in no further folder; of hidden files there are copies of a system's own."""
     return [
-        entry.name for entry in entries if _is_image(entry.name) and not entry.name.startswith(".") and entry.is_file()
+        entry.name for entry in entries if is_image(entry.name) and not entry.name.startswith(".") and entry.is_file()
     ]
 
 

@@ -15,6 +15,11 @@ LABELS = "label", "class", "target", "wnid", "synset", "class_id", "label_id", "
 EXPECTED = "expected `path label` a line, or a CSV with a header such as path,label"
 
 
+def is_image(name: str) -> bool:
+    """Whether a file is one of an image, by its name."""
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
 def is_label_file(name: str) -> bool:
     """Whether a file may be one of labels, by its name."""
     return name.lower().endswith(ENDINGS) and not name.startswith(".") and not name.lower().startswith("readme")
@@ -67,7 +72,7 @@ def _table(path: Path, text: str) -> list[tuple[str, str]]:
     except csv.Error as error:
         raise BenchmarkError(f"{path} cannot be read as a table: {error}; {EXPECTED}") from error
     header = [name.strip().lower() for name in first]
-    if any(name.endswith(IMG_EXTENSIONS) for name in header):
+    if any(map(is_image, header)):
         raise BenchmarkError(f"{path} has no header, its first line is an image; {EXPECTED}")
     columns = []
     for kind, names in (("paths", PATHS), ("labels", LABELS)):

@@ -11,6 +11,7 @@ from typing import Any
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from benchmarks import BenchmarkError
+from benchmarks.datasets.label_files import is_image
 from benchmarks.runs.files import digest_text
 from benchmarks.wording import reason, some
 
@@ -33,7 +34,7 @@ def is_shards(place: str) -> bool:
     if not path.is_dir():
         return place.lower().endswith(ENDINGS)
     seen = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-    unpacked_already = any(entry.is_dir() or entry.name.lower().endswith(IMG_EXTENSIONS) for entry in seen)
+    unpacked_already = any(entry.is_dir() or is_image(entry.name) for entry in seen)
     return bool(_in_folder(path)) and not unpacked_already
 
 

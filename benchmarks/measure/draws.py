@@ -1,7 +1,7 @@
 """One draw: fit a correction on a block of images of one source, and score it on all its test images."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.measure.accuracy import top1
 from benchmarks.measure.corrections import EARLIER_NAMES, corrections_of_logits
 from benchmarks.measure.intervals import paired_figures
-from benchmarks.measure.paired_logits import FRESH, PairedLogits, Source
+from benchmarks.measure.paired_logits import FRESH, CorrectableLayers, PairedLogits, Source
 from benchmarks.networks.layer_fits import Variation
 from benchmarks.runs.files import digest_text
 from benchmarks.runs.row_files import Record, change
@@ -111,8 +111,10 @@ def cells(sources: Sequence[Source], images: Sequence[int], max_draws: int) -> l
     ]
 
 
-def measure(cell: Cell, pairs: PairedLogits) -> Draw:
+def measure(cell: Cell, pairs: PairedLogits, networks: Callable[[], CorrectableLayers] | None = None) -> Draw:
     """Fit on the draw's images alone and score on the test images.
+
+    `networks` gives those of the cell's source, which makes them anew by default; they are needed for layers only.
 
     Raises:
         BenchmarkError: a test image is among the draw's.
@@ -121,7 +123,7 @@ def measure(cell: Cell, pairs: PairedLogits) -> Draw:
     if cell.variation is None:
         corrected = pairs.fit(cell.config, cell.rows, cell.origin)(pairs.test_q)
     else:
-        corrected = cell.source.networks().corrected(cell.config, cell.rows, cell.variation)
+        corrected = (networks or cell.source.networks)().corrected(cell.config, cell.rows, cell.variation)
     predictions = pairs.score({CORRECTED: corrected})
     described = {"source": cell.source.name, "images": cell.images, "draw": cell.draw, "mode": cell.mode}
     return Draw(Gain(**described, **Draw.figures(predictions)), predictions, time.perf_counter() - started)

@@ -1,7 +1,8 @@
 """Networks that are quantized here, their paired logits, and corrections of them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from benchmarks.networks.quantized import cache_key, timed_quantized_model
 from benchmarks.runs.clock import clock
 from benchmarks.runs.files import digest_text
 from benchmarks.wording import file_name
-from cat_plugin import CATConfig, ClusterAffine
+from cat_plugin import CATConfig, CATWrapper, ClusterAffine
 from cat_plugin.layers.fit import fitting_by
 from cat_plugin.running.collect import PairedOutputs, collect_outputs, to_cpu
 from cat_plugin.running.inference import inference
@@ -131,14 +132,9 @@ class Networks:
             correction = logits.fit(config)
             seconds = self.collect_seconds + self._now() - started
             return Corrected(correction=correction, logits=correction(logits.test_q), seconds=seconds)
-        attached = fit_networks_guarded(
-            self.quantized, self.fp_model, self.fit_images, config, self.guard, progress=self.progress
-        )
-        seconds = self._now() - started
-        try:
+        with self._attached(self.fit_images, config, progress=self.progress) as attached:
+            seconds = self._now() - started
             return Corrected(correction=attached.correction, logits=self._test_logits(), seconds=seconds)
-        finally:
-            attached.remove()
 
     def corrected(self, config: CATConfig, rows: slice, variation: Variation) -> Tensor:
         """Logits `(M, C)` of the test images, with layers corrected on `rows` of the images for that; the networks stay
@@ -150,18 +146,22 @@ class Networks:
         images = self.fit_images[rows]
         if variation.closed_form:
             self.guard.check(images, FITTED)
-            with layer_by_layer(self.quantized, self.fp_model, stacked(images).to(self.tuned_images.device)):
-                return self._logits_with(images, replace(config, layers="none"))
+            with (
+                layer_by_layer(self.quantized, self.fp_model, stacked(images).to(self.tuned_images.device)),
+                self._attached(images, replace(config, layers="none")),
+            ):
+                return self._test_logits()
         few = self.tuned_images[:FEW]
         config = replace(config, layers=layers_of(self.quantized, variation.which, few))
-        with fitting_by(variation.recipe):
-            return self._logits_with(images, config, augment=VIEWS[variation.views])
+        with fitting_by(variation.recipe), self._attached(images, config, augment=VIEWS[variation.views]):
+            return self._test_logits()
 
-    def _logits_with(self, images: Images, config: CATConfig, **how: Any) -> Tensor:
-        """`(M, C)` of the test images, with a correction that is fitted on `images` and attached meanwhile."""
+    @contextmanager
+    def _attached(self, images: Images, config: CATConfig, **how: Any) -> Iterator[CATWrapper]:
+        """A correction that is fitted on `images` is attached inside the block."""
         attached = fit_networks_guarded(self.quantized, self.fp_model, images, config, self.guard, **how)
         try:
-            return self._test_logits()
+            yield attached
         finally:
             attached.remove()
 

@@ -98,7 +98,7 @@ class Source:
     fresh: int
     load: Callable[[], PairedLogits]
     tuned: int = 0
-    networks: "Callable[[], CorrectableLayers] | None" = None
+    networks: Callable[[], CorrectableLayers] | None = None
 
     @classmethod
     def of(
@@ -106,7 +106,7 @@ class Source:
         name: str,
         pairs: PairedLogits,
         load: Callable[[], PairedLogits],
-        networks: "Callable[[], CorrectableLayers] | None" = None,
+        networks: Callable[[], CorrectableLayers] | None = None,
     ) -> "Source":
         """Of `pairs`, which are let go: many of them do not fit into memory together."""
         tuned = 0 if pairs.tuned_q is None else len(pairs.tuned_q)

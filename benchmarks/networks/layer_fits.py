@@ -14,7 +14,7 @@ from cat_plugin import ChannelAffine
 from cat_plugin.fitting.processes import ALONE
 from cat_plugin.layers.fit import Recipe
 from cat_plugin.layers.images import flipped
-from cat_plugin.layers.place import candidates, measuring, places
+from cat_plugin.layers.place import Place, candidates, measuring, places
 from cat_plugin.running.inference import inference
 from cat_plugin.running.weights import weights_of
 
@@ -61,9 +61,8 @@ def layers_of(model: nn.Module, which: str, images: Tensor) -> str | tuple[str, 
     if which == EVERY:
         return "auto"
     layers = candidates(model, EVERY)
-    with measuring(layers) as measures, inference({"model": model}):
-        model(images)
-    found = {place.name: layers[place.name] for place in places(measures, ALONE)}
+    with inference({"model": model}):
+        found = {place.name: layers[place.name] for place in _running(model, layers, images)}
     if which == CONVOLUTIONS:
         names = tuple(name for name, layer in found.items() if any(weight.ndim > 2 for weight in weights_of(layer)))
     else:
@@ -86,27 +85,26 @@ def layer_by_layer(quantized: nn.Module, fp_model: nn.Module, images: Tensor) ->
     with ExitStack() as stack, inference({"quantized": quantized, "fp_model": fp_model}):
         original = folded_copy(fp_model, batches[0][:2])
         originals = dict(original.named_modules())
-        with measuring(layers) as measures:
-            quantized(batches[0])
         corrections = {}
-        for place in places(measures, ALONE):  # in the order in which they run
+        for place in _running(quantized, layers, batches[0]):
             with _Moments(layers[place.name], originals[place.name], place.axis) as moments:
                 for batch in batches:
                     moments.take(quantized, original, batch)
-            correction = moments.correction()
-            corrections[place.name] = correction
-            stack.callback(layers[place.name].register_forward_hook(_Corrects(correction)).remove)
+            corrections[place.name] = moments.correction()
+            hook = _correcting(corrections[place.name])
+            stack.callback(layers[place.name].register_forward_hook(hook).remove)
         yield corrections
 
 
-class _Corrects:
-    """Forward hook that applies a correction."""
+def _running(model: nn.Module, layers: dict[str, nn.Module], images: Tensor) -> list[Place]:
+    """Those of the layers that run on `images`."""
+    with measuring(layers) as measures:
+        model(images)
+    return places(measures, ALONE)
 
-    def __init__(self, correction: ChannelAffine) -> None:
-        self._correction = correction
 
-    def __call__(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
-        return self._correction(output)
+def _correcting(correction: ChannelAffine) -> Callable[..., Tensor]:
+    return lambda module, args, output: correction(output)
 
 
 class _Moments:

@@ -13,7 +13,7 @@ from torchvision.transforms._presets import ImageClassification
 from benchmarks import BenchmarkError
 from benchmarks.networks.models import load_weights
 from benchmarks.networks.named_objects import called, named_object
-from benchmarks.networks.weights_and_transforms import Pretrained, timm_transform
+from benchmarks.networks.weights_and_transforms import Pretrained, own_config, timm_transform
 from benchmarks.runs.files import digest_text
 from benchmarks.wording import lasting
 
@@ -64,7 +64,7 @@ def readable_source(text: str) -> str:
 
 
 def _transform_of(model: nn.Module, text: str) -> Callable[[Any], Tensor]:
-    if any(getattr(model, name, None) for name in ("pretrained_cfg", "default_cfg")):
+    if own_config(model):
         return timm_transform(f"{OPTION} {text}", model)
     logger.warning(
         "%s %s returns no transform: images are resized to 256, cut to 224 and normalised as usual for ImageNet; "

@@ -155,6 +155,11 @@ def _from_timm(name: str, weights: str, classes: int) -> Pretrained:
     )
 
 
+def own_config(model: nn.Module) -> Any:
+    """What a network says of its inputs, as timm's do; None where it says nothing."""
+    return getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+
+
 def timm_transform(shown: str, model: nn.Module) -> Callable[[Any], Tensor]:
     """What a network's own configuration says, as timm reads it; `shown` is what messages call the network.
 
@@ -162,7 +167,7 @@ def timm_transform(shown: str, model: nn.Module) -> Callable[[Any], Tensor]:
         BenchmarkError: timm cannot be imported.
     """
     timm = _timm(shown)
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    config = own_config(model)
     config = config if isinstance(config, Mapping) else vars(config)
     return timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config), is_training=False)
 
