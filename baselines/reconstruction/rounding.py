@@ -34,25 +34,28 @@ class Rounding:
         movable = (self._floor >= 0) & (self._floor < self._levels)
         self._gain = self._scale * movable
         self._lower = self._dequantize(self._floor)
-        self._flat = torch.empty_like(self._lower)
+        # Written again at every step, and never replaced: a recorded step finds them where they were.
+        self._flat, self._sigmoid, self._stretched = (torch.empty_like(self._lower) for _ in range(3))
         self.weights = [part.requires_grad_() for part in self._split(self._flat)]
         self.soften()
 
     @torch.no_grad()
     def soften(self) -> None:
         """Write the current soft rounding into `weights`."""
-        self._sigmoid = self.logit.sigmoid()
-        self._stretched = self._sigmoid * (ZETA - GAMMA) + GAMMA
+        torch.sigmoid(self.logit, out=self._sigmoid)
+        torch.mul(self._sigmoid, ZETA - GAMMA, out=self._stretched).add_(GAMMA)
         torch.addcmul(self._lower, self._gain, self._stretched.clamp(0, 1), out=self._flat)
 
     @torch.no_grad()
-    def backward(self, penalty_weight: float, beta: float | None) -> None:
+    def backward(self, penalty_weight: float | Tensor, beta: float | Tensor | None) -> None:
         """Set the gradient of `logit` from those of `weights`, which are dropped, and from the rounding
         penalty, if it has an exponent `beta` already. Weights that nothing depends on have none."""
         grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.weights]
         grad = torch.cat([layout.flatten(each) for each, layout in zip(grads, self._layouts, strict=True)])
         grad.mul_(self._gain)
-        if beta is not None:
+        if isinstance(beta, Tensor):
+            grad.addcmul_(rounding_penalty_slope(self._stretched, beta), penalty_weight)
+        elif beta is not None:
             grad.add_(rounding_penalty_slope(self._stretched, beta), alpha=penalty_weight)
         grad = torch.ops.aten.hardtanh_backward(grad, self._stretched, 0, 1).mul_(ZETA - GAMMA)
         self.logit.grad = torch.ops.aten.sigmoid_backward(grad, self._sigmoid)

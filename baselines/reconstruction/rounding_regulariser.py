@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def rounding_penalty_slope(fraction: Tensor, beta: float) -> Tensor:
+def rounding_penalty_slope(fraction: Tensor, beta: float | Tensor) -> Tensor:
     """Derivative of `1 - |2 h - 1| ** beta` by the soft rounding `h`, clamped to [0, 1] first.
 
     The penalty itself pulls each rounding to 0 or 1 (AdaRound, arXiv 2004.10568, eq. 24); its value is not needed.

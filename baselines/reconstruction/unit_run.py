@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from baselines.recipes import Stage
 from baselines.reconstruction.cache import Cached
 from baselines.reconstruction.job import Job
 from baselines.reconstruction.losses import prediction_difference, reconstruction_error
+from baselines.reconstruction.recording import Repeated, recorder_for
 from baselines.reconstruction.rest_of_network import RestOfNetwork, fisher_weights
 from baselines.reconstruction.rounding import Rounding
 from baselines.reconstruction.rounding_regulariser import annealed_beta
@@ -24,6 +25,10 @@ from baselines.reconstruction.rounding_regulariser import annealed_beta
 logger = logging.getLogger(__name__)
 
 _CHECK_EVERY = 50
+FEWEST_RECORDED = 20
+"""Steps, under which a record does not pay."""
+
+Step = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,12 @@ class UnitData:
     prediction: Tensor | None = None
     rest: RestOfNetwork | None = None
     weights: Cached | None = None
+
+    @property
+    def stays_on_device(self) -> bool:
+        """Whether batches are taken of it without a copy from elsewhere."""
+        kept = self.fp_input, self.input, self.target, self.weights
+        return all(each is None or each.plan.device == each.plan.compute_device for each in kept)
 
 
 class UnitRun:
@@ -58,6 +69,7 @@ class UnitRun:
         self.activation = job.folded.get_submodule(unit.activation) if unit.activation else None
         self._recipe, self._stage, self._iters = job.recipe, stage, job.settings.iters_of(stage)
         self._batch_size, self._generator = job.settings.batch_size, job.generator
+        self._device = job.generator.device
         layers = [job.network.get_submodule(name) for name in unit.layers]
         self._layers = [layer for layer in layers if layer.weight_quantizer is not None]
         self._entry: ActivationQuantizer | None = getattr(self.module, "input_quantizer", None)
@@ -86,48 +98,104 @@ class UnitRun:
         When all steps have been taken, the weights are on their grid. Where there is nothing to learn, there is no
         step.
         """
-        stage, recipe, iters = self._stage, self._recipe, self._iters
+        stage, iters = self._stage, self._iters
         rounding, scales = None, []
         if stage.rounding and self._layers:
             rounding = Rounding([m.weight for m in self._layers], [m.weight_quantizer for m in self._layers])
         if stage.learns_scales:
             scales = [quantizer.scale for quantizer in self._quantizers]
-        groups = []
-        if rounding is not None:
-            groups.append({"params": [rounding.logit], "lr": stage.rounding_lr_for(iters)})
-        if scales:
-            groups.append({"params": scales, "lr": stage.scale_lr})
-        if not groups:
+        if rounding is None and not scales:
             return
-        optimizer = _adam(groups)
         with self._training(rounding, scales), contextlib.ExitStack() as stack:
-            for step, chosen in enumerate(self._batches(len(self.data.target))):
-                state = self._generator.get_state() if step == 0 else None
-                try:
-                    error = self._error_with_gradients(chosen)
-                except RuntimeError as failure:
-                    if step > 0 or "modified by an inplace operation" not in str(failure):
-                        raise
-                    # The unit writes into what a layer has read: keep copies, at a price that other units do not pay.
-                    stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
-                    self._generator.set_state(state)
-                    for leaf in (*scales, *(rounding.weights if rounding is not None else ())):
-                        leaf.grad = None
-                    error = self._error_with_gradients(chosen)
-                if rounding is not None:
-                    rounding.backward(recipe.penalty_weight, annealed_beta(step, iters, recipe.warm_up, *recipe.beta))
-                if scales:
-                    optimizer.param_groups[-1]["lr"] = stage.scale_lr * (1 + math.cos(math.pi * step / iters)) / 2
-                optimizer.step()
-                if rounding is not None:
-                    rounding.soften()
-                for scale in scales:
-                    scale.grad = None
-                    scale.data.clamp_(min=torch.finfo(scale.dtype).tiny)
-                yield error.detach()
+            if iters >= FEWEST_RECORDED and self.data.stays_on_device and recorder_for(self._device) is not None:
+                yield from self._recorded_steps(rounding, scales, stack)
+            else:
+                step = self._step(rounding, scales)
+                for number, chosen in enumerate(self._batches()):
+                    given = chosen, *self._annealed(number)
+                    yield step(*given) if number else self._first(step, given, stack)
         if rounding is not None:
             for layer, weight in zip(self._layers, rounding.hard(), strict=True):
                 layer.harden(weight)
+
+    def _step(self, rounding: Rounding | None, scales: list[nn.Parameter], on_device: bool = False) -> Step:
+        """What takes an optimiser step and gives the error (0-dim) that it started from. Where all that changes from
+        step to step comes as tensors `on_device`, the step touches nothing else and can be recorded."""
+        groups = []
+        if rounding is not None:
+            groups.append({"params": [rounding.logit], "lr": self._stage.rounding_lr_for(self._iters)})
+        if scales:
+            lr = self._stage.scale_lr
+            groups.append({"params": scales, "lr": torch.tensor(lr, device=self._device) if on_device else lr})
+        optimizer = _adam(groups, on_device)
+        leaves = [*scales, *(rounding.weights if rounding is not None else ())]
+
+        def step(
+            chosen: Tensor, penalty: float | Tensor, beta: float | Tensor | None, scale_lr: float | Tensor
+        ) -> Tensor:
+            for leaf in leaves:
+                leaf.grad = None
+            error = self._error_with_gradients(chosen)
+            if rounding is not None:
+                rounding.backward(penalty, beta)
+            if scales and on_device:
+                optimizer.param_groups[-1]["lr"].copy_(scale_lr)
+            elif scales:
+                optimizer.param_groups[-1]["lr"] = scale_lr
+            optimizer.step()
+            if rounding is not None:
+                rounding.soften()
+            for scale in scales:
+                scale.data.clamp_(min=torch.finfo(scale.dtype).tiny)
+            return error.detach()
+
+        return step
+
+    def _annealed(self, step: int) -> tuple[float, float | None, float]:
+        """Weight and exponent of the rounding penalty, without an exponent where there is none yet, and the learning
+        rate of the scales."""
+        recipe, iters = self._recipe, self._iters
+        scale_lr = self._stage.scale_lr * (1 + math.cos(math.pi * step / iters)) / 2
+        return recipe.penalty_weight, annealed_beta(step, iters, recipe.warm_up, *recipe.beta), scale_lr
+
+    def _first(self, step: Step, given: tuple, stack: contextlib.ExitStack) -> Tensor:
+        """The first step; units that write into what a layer has read keep copies from here on, at a price that
+        others do not pay."""
+        state = self._generator.get_state()
+        try:
+            return step(*given)
+        except RuntimeError as failure:
+            if "modified by an inplace operation" not in str(failure):
+                raise
+            stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
+            self._generator.set_state(state)
+            return step(*given)
+
+    def _recorded_steps(
+        self, rounding: Rounding | None, scales: list[nn.Parameter], stack: contextlib.ExitStack
+    ) -> Iterator[Tensor]:
+        """The steps on a device that records what they launch: all that changes between them lies there before."""
+        device, iters = self._device, self._iters
+        step = self._step(rounding, scales, on_device=True)
+        annealed = [
+            (penalty, beta, lr) if beta else (0.0, 2.0, lr) for penalty, beta, lr in map(self._annealed, range(iters))
+        ]
+        table, batches = torch.tensor(annealed, device=device), torch.stack(list(self._batches()))
+        now, errors = torch.zeros(1, dtype=torch.int64, device=device), torch.empty(iters, device=device)
+
+        def given() -> tuple[Tensor, ...]:
+            return batches.index_select(0, now)[0], *table.index_select(0, now)[0]
+
+        def keep(error: Tensor) -> None:
+            errors.index_copy_(0, now, error.to(errors.dtype).view(1))
+            now.add_(1)
+
+        keep(self._first(step, given(), stack))
+        yield errors[0]
+        again = Repeated(lambda: keep(step(*given())), device, self._generator)
+        for number in range(1, iters):
+            again()
+            yield errors[number]
 
     def _error_with_gradients(self, chosen: Tensor) -> Tensor:
         error = self._error(chosen)
@@ -187,7 +255,8 @@ class UnitRun:
             x = torch.lerp(otherwise, x, coin_flips(x, keep, self._generator))
         return x, few
 
-    def _batches(self, count: int) -> Iterator[Tensor]:
+    def _batches(self) -> Iterator[Tensor]:
+        count = len(self.data.target)
         size = min(self._batch_size, count)
         for _ in range(self._iters):
             yield torch.randperm(count, generator=self._generator, device=self._generator.device)[:size]
@@ -215,8 +284,8 @@ class UnitRun:
                     layer.soft_weight = None
 
 
-def _adam(groups: list[dict[str, object]]) -> torch.optim.Adam:
+def _adam(groups: list[dict[str, object]], on_device: bool) -> torch.optim.Adam:
     try:
-        return torch.optim.Adam(groups, fused=True)
+        return torch.optim.Adam(groups, fused=True, capturable=on_device)
     except RuntimeError:  # a device that has no fused version
-        return torch.optim.Adam(groups)
+        return torch.optim.Adam(groups, capturable=on_device)
