@@ -210,9 +210,10 @@ def _collect(
 
 def _cluster_sizes(store: LogitStore, correction: ClusterAffine, processes: Processes) -> tuple[int, ...]:
     """How many rows of all processes are in each cluster."""
-    sizes = torch.zeros(correction.num_clusters, dtype=torch.int64, device="cpu")
+    device, sizes = correction.scale.device, torch.zeros(correction.num_clusters, dtype=torch.int64, device="cpu")
     for q, _ in store.chunks():
-        sizes += torch.bincount(correction.assign(q.to(store.dtype)), minlength=correction.num_clusters)
+        ids = correction.assign(q.to(device, store.dtype)).cpu()
+        sizes += torch.bincount(ids, minlength=correction.num_clusters)
     return tuple(processes.sum(sizes).tolist())
 
 

@@ -119,6 +119,11 @@ class ActivationQuantizer(_Quantizer):
         """Quantized `x` where a coin of probability `keep` (default: `self.keep`) says so, else `otherwise` (or
         `x` itself)."""
         keep = self.keep if keep is None else keep
+        if x.device.type != "cpu" and x.dtype == self.scale.dtype == torch.float32:
+            kept = None
+            if keep < 1:
+                kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - keep, generator=self.generator)
+            return _FusedQuantizeOrKeep.apply(x, otherwise, self.scale, self._lowest, self.levels, kept)
         mask = None if keep >= 1 else coin_flips(x, keep, self.generator)
         return _QuantizeOrKeep.apply(x, otherwise, self.scale, self._lowest, self._lowest + self.levels, mask)
 
@@ -180,6 +185,36 @@ class _QuantizeOrKeep(torch.autograd.Function):
         x, steps, scale, out, mask = ctx.saved_tensors
         quantized = grad if mask is None else grad * mask
         grad_x = torch.ops.aten.hardtanh_backward(quantized, steps, *ctx.range)  # zero outside of the range
+        grad_scale = None
+        if ctx.needs_input_grad[2]:
+            grad_scale = (inner_product(quantized, out) - inner_product(grad_x, x)) / scale
+        return grad_x if ctx.needs_input_grad[0] else None, None, grad_scale, None, None, None
+
+
+class _FusedQuantizeOrKeep(torch.autograd.Function):
+    """The same, with booleans and PyTorch's own kernel of fake quantization, which is slow on the CPU.
+
+    Where `kept` is true, value and gradient come from `otherwise`, a constant, or from `x` where that is None.
+    """
+
+    @staticmethod
+    def forward(ctx, x, otherwise, scale, lowest, levels, kept):
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        out, inside = torch._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
+            x, scale, zero_point, torch.ones_like(zero_point, dtype=torch.int64), int(lowest), int(lowest) + levels
+        )
+        if kept is not None:
+            out = torch.where(kept, x if otherwise is None else otherwise, out)
+            if otherwise is None:
+                inside.logical_or_(kept)  # kept elements pass their gradient, as those inside of the range do
+        ctx.save_for_backward(x, inside, scale, out, None if otherwise is None else kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, inside, scale, out, kept = ctx.saved_tensors
+        quantized = grad if kept is None else grad.masked_fill(kept, 0)
+        grad_x = quantized * inside
         grad_scale = None
         if ctx.needs_input_grad[2]:
             grad_scale = (inner_product(quantized, out) - inner_product(grad_x, x)) / scale

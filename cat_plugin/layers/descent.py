@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from cat_plugin.correction.module import compute_dtype
 from cat_plugin.fitting.processes import Processes
 from cat_plugin.layers.images import KeptImages, Part
 from cat_plugin.layers.network import CorrectedNetwork
+from cat_plugin.layers.recording import Recorded
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class Descent:
         self._fitted = fitted
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in network.model.parameters())
         self._scaler = torch.amp.GradScaler(network.device.type, enabled=half, init_scale=2.0**10)
+        self._recorded = Recorded(self._gradient_of, network.device)
 
     def fit(
         self,
@@ -129,7 +132,14 @@ class Descent:
     def _piece(self, vector: Tensor, part: Part, count: float) -> Tensor:
         view = part if self._augment is None else part.seen(self._augment)
         targets = self._targets(view)
-        rows = self._network.rows(view, vector)
+        if not view.plain:
+            return self._gradient_of((view, count), view.batch, targets, vector)
+        return self._recorded((view, count), view.batch, targets, vector, key=count)
+
+    def _gradient_of(self, given: tuple[Part, float], batch: Any, targets: Tensor, vector: Tensor) -> Tensor:
+        """That of the sum over the images of a part with this `batch`, divided by a count."""
+        part, count = given
+        rows = self._network.rows(dataclasses.replace(part, batch=batch), vector)
         per_image = len(rows) / len(part.images)
         loss = self._divergence(targets.to(rows.device), rows.to(compute_dtype(rows))).sum() / (per_image * count)
         (gradient,) = torch.autograd.grad(self._scaler.scale(loss), vector)

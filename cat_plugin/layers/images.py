@@ -141,6 +141,11 @@ class Part:
         """No images."""
         return cls(None, None, torch.empty(0, dtype=torch.int64, device="cpu"))
 
+    @property
+    def plain(self) -> bool:
+        """Whether the batch is one tensor, and all outputs for it count."""
+        return isinstance(self.batch, Tensor) and self.inside is None and self.drawn.index is None
+
     def rows(self, logits: Tensor) -> Tensor:
         """The rows of `logits`, what a model gives for the batch, of the images that count, those of one together."""
         rows = self.drawn.rows(logits)

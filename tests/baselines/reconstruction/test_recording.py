@@ -6,9 +6,9 @@ import torch
 from baselines.recipes import RECIPES
 from baselines.reconstruction import recording, unit_run
 from baselines.reconstruction.recording import WARM_UP, Repeated, recorder_for
+from tests.recorder import recorder
 
 from ..networks import same
-from .recorder import recorder
 
 
 @pytest.fixture

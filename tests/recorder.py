@@ -35,7 +35,7 @@ class Recorded(TorchDispatchMode):
 def recorder(count):
     """As `recorder_for` gives for a GPU; `count` grows by one with each replay."""
 
-    def record(function, generator):
+    def record(function, generator=None):
         recorded, pending = Recorded(), []
         with recorded:
             function()
