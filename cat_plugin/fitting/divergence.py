@@ -32,7 +32,7 @@ def fit_shared_divergence(
     scaled = start / temperature
 
     def value_and_gradient(coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = cross_entropy(scaled + z @ coefficients, teacher, kind)
+        value, slope = cross_entropy(torch.addmm(scaled, z, coefficients), teacher, kind)
         penalty = prior / n_images
         return value + penalty / 2 * coefficients.square().sum(), z.T @ slope + penalty * coefficients
 
@@ -58,7 +58,7 @@ def fit_class_divergence(
     standard, scaled = (q - mean) / std, q / temperature
 
     def value_and_gradient(parameters: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = cross_entropy(scaled + standard * parameters[0] + parameters[1], teacher, kind)
+        value, slope = cross_entropy((scaled + parameters[1]).addcmul_(standard, parameters[0]), teacher, kind)
         gradient = torch.stack([(standard * slope).sum(dim=0), slope.sum(dim=0)])
         penalty = prior / n_images
         return value + penalty / 2 * parameters.square().sum(), gradient + penalty * parameters
@@ -69,7 +69,9 @@ def fit_class_divergence(
 
 def cross_entropy(outputs: Tensor, teacher: Tensor, kind: OutputKind = SOFTMAX) -> tuple[Tensor, Tensor]:
     """Mean loss of `outputs` against the means `teacher`, both (N, C), and its gradient by the outputs."""
-    return kind.loss(outputs, teacher).mean(), (kind.means(outputs) - teacher) / len(outputs)
+    partition, means = kind.both(outputs)
+    inner = torch.dot(teacher.reshape(-1), outputs.reshape(-1)) / len(outputs)
+    return partition.mean() - inner, (means - teacher).div_(len(outputs))
 
 
 def softened_divergence(output: Tensor, teacher: Tensor, temperature: float, kind: OutputKind = SOFTMAX) -> Tensor:
@@ -87,7 +89,7 @@ def best_scale(outputs: Tensor, teacher: Tensor, kind: OutputKind = SOFTMAX) -> 
     inner, unit = (teacher * outputs).sum(dim=1).mean(), math.log(spread)
 
     def loss(log_scale: float) -> float:
-        return (kind.partition(math.exp(log_scale) * outputs).mean() - math.exp(log_scale) * inner).item()
+        return (kind.both(math.exp(log_scale) * outputs)[0].mean() - math.exp(log_scale) * inner).item()
 
     bounds = math.log(0.01) - unit, math.log(1000) - unit
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-3}).x)

@@ -72,8 +72,9 @@ class AffineMap:
 
     def __call__(self, rows: "Rows") -> Tensor:
         """Outputs (n, C)."""
-        ids = rows.ids if len(self.scale) > 1 else torch.zeros_like(rows.ids)
-        return rows.q * self.scale[ids] + self.shift[ids] + rows.z @ self.mix
+        several = len(self.scale) > 1
+        scale, shift = (part[rows.ids] if several else part for part in (self.scale, self.shift))
+        return torch.addmm(torch.addcmul(shift, rows.q, scale), rows.z, self.mix)
 
     def plus(self, slope: Tensor, offset: Tensor) -> "AffineMap":
         """The map with another scale and shift added, (K, C) or (C,)."""

@@ -21,6 +21,8 @@ BYTES_AT_ONCE = 2**24
 """Of a layer's output, for each thread of a CPU. Larger ones leave the cache, and their memory is asked from the system
 every time."""
 
+NO_EPS = 1e-30
+"""Of a batch norm: GPUs take no 0, and 1 plus this is 1 in every type."""
 IMAGES_NDIM = 4
 SAME = 0.05
 """Share of a gradient that rounding may change, which takes some values over a step of a quantizer."""
@@ -142,5 +144,5 @@ class _Hook:
 def _corrected(x: Tensor, scale: Tensor, shift: Tensor, axis: int) -> Tensor:
     """`per_channel` in the dtype of `x`; as a batch norm, one kernel a direction, where the axis is that of one."""
     if axis == 1 - x.ndim and x.dtype == scale.dtype and type(x) is Tensor:
-        return F.batch_norm(x, torch.zeros_like(shift), torch.ones_like(scale), scale, shift, eps=0.0)
+        return F.batch_norm(x, torch.zeros_like(shift), torch.ones_like(scale), scale, shift, eps=NO_EPS)
     return per_channel(x, scale, shift, axis).to(x.dtype)
