@@ -144,11 +144,13 @@ def set_activation_ranges(
 
     def watch(place: int, position: int):
         def hook(module, args, kwargs):
-            flat = tensors_in(args, by_signature(module.forward, kwargs))[position].flatten()
-            if flat.numel() > share:
-                chosen = torch.randint(flat.numel(), (share,), generator=generator, device=flat.device)
-                flat = torch.cat([flat[chosen], *(end.view(1) for end in flat.aminmax())])
-            samples[place].append(flat)
+            value = tensors_in(args, by_signature(module.forward, kwargs))[position]
+            if value.numel() <= share:
+                samples[place].append(value.flatten())
+                return
+            chosen = torch.randint(value.numel(), (share,), generator=generator, device=value.device)
+            by_memory = value.permute(sorted(range(value.dim()), key=value.stride, reverse=True)).reshape(-1)
+            samples[place].append(torch.cat([value.take(chosen), *(end.view(1) for end in by_memory.aminmax())]))
 
         return hook
 

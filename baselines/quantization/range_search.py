@@ -2,8 +2,8 @@
 
 Candidates are those of the QDrop authors' observer: a hundred widths, and for each of them every zero point. All
 channels are scored together, in two passes: every fourth width and, from 5 bits on, some of the zero points; then all
-that lie around each channel's best. Large activation tensors are first reduced to a histogram, so the search costs the
-same whatever their size.
+that lie around each channel's best. Most candidates are out by what they lose of the largest values alone. Large
+activation tensors are first reduced to a histogram, so the search costs the same whatever their size.
 """
 
 import itertools
@@ -22,6 +22,10 @@ _STRIDE = 4
 _COARSE_ZERO_POINTS = 16
 _HISTOGRAM_BINS = 2048
 _CHUNK_ELEMENTS = 1 << 22
+_SHARE_OF_FAR, _FEWEST_FAR = 16, 8
+"""Of the values of a channel, the share, and the number, of the largest ones that candidates are first judged by."""
+_ROUNDING = 1 + 1e-5
+"""What a sum of errors in another order may differ by."""
 
 
 def weight_range(weight: Tensor, bits: int, method: str = "mse") -> tuple[Tensor, Tensor]:
@@ -90,17 +94,50 @@ def _best(
 ) -> tuple[Tensor, Tensor]:
     """Width, in units, and zero point (channels,) with the least error, among (candidates, channels or 1)."""
     width, zero_point = (each.expand(-1, len(rows)) for each in (width, zero_point))
-    chunk = max(1, _CHUNK_ELEMENTS // rows.numel())
-    errors = [
-        _error(rows, counts, (w * unit).unsqueeze(2), z.unsqueeze(2), levels)
-        for w, z in zip(width.split(chunk), zero_point.split(chunk), strict=True)
-    ]
-    best = torch.cat(errors).argmin(0, keepdim=True)
+    far = max(rows.shape[1] // _SHARE_OF_FAR, _FEWEST_FAR)
+    if counts is None and far <= rows.shape[1] // 4:
+        errors = _errors_of_near(
+            rows, rows.gather(1, rows.abs().topk(far, dim=1).indices), unit, width, zero_point, levels
+        )
+    else:
+        errors = _errors(rows, counts, unit, width, zero_point, levels)
+    best = errors.argmin(0, keepdim=True)
     return width.gather(0, best).squeeze(0), zero_point.gather(0, best).squeeze(0)
 
 
+def _errors_of_near(rows: Tensor, far: Tensor, unit: Tensor, width: Tensor, zero_point: Tensor, levels: int) -> Tensor:
+    """Errors (candidates, channels) of the candidates that can be best, infinite for the others.
+
+    What the values `far` from zero alone lose is less than all lose: candidates that cut off too much of them
+    are out at a fraction of the cost.
+    """
+    least = _errors(far, None, unit, width, zero_point, levels)
+    likely = least.argmin(0, keepdim=True)
+    bound = _errors(rows, None, unit, width.gather(0, likely), zero_point.gather(0, likely), levels)
+    candidates, channels = (least <= bound * _ROUNDING).nonzero(as_tuple=True)
+    errors, chunk = torch.full_like(least, torch.inf), max(1, _CHUNK_ELEMENTS // rows.shape[1])
+    for k, c in zip(candidates.split(chunk), channels.split(chunk), strict=True):
+        scale = (width[k, c] * unit[c]).unsqueeze(1)
+        errors[k, c] = _error(rows[c], None, scale, zero_point[k, c].unsqueeze(1), levels)
+    return errors
+
+
+def _errors(
+    rows: Tensor, counts: Tensor | None, unit: Tensor, width: Tensor, zero_point: Tensor, levels: int
+) -> Tensor:
+    """Errors (candidates, channels) of widths, in units, and zero points, both of that shape."""
+    chunk = max(1, _CHUNK_ELEMENTS // rows.numel())
+    return torch.cat(
+        [
+            _error(rows, counts, (w * unit).unsqueeze(2), z.unsqueeze(2), levels)
+            for w, z in zip(width.split(chunk), zero_point.split(chunk), strict=True)
+        ]
+    )
+
+
 def _error(rows: Tensor, counts: Tensor | None, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
-    """Summed error (m, channels) of `rows` (channels, n) for candidates (m, channels, 1)."""
+    """Summed error (m, channels) of `rows` (channels, n) for candidates (m, channels, 1); or (channels,) for one
+    candidate each (channels, 1)."""
     error = (rows / scale).round_().add_(zero_point).clamp_(0, levels).sub_(zero_point).mul_(scale)
     error = error.sub_(rows).abs_().pow_(NORM)
-    return (error if counts is None else error.mul_(counts)).sum(2)
+    return (error if counts is None else error.mul_(counts)).sum(-1)

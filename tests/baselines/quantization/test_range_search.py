@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+from baselines.quantization import range_search
 from baselines.quantization.range_search import NORM, activation_range, weight_range
 
 
@@ -89,3 +90,28 @@ def test_all_zero_channel_has_a_usable_scale(method):
     scale, zero_point = weight_range(torch.zeros(2, 5), 4, method)
     assert scale.tolist() == [1.0, 1.0]
     assert zero_point.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("values", ["normal", "few large", "one-sided", "many equal"])
+def test_candidates_that_are_left_out_change_no_range(bits, values, monkeypatch):
+    """Long rows are judged by their largest values first: every candidate of theirs gives the same."""
+    rows = torch.randn(12, 400, generator=torch.Generator().manual_seed(bits))
+    rows = {"normal": rows, "few large": rows**5, "one-sided": rows.abs(), "many equal": rows.round()}[values]
+    found = weight_range(rows, bits)
+    monkeypatch.setattr(range_search, "_FEWEST_FAR", rows.shape[1])
+    monkeypatch.setattr(range_search, "_errors_of_near", None)
+    for mine, all_tried in zip(found, weight_range(rows, bits), strict=True):
+        assert torch.equal(mine, all_tried)
+
+
+def test_few_candidates_of_long_rows_are_tried_on_all_values(monkeypatch):
+    tried, real = [], range_search._error
+
+    def counted(rows, counts, scale, zero_point, levels):
+        tried.append(rows.shape[-1] * scale.numel())
+        return real(rows, counts, scale, zero_point, levels)
+
+    monkeypatch.setattr(range_search, "_error", counted)
+    weight_range(torch.randn(8, 1024, generator=torch.Generator().manual_seed(0)), 4)
+    assert sum(tried) < 0.4 * 8 * 1024 * (25 * 16 + 7 * 3)
