@@ -92,8 +92,10 @@ class UnitRun:
                 logger.debug("%s step %d: loss %.6g", self.unit.name, step, loss)
         bar.update(end - bar.n)
 
-    def steps(self) -> Iterator[Tensor]:
+    def steps(self, *, record: bool = True) -> Iterator[Tensor]:
         """Take one optimiser step at a time, and yield the reconstruction error (0-dim) that it started from.
+
+        Where the device can, steps are recorded once and launched as a whole, unless `record` is false.
 
         When all steps have been taken, the weights are on their grid. Where there is nothing to learn, there is no
         step.
@@ -107,7 +109,8 @@ class UnitRun:
         if rounding is None and not scales:
             return
         with self._training(rounding, scales), contextlib.ExitStack() as stack:
-            if iters >= FEWEST_RECORDED and self.data.stays_on_device and recorder_for(self._device) is not None:
+            can = record and self.data.stays_on_device and recorder_for(self._device) is not None
+            if can and iters >= FEWEST_RECORDED:
                 yield from self._recorded_steps(rounding, scales, stack)
             else:
                 step = self._step(rounding, scales)

@@ -1,14 +1,19 @@
-"""Command line: `python -m benchmarks speed` times reconstruction, unit by unit, against plain FP training steps."""
+"""Command line: `python -m benchmarks speed` times reconstruction, unit by unit, against plain FP training steps.
+
+And the search for ranges, capturing, a step of the fit of layers, and the selection of the output's correction.
+"""
 
 import argparse
 import copy
+import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from baselines.api import prepare
 from baselines.quantization.specs import QuantSpec
@@ -16,19 +21,27 @@ from baselines.recipes import RECIPES
 from baselines.reconstruction.cache import Cached, CachePlan
 from baselines.reconstruction.engine import unit_runs
 from baselines.reconstruction.job import Job, RunSettings
+from baselines.reconstruction.recording import recorder_for
 from baselines.reconstruction.unit_run import UnitRun
 from benchmarks import BenchmarkError
 from benchmarks.commands.exit_codes import command_line
 from benchmarks.commands.parsers import parse_speed
 from benchmarks.datasets.description import Request
 from benchmarks.datasets.registry import DATASETS
+from benchmarks.networks.layer_fits import fit_of_layers
 from benchmarks.networks.models import load_weights
 from benchmarks.networks.weights_and_transforms import untrained
 from benchmarks.reports.tables import csv_table, markdown_table
 from benchmarks.runs.files import write_text
 from benchmarks.runs.processes import refuse_several, this_process
 from benchmarks.wording import bits_name, file_name
+from cat_plugin import fit_cluster_affine
+from cat_plugin.layers.network import BATCH
 
+EAGER = 20  # steps that are launched kernel by kernel
+PASSES = 3
+WARM_STEPS = 4
+RANGE_IMAGES = 256
 WARM_UP = 0.2  # share of the steps that are not counted; the recipes leave the rounding penalty out as long
 TYPICAL_ITERS = 1000
 TOTAL = "TOTAL"
@@ -36,25 +49,33 @@ TOTAL = "TOTAL"
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line of the CSV file: milliseconds of one reconstruction iteration of a unit, and of one FP step."""
+    """A line of the CSV file: milliseconds of one reconstruction iteration of a unit, and of one FP step.
+
+    Of the other work: of all of it, and of what of the FP network it is measured by. `eager_ms` is that of an iteration
+    whose kernels are launched one by one, where the device records them; else None.
+    """
 
     unit: str
     iter_ms: float
-    fp_fwd_bwd_ms: float
+    fp_ms: float
+    eager_ms: float | None = None
 
     @property
     def ratio(self) -> float:
-        """How many FP steps an iteration costs."""
-        return self.iter_ms / self.fp_fwd_bwd_ms
+        """How many FP steps, or passes, it costs."""
+        return self.iter_ms / self.fp_ms
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """All lines, the total last, and the seconds that the search for ranges and all capturing passes took."""
+    """Lines of all units, the total last, those of the other work, the seconds that the search for ranges and all
+    capturing passes took, and the most memory in bytes."""
 
     lines: tuple[Line, ...]
     range_seconds: float
     capture_seconds: float
+    others: tuple[Line, ...] = ()
+    peak_bytes: int = 0
 
     def seconds_at(self, iters: int) -> float:
         """The whole run with `iters` iterations a unit."""
@@ -79,7 +100,8 @@ main = command_line("speed", parse_speed, _time, resumes=False)
 
 
 def measure(job: Job, steps: int) -> Timing:
-    """Time every unit of every stage; `job` has been prepared for `steps` iterations, warm-up included."""
+    """Time every unit of every stage, then the other work; `job` has been prepared for `steps` iterations, warm-up
+    included."""
     lines, capture, mark = [], 0.0, time.perf_counter()
     several = len(job.recipe.stages) > 1
     seen: dict[str, int] = {}
@@ -90,31 +112,99 @@ def measure(job: Job, steps: int) -> Timing:
         timed = _timed(run, steps, job.settings.batch_size)
         if timed is not None:
             name = f"{run.unit.name} (stage {stage})" if several else run.unit.name
-            lines.append(Line(unit=name, iter_ms=timed[0], fp_fwd_bwd_ms=timed[1]))
+            lines.append(Line(unit=name, iter_ms=timed[0], fp_ms=timed[1], eager_ms=timed[2]))
         mark = time.perf_counter()
     capture += time.perf_counter() - mark
     if not lines:
         raise BenchmarkError("this method has no iterations to time")
+    eager = [line.eager_ms for line in lines]
     total = Line(
         unit=TOTAL,
         iter_ms=sum(line.iter_ms for line in lines),
-        fp_fwd_bwd_ms=sum(line.fp_fwd_bwd_ms for line in lines),
+        fp_ms=sum(line.fp_ms for line in lines),
+        eager_ms=None if None in eager else sum(eager),
     )
-    return Timing(lines=(*lines, total), range_seconds=job.range_seconds, capture_seconds=capture)
+    return Timing(
+        lines=(*lines, total),
+        range_seconds=job.range_seconds,
+        capture_seconds=capture,
+        others=tuple(_others(job, capture)),
+        peak_bytes=_peak_bytes(job.generator.device),
+    )
 
 
-def _timed(run: UnitRun, steps: int, batch_size: int) -> tuple[float, float] | None:
-    """Median milliseconds of an iteration and of an FP step, taken in turns; None where nothing is learned."""
-    ours, theirs = run.steps(), _fp_steps(run, batch_size)
+def _timed(run: UnitRun, steps: int, batch_size: int) -> tuple[float, float, float | None] | None:
+    """Median milliseconds of an iteration and of an FP step, taken in turns, and of an iteration that is not recorded
+    where the device records; None where nothing is learned."""
     device = next(run.fp_module.parameters()).device
-    times: list[tuple[float, float]] = []
+    eager = None
+    if recorder_for(device) is not None:
+        plainly = itertools.islice(run.steps(record=False), EAGER)
+        times = list(iter(lambda: _milliseconds(lambda: next(plainly, None), device), None))
+        eager = statistics.median(times[len(times) // 2 :]) if times else None
+    ours, theirs = run.steps(), _fp_steps(run, batch_size)
+    pairs: list[tuple[float, float]] = []
     while True:
         mine = _milliseconds(lambda: next(ours, None), device)
         if mine is None:
             break
-        times.append((mine, _milliseconds(lambda: next(theirs), device)))
-    counted = times[int(WARM_UP * steps) :]
-    return tuple(map(statistics.median, zip(*counted, strict=True))) if counted else None
+        pairs.append((mine, _milliseconds(lambda: next(theirs), device)))
+    counted = pairs[int(WARM_UP * steps) :]
+    return (*map(statistics.median, zip(*counted, strict=True)), eager) if counted else None
+
+
+@torch.no_grad()
+def _others(job: Job, capture: float) -> Iterator[Line]:
+    """What is not reconstruction, against FP passes over as many images."""
+    device, fp, quantized = job.generator.device, job.folded, job.network
+    images = job.inputs.batch(0, len(job.inputs))
+    size = job.settings.capture_batch_size
+
+    def passing(model: nn.Module, images: Tensor) -> Tensor:
+        return torch.cat([model(part) for part in images.split(size)])
+
+    def milliseconds(work: Callable[[], object]) -> float:
+        return statistics.median(_milliseconds(work, device) for _ in range(PASSES))
+
+    passing(fp, images[:size])
+    ranged = milliseconds(lambda: passing(fp, images[:RANGE_IMAGES]))
+    whole = milliseconds(lambda: passing(fp, images))
+    yield Line(unit="search for ranges", iter_ms=1000 * job.range_seconds, fp_ms=ranged)
+    yield Line(unit="capturing", iter_ms=1000 * capture, fp_ms=whole)
+    yield Line(unit="fit of layers, a step", **_layers_step(quantized, fp, images[:BATCH]))
+    q, f = (passing(model, images).float().cpu() for model in (quantized, fp))
+    yield Line(
+        unit="selection of the output", iter_ms=_milliseconds(lambda: fit_cluster_affine(q, f), device), fp_ms=whole
+    )
+
+
+@torch.enable_grad()
+def _layers_step(quantized: nn.Module, fp: nn.Module, images: Tensor) -> dict[str, float]:
+    """Milliseconds of a step of the fit of layers, and of FP forward and backward of the same images."""
+    device = images.device
+    with fit_of_layers(quantized, fp, images) as step:
+        fp = copy.deepcopy(fp).requires_grad_(True)
+
+        def train() -> Tensor:
+            fp.zero_grad()
+            loss = fp(images).logsumexp(1).sum()
+            loss.backward()
+            return loss
+
+        times = [(_milliseconds(step, device), _milliseconds(train, device)) for _ in range(2 * PASSES + WARM_STEPS)]
+    iter_ms, fp_ms = map(statistics.median, zip(*times[WARM_STEPS:], strict=True))
+    return {"iter_ms": iter_ms, "fp_ms": fp_ms}
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Of the accelerator's allocations, or of the process where there is none; 0 where that is unknown."""
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _fp_steps(run: UnitRun, batch_size: int) -> Iterator[Tensor]:
@@ -147,30 +237,42 @@ def _milliseconds(work: Callable[[], object], device: torch.device) -> float | N
 
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
+        torch.get_device_module(device).synchronize(device)
 
 
 def to_csv(timing: Timing) -> str:
-    """`unit,iter_ms,fp_fwd_bwd_ms,ratio`, the total last."""
-    names = ("iter_ms", "fp_fwd_bwd_ms", "ratio")
-    lines = [[line.unit, *(f"{getattr(line, name):.4f}" for name in names)] for line in timing.lines]
+    """`unit,iter_ms,eager_ms,fp_ms,ratio`: units, their total, and the other work."""
+    names = ("iter_ms", "eager_ms", "fp_ms", "ratio")
+    lines = [
+        [line.unit, *("" if (value := getattr(line, name)) is None else f"{value:.4f}" for name in names)]
+        for line in (*timing.lines, *timing.others)
+    ]
     return csv_table([["unit", *names], *lines])
 
 
 def to_table(timing: Timing) -> str:
-    """The lines as a Markdown table, and what a run of usual length takes as a sentence."""
-    header = "unit", "ms / iteration", "ms FP forward + backward", "ratio"
+    """The lines as Markdown tables, and what a run of usual length takes as a sentence."""
+    recorded = timing.lines[-1].eager_ms is not None
+    header = "unit", "ms / iteration", *(["not recorded"] * recorded), "ms FP forward + backward", "ratio"
     lines = [
-        (line.unit, *(f"{each:.2f}" for each in (line.iter_ms, line.fp_fwd_bwd_ms, line.ratio)))
+        (
+            line.unit,
+            *(f"{each:.2f}" for each in (line.iter_ms, line.eager_ms, line.fp_ms, line.ratio) if each is not None),
+        )
         for line in timing.lines
     ]
+    others = [(line.unit, f"{line.iter_ms:.1f}", f"{line.fp_ms:.1f}", f"{line.ratio:.2f}") for line in timing.others]
     whole = timing.seconds_at(TYPICAL_ITERS)
-    return (
-        f"{markdown_table([header, *lines], text_columns=1)}\n\n"
+    parts = [markdown_table([header, *lines], text_columns=1)]
+    if others:
+        parts.append(markdown_table([("beside it", "ms", "ms FP", "ratio"), *others], text_columns=1))
+    parts.append(
         f"A run of {TYPICAL_ITERS:,} iterations a unit: {whole:.0f} s, of which "
         f"{timing.range_seconds:.2f} s ({timing.range_seconds / whole:.1%}) search for ranges and "
-        f"{timing.capture_seconds:.2f} s ({timing.capture_seconds / whole:.1%}) capture inputs and outputs."
+        f"{timing.capture_seconds:.2f} s ({timing.capture_seconds / whole:.1%}) capture inputs and outputs. "
+        f"Peak memory: {timing.peak_bytes / 2**30:.2f} GiB."
     )
+    return "\n\n".join(parts)
 
 
 def _title(args: argparse.Namespace) -> str:

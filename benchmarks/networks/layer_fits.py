@@ -1,4 +1,7 @@
-"""Other ways to correct layers than the default's, for `ablate`: what is changed, and the published alternative."""
+"""Other ways to correct layers than the default's, for `ablate`: what is changed, and the published alternative.
+
+And one step of the default's fit, to be timed.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,10 +15,16 @@ from baselines.network.batch_norm_folding import folded_copy
 from benchmarks import BenchmarkError
 from cat_plugin import ChannelAffine
 from cat_plugin.fitting.processes import ALONE
+from cat_plugin.kinds import SOFTMAX
+from cat_plugin.layers.descent import Descent, Schedule
 from cat_plugin.layers.fit import Recipe
-from cat_plugin.layers.images import flipped
+from cat_plugin.layers.gradients import fitting_through
+from cat_plugin.layers.images import KeptImages, flipped
+from cat_plugin.layers.network import CorrectedNetwork
 from cat_plugin.layers.place import Place, candidates, measuring, places
+from cat_plugin.running.collect import Inputs
 from cat_plugin.running.inference import inference
+from cat_plugin.running.positions import PositionDraw
 from cat_plugin.running.weights import weights_of
 
 EVERY, CONVOLUTIONS, ENDS = "all", "convolutions", "ends of blocks"
@@ -148,3 +157,20 @@ class _Moments:
         known = spread > 1e-12 * xx / count
         scale = torch.where(known, (xy / count - x / count * y / count) / spread, torch.ones_like(spread))
         return ChannelAffine(scale.float(), (y / count - scale * x / count).float(), self._axis)
+
+
+@contextmanager
+def fit_of_layers(quantized: nn.Module, fp_model: nn.Module, images: Tensor) -> Iterator[Callable[[], Tensor]]:
+    """Inside the block, what is given takes a step of the default's fit on all `images` (N, ...); both networks stay as
+    they are."""
+    layers, kept = candidates(quantized, "all"), KeptImages()
+    with torch.no_grad():
+        f = fp_model(images)
+        kept.append(Inputs(images, PositionDraw(None, None, 0)(f)))
+        with measuring(layers) as measures:
+            quantized(images)
+    corrected = CorrectedNetwork(quantized, layers, places(measures, ALONE))
+    descent = Descent(corrected, kept, lambda part: f[part.images.to(f.device)], SOFTMAX.divergence, ALONE)
+    everything = torch.arange(len(images))
+    with fitting_through(quantized), corrected.attached():
+        yield lambda: descent.fit(everything, Schedule(1, 1), "near", 0)

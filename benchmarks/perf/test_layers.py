@@ -6,17 +6,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from baselines import quantize
+from benchmarks.networks.layer_fits import fit_of_layers
 from benchmarks.networks.models import mobilenetv2, resnet20
 from benchmarks.perf.timings import Medians, normal, processor_time
-from cat_plugin.fitting.processes import ALONE
-from cat_plugin.kinds import SOFTMAX
-from cat_plugin.layers.descent import Descent, Schedule
-from cat_plugin.layers.gradients import fitting_through
-from cat_plugin.layers.images import KeptImages
-from cat_plugin.layers.network import BATCH, CorrectedNetwork
-from cat_plugin.layers.place import candidates, measuring, places
-from cat_plugin.running.collect import Inputs
-from cat_plugin.running.positions import PositionDraw
+from cat_plugin.layers.network import BATCH
 
 MAX_RATIO = 2.2
 
@@ -47,17 +40,8 @@ def test_full_precision(benchmark, network):
 def test_step(benchmark, network):
     name, model, images = network
     quantized = quantize(model, images, method="rtn", w_bits=4, a_bits=4)
-    layers, kept = candidates(quantized, "all"), KeptImages()
-    with torch.no_grad():
-        f = model(images)
-        kept.append(Inputs(images, PositionDraw(None, None, 0)(f)))
-        with measuring(layers) as measures:
-            quantized(images)
-    corrected = CorrectedNetwork(quantized, layers, places(measures, ALONE))
-    descent = Descent(corrected, kept, lambda part: f[part.images], SOFTMAX.divergence, ALONE)
-    with fitting_through(quantized), corrected.attached():
-        everything = torch.arange(BATCH)
-        benchmark.pedantic(descent.fit, (everything, Schedule(1, 1), "near", 0), rounds=15, warmup_rounds=2)
+    with fit_of_layers(quantized, model, images) as step:
+        benchmark.pedantic(step, rounds=15, warmup_rounds=2)
     medians.keep(f"{name} step", benchmark)
 
 

@@ -5,12 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from baselines.reconstruction import recording, unit_run
 from benchmarks.commands import speed
 from benchmarks.commands.speed import Line, Timing, main, to_csv, to_table
 from benchmarks.datasets.imagenet import IMAGENET
 from benchmarks.datasets.registry import DATASETS
+from tests.recorder import recorder
 
 TINY = ["--dataset", "digits", "--n-calib", "16", "--batch-size", "8", "--steps", "10"]
+OTHERS = ["search for ranges", "capturing", "fit of layers, a step", "selection of the output"]
 UNITS = ["conv1", "layer1.0", "layer2.0", "layer3.0", "fc"]
 
 
@@ -33,13 +36,16 @@ def test_every_unit_is_timed_and_the_total_is_their_sum(tmp_path, capsys, method
     assert main([*TINY, "--method", method, "--results", str(tmp_path)]) == 0
     (path,) = (tmp_path / "speed").iterdir()
     assert path.name == f"digits-resnet8-{method}-w2a2.csv"
-    *lines, total = rows(path)
+    lines, others = rows(path)[: len(units) + 1], rows(path)[len(units) + 1 :]
+    *lines, total = lines
     assert [line["unit"] for line in lines] == units and total["unit"] == "TOTAL"
-    for column in ("iter_ms", "fp_fwd_bwd_ms"):
+    assert [line["unit"] for line in others] == OTHERS
+    assert all(float(line["iter_ms"]) > 0 and float(line["fp_ms"]) > 0 for line in others)
+    for column in ("iter_ms", "fp_ms"):
         assert all(float(line[column]) > 0 for line in lines)
         assert float(total[column]) == pytest.approx(sum(float(line[column]) for line in lines), abs=1e-2)
-    for line in (*lines, total):
-        assert float(line["ratio"]) == pytest.approx(float(line["iter_ms"]) / float(line["fp_fwd_bwd_ms"]), rel=0.02)
+    for line in (*lines, total, *others):
+        assert float(line["ratio"]) == pytest.approx(float(line["iter_ms"]) / float(line["fp_ms"]), rel=0.02)
     printed = capsys.readouterr().out
     assert all(f"| {unit} " in printed for unit in (*units, "TOTAL")) and str(path) in printed
 
@@ -67,23 +73,38 @@ def test_fp_steps_are_a_training_pass_of_the_fp_unit(monkeypatch):
         checked.append(run.unit.name)
         for _ in run.steps():
             pass
-        return 2.0, 1.0
+        return 2.0, 1.0, None
 
     monkeypatch.setattr(speed, "_timed", check)
     timing = speed.measure(speed._job(speed.parse_speed(TINY)), 10)
     assert checked == UNITS
-    assert timing.lines[-1] == Line(unit="TOTAL", iter_ms=10.0, fp_fwd_bwd_ms=5.0)
+    assert timing.lines[-1] == Line(unit="TOTAL", iter_ms=10.0, fp_ms=5.0)
 
 
 def test_table_and_csv_by_hand():
-    lines = Line(unit="a", iter_ms=3.0, fp_fwd_bwd_ms=2.0), Line(unit="TOTAL", iter_ms=3.0, fp_fwd_bwd_ms=2.0)
-    timing = Timing(lines=lines, range_seconds=0.5, capture_seconds=1.5)
+    lines = Line(unit="a", iter_ms=3.0, fp_ms=2.0), Line(unit="TOTAL", iter_ms=3.0, fp_ms=2.0)
+    ranges = Line(unit="search for ranges", iter_ms=500.0, fp_ms=250.0)
+    timing = Timing(lines=lines, range_seconds=0.5, capture_seconds=1.5, others=(ranges,), peak_bytes=3 * 2**29)
     assert to_csv(timing).splitlines() == [
-        "unit,iter_ms,fp_fwd_bwd_ms,ratio",
-        "a,3.0000,2.0000,1.5000",
-        "TOTAL,3.0000,2.0000,1.5000",
+        "unit,iter_ms,eager_ms,fp_ms,ratio",
+        "a,3.0000,,2.0000,1.5000",
+        "TOTAL,3.0000,,2.0000,1.5000",
+        "search for ranges,500.0000,,250.0000,2.0000",
     ]
-    assert "5 s, of which 0.50 s (10.0%) search for ranges and 1.50 s (30.0%) capture" in to_table(timing)
+    table = to_table(timing)
+    assert "5 s, of which 0.50 s (10.0%) search for ranges and 1.50 s (30.0%) capture" in table
+    assert "| search for ranges | 500.0 | 250.0 |  2.00 |" in table and "Peak memory: 1.50 GiB" in table
+    assert "not recorded" not in table
+
+
+def test_where_the_device_records_plain_iterations_are_timed_beside(monkeypatch):
+    for module in (speed, recording, unit_run):
+        monkeypatch.setattr(module, "recorder_for", lambda device: recorder([]))
+    options = [*TINY[:-1], "30"]
+    timing = speed.measure(speed._job(speed.parse_speed(options)), 30)
+    assert all(line.eager_ms > 0 for line in timing.lines)
+    assert timing.lines[-1].eager_ms == pytest.approx(sum(line.eager_ms for line in timing.lines[:-1]))
+    assert "not recorded" in to_table(timing) and to_csv(timing).splitlines()[1].count(",,") == 0
 
 
 @pytest.mark.parametrize(
