@@ -143,6 +143,7 @@ def test_held_out_scores_of_few_images(n_images):
     assert 0 <= scores.agreement_after <= 100
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_fit_on_a_gpu_equals_the_cpu():
     q, f = paired_logits(300, 10)

@@ -25,6 +25,7 @@ def test_modes_hooks_and_memory_layout_do_not_matter():
     assert Fingerprint.of(conv) == Fingerprint.of(copy.deepcopy(conv).to(memory_format=torch.channels_last))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_device_does_not_matter():
     assert Fingerprint.of(SmallNet()) == Fingerprint.of(SmallNet().cuda())
