@@ -14,8 +14,9 @@ INTEGRATION_STAMP := $(INTEGRATION_VENV)/.installed
 demo: $(STAMP)  ## quantize a small network on real data and show what CAT wins back; ARGS="..." adds options
 	$(BIN)/python -m benchmarks compare $(ARGS)
 
+# A process a core, each with one thread: together they would slow each other down.
 test: $(STAMP)  ## all tests but the slow ones; ARGS="-m slow" runs those
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --dist loadfile $(ARGS)
 
 # In an environment of its own, with pinned toolkits. Two of them compile kernels: ninja, installed there, must be found.
 integration: $(INTEGRATION_STAMP)  ## other toolkits' models, corrected; writes results/integration/results.md

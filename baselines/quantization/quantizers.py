@@ -1,6 +1,7 @@
 """Uniform asymmetric quantizers: `x -> (clamp(round(x / scale) + zero_point, 0, levels) - zero_point) * scale`."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -119,7 +120,7 @@ class ActivationQuantizer(_Quantizer):
         """Quantized `x` where a coin of probability `keep` (default: `self.keep`) says so, else `otherwise` (or
         `x` itself)."""
         keep = self.keep if keep is None else keep
-        if x.device.type != "cpu" and x.dtype == self.scale.dtype == torch.float32:
+        if x.dtype == self.scale.dtype == torch.float32 and _fuses(x.device.type):
             kept = None
             if keep < 1:
                 kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - keep, generator=self.generator)
@@ -191,8 +192,21 @@ class _QuantizeOrKeep(torch.autograd.Function):
         return grad_x if ctx.needs_input_grad[0] else None, None, grad_scale, None, None, None
 
 
+@functools.cache
+def _fuses(device_type: str) -> bool:
+    """Whether PyTorch quantizes with one kernel there, and with one that is fast: the CPU's is not."""
+    if device_type == "cpu":
+        return False
+    x = torch.ones(2, device=device_type)
+    try:
+        _FusedQuantizeOrKeep.apply(x, None, torch.ones((), device=device_type), 0.0, 3, None)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
 class _FusedQuantizeOrKeep(torch.autograd.Function):
-    """The same, with booleans and PyTorch's own kernel of fake quantization, which is slow on the CPU.
+    """The same, with booleans and PyTorch's own kernel of fake quantization, which multiplies by 1 / scale.
 
     Where `kept` is true, value and gradient come from `otherwise`, a constant, or from `x` where that is None.
     """

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from baselines.quantization.operations import coin_flips
-from baselines.quantization.quantizers import ActivationQuantizer, _QuantizeOrKeep
+from baselines.quantization.quantizers import ActivationQuantizer, _FusedQuantizeOrKeep, _QuantizeOrKeep
 
 
 def straight_through(x, otherwise, scale, zero_point, levels, mask):
@@ -88,3 +88,24 @@ def test_gradients_pass_a_quantizer_whose_scale_is_not_learned():
     with module.training_with(1.0, False, torch.Generator()):
         module(x).sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_kernel_quantizes_and_differentiates_as_the_reference(replaced, masked):
+    generator = torch.Generator().manual_seed(0)
+    x, other = (torch.randn(4, 5, 6, 7, generator=generator) for _ in range(2))
+    x = x.to(memory_format=torch.channels_last)
+    kept = torch.rand(x.shape, generator=generator) < (0.5 if masked else 0.0)
+    found = []
+    for fused in (True, False):
+        values, scale = x.clone().requires_grad_(), torch.tensor(0.13, requires_grad=True)
+        otherwise = other if replaced else values
+        if fused:
+            out = _FusedQuantizeOrKeep.apply(values, other if replaced else None, scale, -3.0, 15, kept)
+        else:
+            out = straight_through(values, otherwise, scale, 3, 15, ~kept)
+        (out * torch.linspace(-1, 2, out.numel()).view(out.shape)).sum().backward()
+        found.append((out.detach(), values.grad, scale.grad))
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
