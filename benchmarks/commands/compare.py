@@ -62,6 +62,11 @@ def _measure_grid(args: argparse.Namespace) -> None:
     write_environment(folder, about | {"fp_check": loaded.fp_check} | settings)
     text = "\n\n".join(filter(None, [to_markdown(measured, weights), cost_report.to_markdown(measured)]))
     print(f"\n{text}\n\nwritten to {folder}: {', '.join(written)}, environment.json")
+    if (package := DATASETS[dataset.name].bundled_with) is not None:
+        print(
+            f"\nThis checks that everything runs; it is no result: {dataset.name}, which come with {package}, are too "
+            "easy. Real networks: compare --dataset cifar10 or imagenet."
+        )
 
 
 main = command_line(NAME, parse_compare, _measure_grid, resumes=True)

@@ -27,6 +27,7 @@ class Row(LowBitNetwork):
     `iters` is what was asked for, also where a method learns nothing. Scores of corrections that were not asked for
     are None, and `cat_paper_top1` is where there are fewer images than the paper's 64 clusters. With two `test_folds`,
     corrections were fitted on `n_cat` images of one half of the test images and scored on the other, in turn.
+    `reused_images` of the `n_cat` images had been given to quantization, too.
     """
 
     seed: int
@@ -43,6 +44,7 @@ class Row(LowBitNetwork):
     output_delta: float | None
     layers_delta: float | None
     test_folds: int = 1
+    reused_images: int = 0
 
 
 class Measurement(Record[Row]):
@@ -117,6 +119,7 @@ def measure(
         n_calib=protocol.n_calib,
         n_cat=protocol.n_cat,
         test_folds=dataset.test_folds,
+        reused_images=networks.reused_images,
         **Measurement.figures(predictions),
     )
     parts = {QUANTIZATION: networks.quantization_seconds}

@@ -56,7 +56,8 @@ class Corrected:
 class Networks:
     """A low-bit network `quantized` and its original, with the images that corrections are fitted on.
 
-    `quantization_seconds` is None where it is unknown.
+    `quantization_seconds` is None where it is unknown. `reused_images` are those for corrections that quantization
+    had, too.
     """
 
     quantized: nn.Module
@@ -66,6 +67,7 @@ class Networks:
     fit_images: Images
     guard: LeakGuard
     quantization_seconds: float | None
+    reused_images: int = 0
     progress: bool = False
 
     @classmethod
@@ -101,6 +103,7 @@ class Networks:
             fit_images=cat,
             guard=guard,
             quantization_seconds=seconds,
+            reused_images=len(set(digests(calib)) & set(digests(cat))) if dataset.cat_images is not None else 0,
             progress=progress,
         )
 

@@ -37,6 +37,16 @@ def test_run_on_a_folder_writes_and_prints_its_table(tiny, tmp_path, capsys):
         assert (folder / name).read_text().strip() in printed.out
     assert "weights" not in printed.out, "CIFAR-10 has none that are published, to be told from others"
     assert not printed.err
+    assert "no result" not in printed.out
+
+
+def test_demo_says_in_its_last_line_that_it_is_no_result(tmp_path, capsys):
+    torch.save(untrained("resnet8", 10).state_dict(), tmp_path / "net.pt")
+    options = ["--weights", str(tmp_path / "net.pt"), "--methods", "rtn", "--bits", "4/4", "--modes", "plain_affine"]
+    few = ["--n-calib", "16", "--n-cat", "40", "--results", str(tmp_path / "results"), "--no-progress"]
+    assert compare.main(["--dataset", "digits", *options, *few]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "no result: digits, which come with scikit-learn, are too easy" in last
 
 
 def test_zip_mobilenet_and_qdrop(tiny, cifar_zip, tmp_path):

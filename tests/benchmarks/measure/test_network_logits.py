@@ -125,3 +125,11 @@ def test_folds_are_fitted_on_one_half_and_scored_on_the_other(dataset, model):
         cat_model.remove()
         seen += test_rows.tolist()
     assert sorted(seen) == list(range(20))
+
+
+def test_images_that_quantization_had_too_are_counted(dataset, model):
+    few = replace(PROTOCOL, n_calib=6, n_cat=8)
+    assert Networks.made(GRID[0], few, dataset, model).reused_images == 0
+    same_place = replace(dataset, cat_images=dataset.train_images[:8])
+    networks = Networks.made(GRID[0], replace(few, n_calib=len(dataset.train_images)), same_place, model)
+    assert networks.reused_images == 8

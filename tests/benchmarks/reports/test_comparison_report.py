@@ -1,7 +1,7 @@
 import csv
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from benchmarks.measure.comparisons import compare, summarize
 from benchmarks.measure.protocol import Setting
@@ -11,14 +11,15 @@ from tests.benchmarks.rows import cells, make_measurement
 
 COLUMNS = (
     "dataset,model,method,w_bits,a_bits,seed,iters,n_calib,n_cat,n_eval,"
-    "fp_top1,lq_top1,plain_affine_top1,cat_paper_top1,output_top1,layers_top1,output_delta,layers_delta,test_folds"
+    "fp_top1,lq_top1,plain_affine_top1,cat_paper_top1,output_top1,layers_top1,output_delta,layers_delta,"
+    "test_folds,reused_images"
 )
 
 
 def test_csv_has_exactly_the_columns_and_leaves_unknown_values_empty():
     text = to_csv([make_measurement().row, make_measurement(cat_paper=False).row])
     assert text.splitlines()[0] == COLUMNS
-    assert text.splitlines()[1] == "digits,resnet8,rtn,2,2,0,9,16,1024,500,99.0,90.0,91.0,92.6,92.0,93.0,2.0,3.0,1"
+    assert text.splitlines()[1] == "digits,resnet8,rtn,2,2,0,9,16,1024,500,99.0,90.0,91.0,92.6,92.0,93.0,2.0,3.0,1,0"
     assert [line["cat_paper_top1"] for line in csv.DictReader(io.StringIO(text))] == ["92.6", ""]
 
 
@@ -67,6 +68,12 @@ def test_table_groups_seeds_that_are_not_neighbours():
     measured = [make_measurement(Setting(method, 2, 2, seed)) for seed in (0, 1) for method in ("rtn", "qdrop")]
     assert [line.split()[1] for line in to_table(measured).splitlines()[2:]] == ["rtn", "qdrop"]
     assert "mean ± standard deviation of seeds 0, 1" in title([measurement.row for measurement in measured])
+
+
+def test_title_says_which_images_were_used_twice():
+    row = make_measurement().row
+    assert "1,024 others for the corrections" in title([row])
+    assert "1,024 for the corrections, 9 of them the same" in title([replace(row, reused_images=9)])
 
 
 def test_small_p_values_are_not_zero():
