@@ -1,4 +1,7 @@
-"""A device that records, on the CPU: what a GPU does with a graph of kernels, operation by operation."""
+"""A device that records, on the CPU: what a GPU does with a graph of kernels, operation by operation.
+
+Of what a GPU refuses while it records, only readings of single values on the host are refused here.
+"""
 
 import torch
 from torch import Tensor
@@ -9,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 class Recorded(TorchDispatchMode):
     """All operations on tensors inside the block, to be done again on the same memory with the same other arguments.
 
-    As on a GPU, nothing in Python is done again, and no value may be read on the host.
+    As on a GPU, nothing in Python is done again, and no single value may be read on the host.
     """
 
     def __init__(self):

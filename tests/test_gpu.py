@@ -19,7 +19,8 @@ from tests.baselines.networks import SmallResNet, images, randomized
 from tests.cat_plugin.helpers import state_of
 from tests.cat_plugin.layers.networks import distance, pictures, planted
 
-DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+HAS_ONE = hasattr(torch, "accelerator") and torch.accelerator.is_available()
+DEVICE = torch.accelerator.current_accelerator() if HAS_ONE else None
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE is None, reason="there is no GPU")]
 ALL = CATConfig(layers="all")
 METHODS = ["rtn", "adaround", "brecq", "qdrop", "pd_quant"]
@@ -78,6 +79,39 @@ def test_same_seed_same_network():
     first, second = learned("qdrop"), learned("qdrop")
     x = images(64, seed=3)
     assert distance(outputs(first, x), outputs(second, x)) < 0.05
+
+
+def test_where_data_are_kept_makes_no_difference():
+    x = images(64, seed=3)
+    kept, away = learned("qdrop"), learned("qdrop", cache_device="cpu")
+    assert distance(outputs(away, x), outputs(kept, x)) < 0.05
+
+
+class Reading(torch.nn.Module):
+    """A block that reads a value on the host, which no record can hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(3, 6, 3), torch.nn.Conv2d(6, 4, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.second(x * (1.0 if x.sum().item() > -1 else 0.0)).mean((2, 3))
+
+
+def test_what_reads_values_is_not_recorded_and_nothing_stays_behind(caplog):
+    module = torch.get_device_module(DEVICE)
+    (fp,) = on_device(torch.nn.Sequential(Reading(), torch.nn.Linear(4, 3)))
+    stream = module.current_stream()
+    with caplog.at_level(logging.INFO):
+        quantized = quantize(fp, images(64), method="qdrop", w_bits=2, a_bits=4, iters=40, batch_size=16, blocks=["0"])
+        assert "iterations are launched kernel by kernel" in caplog.text
+        apply_cat(quantized, fp, images(128, seed=2), config=ALL)
+        assert "steps are launched kernel by kernel" in caplog.text
+    assert module.current_stream() == stream
+    torch.randn(10, device=DEVICE)
+    module.empty_cache()
+    assert module.get_sync_debug_mode() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -150,7 +150,9 @@ def set_activation_ranges(
                 return
             chosen = torch.randint(value.numel(), (share,), generator=generator, device=value.device)
             by_memory = value.permute(sorted(range(value.dim()), key=value.stride, reverse=True)).reshape(-1)
-            samples[place].append(torch.cat([value.take(chosen), *(end.view(1) for end in by_memory.aminmax())]))
+            # Where channels come last, `flatten` copies; `take` does not, but is not on every device.
+            some = value.take(chosen) if value.device.type == "cpu" else value.flatten()[chosen]
+            samples[place].append(torch.cat([some, *(end.view(1) for end in by_memory.aminmax())]))
 
         return hook
 

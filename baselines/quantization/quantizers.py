@@ -208,7 +208,8 @@ def _fuses(device_type: str) -> bool:
 class _FusedQuantizeOrKeep(torch.autograd.Function):
     """The same, with booleans and PyTorch's own kernel of fake quantization, which multiplies by 1 / scale.
 
-    Where `kept` is true, value and gradient come from `otherwise`, a constant, or from `x` where that is None.
+    Where `kept` is true, value and gradient come from `otherwise`, a constant, or from `x` where that is None. A NaN
+    becomes the lowest value, but the gradient of the scale NaN.
     """
 
     @staticmethod

@@ -109,9 +109,9 @@ class UnitRun:
         if rounding is None and not scales:
             return
         with self._training(rounding, scales), contextlib.ExitStack() as stack:
-            can = record and self.data.stays_on_device and recorder_for(self._device) is not None
-            if can and iters >= FEWEST_RECORDED:
-                yield from self._recorded_steps(rounding, scales, stack)
+            if recorder_for(self._device) is not None:
+                record = record and iters >= FEWEST_RECORDED and self.data.stays_on_device
+                yield from self._steps_on_device(rounding, scales, stack, record)
             else:
                 step = self._step(rounding, scales)
                 for number, chosen in enumerate(self._batches()):
@@ -129,7 +129,12 @@ class UnitRun:
             groups.append({"params": [rounding.logit], "lr": self._stage.rounding_lr_for(self._iters)})
         if scales:
             lr = self._stage.scale_lr
-            groups.append({"params": scales, "lr": torch.tensor(lr, device=self._device) if on_device else lr})
+            groups.append(
+                {
+                    "params": scales,
+                    "lr": torch.tensor(lr, dtype=torch.float32, device=self._device) if on_device else lr,
+                }
+            )
         optimizer = _adam(groups, on_device)
         leaves = [*scales, *(rounding.weights if rounding is not None else ())]
 
@@ -174,17 +179,19 @@ class UnitRun:
             self._generator.set_state(state)
             return step(*given)
 
-    def _recorded_steps(
-        self, rounding: Rounding | None, scales: list[nn.Parameter], stack: contextlib.ExitStack
+    def _steps_on_device(
+        self, rounding: Rounding | None, scales: list[nn.Parameter], stack: contextlib.ExitStack, record: bool
     ) -> Iterator[Tensor]:
-        """The steps on a device that records what they launch: all that changes between them lies there before."""
+        """The steps on a device that can record what they launch: all that changes between them lies there before.
+        Whether they are recorded makes no difference to the random numbers."""
         device, iters = self._device, self._iters
         step = self._step(rounding, scales, on_device=True)
-        annealed = [
-            (penalty, beta, lr) if beta else (0.0, 2.0, lr) for penalty, beta, lr in map(self._annealed, range(iters))
-        ]
-        table, batches = torch.tensor(annealed, device=device), torch.stack(list(self._batches()))
-        now, errors = torch.zeros(1, dtype=torch.int64, device=device), torch.empty(iters, device=device)
+        last, table = self._recipe.beta[1], []
+        for weight, beta, lr in map(self._annealed, range(iters)):
+            table.append((0.0, last, lr) if beta is None else (weight, beta, lr))
+        table, batches = torch.tensor(table, dtype=torch.float32, device=device), torch.stack(list(self._batches()))
+        now = torch.zeros(1, dtype=torch.int64, device=device)
+        errors = torch.full((iters,), torch.nan, dtype=torch.float32, device=device)  # of steps that are not taken
 
         def given() -> tuple[Tensor, ...]:
             return batches.index_select(0, now)[0], *table.index_select(0, now)[0]
@@ -195,7 +202,7 @@ class UnitRun:
 
         keep(self._first(step, given(), stack))
         yield errors[0]
-        again = Repeated(lambda: keep(step(*given())), device, self._generator)
+        again = Repeated(lambda: keep(step(*given())), device, self._generator, record=record)
         for number in range(1, iters):
             again()
             yield errors[number]

@@ -139,6 +139,7 @@ def _timed(run: UnitRun, steps: int, batch_size: int) -> tuple[float, float, flo
     device = next(run.fp_module.parameters()).device
     eager = None
     if recorder_for(device) is not None:
+        # They learn, too, which makes no difference to the times of the others.
         plainly = itertools.islice(run.steps(record=False), EAGER)
         times = list(iter(lambda: _milliseconds(lambda: next(plainly, None), device), None))
         eager = statistics.median(times[len(times) // 2 :]) if times else None
@@ -199,7 +200,8 @@ def _layers_step(quantized: nn.Module, fp: nn.Module, images: Tensor) -> dict[st
 def _peak_bytes(device: torch.device) -> int:
     """Of the accelerator's allocations, or of the process where there is none; 0 where that is unknown."""
     if device.type != "cpu":
-        return torch.get_device_module(device).max_memory_allocated(device)
+        measured = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+        return 0 if measured is None else measured(device)
     if sys.platform == "win32":
         return 0
     import resource

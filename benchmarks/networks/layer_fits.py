@@ -171,6 +171,6 @@ def fit_of_layers(quantized: nn.Module, fp_model: nn.Module, images: Tensor) -> 
             quantized(images)
     corrected = CorrectedNetwork(quantized, layers, places(measures, ALONE))
     descent = Descent(corrected, kept, lambda part: f[part.images.to(f.device)], SOFTMAX.divergence, ALONE)
-    everything = torch.arange(len(images))
+    everything = torch.arange(len(images), device="cpu")
     with fitting_through(quantized), corrected.attached():
         yield lambda: descent.fit(everything, Schedule(1, 1), "near", 0)

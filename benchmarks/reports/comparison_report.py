@@ -45,8 +45,8 @@ def title(rows: Sequence[Row], weights: str | None = None) -> str:
     """One sentence that says what the table shows; `weights` are those of the full-precision network."""
     first, seeds = rows[0], sorted({row.seed for row in rows})
     others = f"{first.n_cat:,} others for the corrections"
-    if first.reused_images:
-        others = f"{first.n_cat:,} for the corrections, {first.reused_images:,} of them the same"
+    if reused := max(row.reused_images for row in rows):
+        others = f"{first.n_cat:,} for the corrections, up to {reused:,} of them the same"
     if first.test_folds > 1:
         others = f"corrections fitted on {first.n_cat:,} images of one half of the test images and tested on the other"
         others += ", in turn"

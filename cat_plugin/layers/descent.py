@@ -132,13 +132,11 @@ class Descent:
     def _piece(self, vector: Tensor, part: Part, count: float) -> Tensor:
         view = part if self._augment is None else part.seen(self._augment)
         targets = self._targets(view)
-        if not view.plain:
-            return self._gradient_of((view, count), view.batch, targets, vector)
-        return self._recorded((view, count), view.batch, targets, vector, key=count)
+        inputs = view.batch, targets, vector, torch.tensor(count, dtype=torch.float32, device="cpu")
+        return self._recorded(view, *inputs) if view.plain else self._gradient_of(view, *inputs)
 
-    def _gradient_of(self, given: tuple[Part, float], batch: Any, targets: Tensor, vector: Tensor) -> Tensor:
-        """That of the sum over the images of a part with this `batch`, divided by a count."""
-        part, count = given
+    def _gradient_of(self, part: Part, batch: Any, targets: Tensor, vector: Tensor, count: Tensor) -> Tensor:
+        """That of the sum over the images of a part with this `batch`, divided by `count` ()."""
         rows = self._network.rows(dataclasses.replace(part, batch=batch), vector)
         per_image = len(rows) / len(part.images)
         loss = self._divergence(targets.to(rows.device), rows.to(compute_dtype(rows))).sum() / (per_image * count)

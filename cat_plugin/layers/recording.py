@@ -1,9 +1,13 @@
 """Functions of tensors by a record of all that they launch: on a GPU, launching a step from Python takes longer than
 computing it."""
 
+import functools
 import logging
+import threading
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,14 +16,16 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 WARM_UP = 2
-"""Calls before the record, in which libraries choose their kernels."""
+"""Calls before the record. In them libraries choose their kernels, and the last one finds out whether a record can hold
+what the function does."""
 
 
 class Recorded:
-    """`function(given, *inputs)`, a tensor, where `given` may be anything that tensors of these shapes go with.
+    """`function(given, *inputs)`, a tensor.
 
     From the third call with inputs of some shapes on, a record of what the function launched is played, where the
-    device records. What cannot be recorded, such as reading a value on the host, is called as usual.
+    device records; `given` is then that of the record, so it may differ between calls only in what tensors of these
+    shapes do not feel. What cannot be recorded, such as reading a value on the host, is called as usual.
     """
 
     def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
@@ -28,16 +34,26 @@ class Recorded:
         self._calls: Counter[Hashable] = Counter()
         self._records: dict[Hashable, tuple[list[Tensor], Tensor, Callable[[], None]]] = {}
 
-    def __call__(self, given: Any, *inputs: Tensor, key: Hashable = None) -> Tensor:
-        """The function of these inputs; calls with another `key` have a record of their own."""
+    def __call__(self, given: Any, *inputs: Tensor) -> Tensor:
+        """The function of these inputs."""
         if self._record is None:
             return self._function(given, *inputs)
-        key = key, *((each.shape, each.dtype) for each in inputs)
+        key = tuple((each.shape, each.dtype) for each in inputs)
         self._calls[key] += 1
-        if key not in self._records and self._calls[key] > WARM_UP:
-            self._make(key, given, inputs)
         if key not in self._records:
-            return self._function(given, *inputs)
+            if self._calls[key] < WARM_UP:
+                return self._function(given, *inputs)
+            try:
+                if self._calls[key] == WARM_UP:
+                    places = self._places(inputs)  # there, as in a record, nothing comes from the host
+                    with _no_reading(self._device):
+                        return self._function(given, *places)
+                self._make(key, given, inputs)
+            except RuntimeError as failure:
+                logger.info("steps are launched kernel by kernel, since they cannot be recorded: %s", failure)
+                self._record = None
+                self._records.clear()
+                return self._function(given, *inputs)
         places, result, replay = self._records[key]
         with torch.no_grad():
             for place, value in zip(places, inputs, strict=True):
@@ -45,34 +61,58 @@ class Recorded:
         replay()
         return result.clone()
 
+    def _places(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        return [each.detach().to(self._device, copy=True).requires_grad_(each.requires_grad) for each in inputs]
+
     def _make(self, key: Hashable, given: Any, inputs: tuple[Tensor, ...]) -> None:
-        places = [each.detach().to(self._device, copy=True).requires_grad_(each.requires_grad) for each in inputs]
-        made: list[Tensor] = []
-        try:
-            replay = self._record(lambda: made.append(self._function(given, *places)))
-        except torch.OutOfMemoryError:
-            self._record = None
-            raise
-        except RuntimeError as failure:
-            logger.info("steps are launched kernel by kernel, since they cannot be recorded: %s", failure)
-            self._record = None
-        else:
-            self._records[key] = places, made[0], replay
+        places, made = self._places(inputs), []
+        replay = self._record(lambda: made.append(self._function(given, *places)))
+        self._records[key] = places, made[0], replay
 
 
 def recorder_for(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
-    """What makes of a function one that launches all its kernels at once, or None where the device has no such."""
-    module = None if device.type == "cpu" else torch.get_device_module(device)
+    """What makes of a function one that launches all its kernels at once, or None where the device has no such.
+
+    Its records share their memory: they are to be played one at a time, and what they give is to be copied.
+    """
+    module = _module(device)
     graph_type = getattr(module, "CUDAGraph", None)
     if graph_type is None:
         return None
+    pool = module.graph_pool_handle()
 
     def record(function: Callable[[], None]) -> Callable[[], None]:
-        before, stream, graph = module.current_stream(), module.Stream(), graph_type()
-        stream.wait_stream(before)
-        with module.device(device), module.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            function()
-        before.wait_stream(stream)
+        graph, stream = graph_type(), _stream_of(device, threading.get_ident())
+        with module.device(device):
+            stream.wait_stream(module.current_stream())
+            with module.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                function()
         return graph.replay
 
     return record
+
+
+def _module(device: torch.device) -> ModuleType | None:
+    return None if device.type == "cpu" else torch.get_device_module(device)
+
+
+@functools.cache
+def _stream_of(device: torch.device, thread: int) -> torch.Stream:
+    """The stream on which a thread records: one for each device, since libraries keep memory for every stream."""
+    return _module(device).Stream(device)
+
+
+@contextmanager
+def _no_reading(device: torch.device) -> Iterator[None]:
+    """Inside the block, whatever makes the host wait for the device raises a `RuntimeError`, as in a record, from which
+    some versions of PyTorch do not recover."""
+    module = _module(device)
+    if not hasattr(module, "set_sync_debug_mode"):
+        yield
+        return
+    before = module.get_sync_debug_mode()
+    module.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        module.set_sync_debug_mode(before)

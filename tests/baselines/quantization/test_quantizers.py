@@ -96,7 +96,7 @@ def test_fused_kernel_quantizes_and_differentiates_as_the_reference(replaced, ma
     generator = torch.Generator().manual_seed(0)
     x, other = (torch.randn(4, 5, 6, 7, generator=generator) for _ in range(2))
     x = x.to(memory_format=torch.channels_last)
-    kept = torch.rand(x.shape, generator=generator) < (0.5 if masked else 0.0)
+    kept = torch.rand(x.shape, generator=generator) < 0.5 if masked or replaced else None
     found = []
     for fused in (True, False):
         values, scale = x.clone().requires_grad_(), torch.tensor(0.13, requires_grad=True)
@@ -104,7 +104,8 @@ def test_fused_kernel_quantizes_and_differentiates_as_the_reference(replaced, ma
         if fused:
             out = _FusedQuantizeOrKeep.apply(values, other if replaced else None, scale, -3.0, 15, kept)
         else:
-            out = straight_through(values, otherwise, scale, 3, 15, ~kept)
+            mask = torch.ones_like(x) if kept is None else ~kept
+            out = straight_through(values, otherwise, scale, 3, 15, mask)
         (out * torch.linspace(-1, 2, out.numel()).view(out.shape)).sum().backward()
         found.append((out.detach(), values.grad, scale.grad))
     for mine, expected in zip(*found, strict=True):

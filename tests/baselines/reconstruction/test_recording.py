@@ -6,6 +6,7 @@ import torch
 from baselines.recipes import RECIPES
 from baselines.reconstruction import recording, unit_run
 from baselines.reconstruction.recording import WARM_UP, Repeated, recorder_for
+from baselines.reconstruction.unit_run import UnitData, UnitRun
 from tests.recorder import recorder
 
 from ..networks import same
@@ -22,12 +23,37 @@ def replays(monkeypatch):
 
 @pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop", "pd_quant"])
 def test_recorded_iterations_learn_what_plain_ones_learn(run, method, replays, monkeypatch):
+    units, real = [], UnitRun._steps_on_device
+
+    def counted(self, *args):
+        units.append(self.unit.name)
+        return real(self, *args)
+
+    monkeypatch.setattr(UnitRun, "_steps_on_device", counted)
     recorded = run(RECIPES[method], iters=40)
-    assert len(replays) > 0.9 * 40
-    # Plain ones on the same random numbers: batches first, as the recorded ones have them.
+    assert len(units) >= 4 and len(replays) == len(units) * (40 - 1 - WARM_UP)  # the first step is by itself
     monkeypatch.setattr(recording, "recorder_for", lambda device: None)
-    plain = run(RECIPES[method], iters=40)
-    assert same(recorded, plain)
+    assert same(recorded, run(RECIPES[method], iters=40))
+
+
+@pytest.mark.parametrize("kept_away", [True, False], ids=["data elsewhere", "few steps"])
+def test_whether_steps_are_recorded_does_not_change_what_is_learned(run, replays, monkeypatch, kept_away):
+    """As where calibration data are kept on the CPU to save memory."""
+    recorded = run(RECIPES["qdrop"], iters=40)
+    replays.clear()
+    if kept_away:
+        monkeypatch.setattr(UnitData, "stays_on_device", False)
+    else:
+        monkeypatch.setattr(unit_run, "FEWEST_RECORDED", 41)
+    assert same(recorded, run(RECIPES["qdrop"], iters=40)) and not replays
+
+
+def test_annealed_steps_are_those_of_devices_that_do_not_record(run, replays, monkeypatch):
+    """AdaRound draws nothing but the images of a step, so that both come to the same."""
+    recorded = run(RECIPES["adaround"], iters=40)
+    assert replays
+    monkeypatch.undo()
+    assert same(recorded, run(RECIPES["adaround"], iters=40))
 
 
 def test_function_is_called_then_recorded_and_replayed(replays):
