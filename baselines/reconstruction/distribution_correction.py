@@ -11,6 +11,7 @@ from baselines.network.batch_norm_folding import BATCH_NORMS
 from baselines.network.trace import trace
 from baselines.recipes import Correction
 from baselines.reconstruction.cache import Cached
+from baselines.reconstruction.optimiser import adam
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Corrector:
 
     def _corrected(self, unit: nn.Module, inside: list[nn.Module], behind: nn.Module | None, start: Tensor) -> Tensor:
         correction, x = self._correction, start.clone().requires_grad_()
-        optimizer = torch.optim.Adam([x], lr=correction.lr)
+        optimizer = adam([{"params": [x], "lr": correction.lr}])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=correction.steps)
         for _ in range(correction.steps):
             with _inputs_of(inside) as reached:
@@ -77,7 +78,7 @@ def distance_to_statistics(norm: nn.Module, value: Tensor) -> Tensor:
     `value` is (N, C, ...); with fewer than two values of a channel it is 0."""
     if value.numel() < 2 * value.shape[1]:
         return value.new_zeros(())
-    variance, mean = torch.var_mean(value.transpose(0, 1).flatten(1), dim=1)
+    variance, mean = torch.var_mean(value, dim=[axis for axis in range(value.dim()) if axis != 1])
     deviation, target = (variance + _EPS).sqrt(), (norm.running_var + _EPS).sqrt()
     return ((mean - norm.running_mean).square() + (deviation - target).square()).sum()
 

@@ -17,6 +17,7 @@ from baselines.recipes import Stage
 from baselines.reconstruction.cache import Cached
 from baselines.reconstruction.job import Job
 from baselines.reconstruction.losses import prediction_difference, reconstruction_error
+from baselines.reconstruction.optimiser import adam
 from baselines.reconstruction.recording import Repeated, recorder_for
 from baselines.reconstruction.rest_of_network import RestOfNetwork, fisher_weights
 from baselines.reconstruction.rounding import Rounding
@@ -135,7 +136,7 @@ class UnitRun:
                     "lr": torch.tensor(lr, dtype=torch.float32, device=self._device) if on_device else lr,
                 }
             )
-        optimizer = _adam(groups, on_device)
+        optimizer = adam(groups, on_device=on_device)
         leaves = [*scales, *(rounding.weights if rounding is not None else ())]
 
         def step(
@@ -292,10 +293,3 @@ class UnitRun:
                     scale.grad = None
                 for layer in self._layers:
                     layer.soft_weight = None
-
-
-def _adam(groups: list[dict[str, object]], on_device: bool) -> torch.optim.Adam:
-    try:
-        return torch.optim.Adam(groups, fused=True, capturable=on_device)
-    except RuntimeError:  # a device that has no fused version
-        return torch.optim.Adam(groups, capturable=on_device)
