@@ -50,7 +50,9 @@ def test_images_are_told_by_their_values_alone():
     assert image_digests(images[:0]) == []
 
 
-@pytest.mark.parametrize("given", [{"a", "b"}, frozenset({"a"}), set(), ["a"], None], ids=["two", "frozen", "none", "list", "unknown"])
+@pytest.mark.parametrize(
+    "given", [{"a", "b"}, frozenset({"a"}), set(), ["a"], None], ids=["two", "frozen", "none", "list", "unknown"]
+)
 def test_calibration_is_known_where_the_model_tells(given):
     model = nn.Identity()
     assert known_calibration(model) is None
