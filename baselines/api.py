@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 METHODS = tuple(RECIPES)
 CACHE_DEVICES = ("model", "cpu")
 
-_RANGE_IMAGES = 256
+RANGE_IMAGES = 256
 _CHECK_IMAGES = 8
 
 
@@ -177,7 +177,7 @@ def prepare(
 ) -> Job:
     """Everything up to reconstruction: the FP twin, the quantized network with its ranges, and the units."""
     generator = torch.Generator(inputs.plan.compute_device).manual_seed(seed)
-    example, sample = inputs.batch(0, EXAMPLES), inputs.batch(0, _RANGE_IMAGES)
+    example, sample = inputs.batch(0, EXAMPLES), inputs.batch(0, RANGE_IMAGES)
     _say_tied(fp_model)
     folded = folded_copy(fp_model, example, inputs.batch(0, _CHECK_IMAGES))
     _set_layout(folded, torch.channels_last)  # convolutions run faster so

@@ -27,7 +27,7 @@ class OutputKind:
     quadratic      (n,) second derivative of it at means (n, C) along a direction (n, C)
     decisions      (n, d) int64 what is predicted; None: outputs are no predictions of classes
     centred        outputs without what changes no probability
-    both           partition and means, at little more than the cost of the second; not for gradients
+    at_once        partition and means, at little more than the cost of the second; None: there is no such way
     =============  ====================================================================================
     """
 
@@ -36,8 +36,14 @@ class OutputKind:
     partition: Callable[[Tensor], Tensor]
     quadratic: Callable[[Tensor, Tensor], Tensor]
     decisions: Callable[[Tensor], Tensor] | None
-    both: Callable[[Tensor], tuple[Tensor, Tensor]]
     centred: Callable[[Tensor], Tensor] = lambda outputs: outputs
+    at_once: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+
+    def partition_and_means(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Both of `outputs` (n, C), (n,) and (n, C); not for gradients."""
+        if self.at_once is not None:
+            return self.at_once(outputs)
+        return self.partition(outputs), self.means(outputs)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(n,) divergence of `outputs` (n, C) from the means `targets` (n, C), up to what only these say."""
@@ -57,7 +63,7 @@ def _softmax_quadratic(means: Tensor, direction: Tensor) -> Tensor:
     return (weighted * direction).sum(dim=1) - weighted.sum(dim=1).square()
 
 
-def _softmax_both(outputs: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax_at_once(outputs: Tensor) -> tuple[Tensor, Tensor]:
     # The largest logit less the logarithm of its probability: logsumexp takes twice as long.
     means = outputs.softmax(dim=1)
     return outputs.amax(dim=1) - means.amax(dim=1).log(), means
@@ -69,8 +75,8 @@ SOFTMAX = OutputKind(
     lambda outputs: outputs.logsumexp(dim=1),
     _softmax_quadratic,
     lambda outputs: outputs.argmax(dim=1, keepdim=True),
-    _softmax_both,
     lambda outputs: outputs - outputs.mean(dim=1, keepdim=True),
+    _softmax_at_once,
 )
 SIGMOID = OutputKind(
     "sigmoid",
@@ -78,7 +84,6 @@ SIGMOID = OutputKind(
     lambda outputs: softplus(outputs).sum(dim=1),
     lambda means, direction: (means * (1 - means) * direction.square()).sum(dim=1),
     lambda outputs: (outputs > 0).long(),
-    lambda outputs: (softplus(outputs).sum(dim=1), torch.sigmoid(outputs)),
 )
 VALUE = OutputKind(
     "value",
@@ -86,6 +91,5 @@ VALUE = OutputKind(
     lambda outputs: outputs.square().sum(dim=1) / 2,
     lambda means, direction: direction.square().sum(dim=1),
     None,
-    lambda outputs: (outputs.square().sum(dim=1) / 2, outputs),
 )
 KINDS = {kind.name: kind for kind in (SOFTMAX, SIGMOID, VALUE)}

@@ -14,6 +14,7 @@ from baselines.network.plain_copy import replace_module
 from baselines.network.quantizable import QUANTIZABLE, is_quantizable
 from baselines.network.trace import Trace, Value, by_signature, tensors_in
 from baselines.quantization.layers import quantize_on_entry, quantized_layers, quantized_twin
+from baselines.quantization.operations import axes_by_memory
 from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 from baselines.quantization.specs import OFF, QuantSpec
 
@@ -149,7 +150,7 @@ def set_activation_ranges(
                 samples[place].append(value.flatten())
                 return
             chosen = torch.randint(value.numel(), (share,), generator=generator, device=value.device)
-            by_memory = value.permute(sorted(range(value.dim()), key=value.stride, reverse=True)).reshape(-1)
+            by_memory = value.permute(axes_by_memory(value)).reshape(-1)
             # Where channels come last, `flatten` copies; `take` does not, but is not on every device.
             some = value.take(chosen) if value.device.type == "cpu" else value.flatten()[chosen]
             samples[place].append(torch.cat([some, *(end.view(1) for end in by_memory.aminmax())]))

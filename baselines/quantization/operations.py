@@ -6,6 +6,11 @@ from torch import Tensor
 _LOW_BIT_OF_EACH_BYTE = 0x0101010101010101
 
 
+def axes_by_memory(x: Tensor, first: int = 0) -> list[int]:
+    """The axes of `x` from the `first` on, that with the largest stride first."""
+    return sorted(range(first, x.dim()), key=x.stride, reverse=True)
+
+
 def coin_flips(like: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
     """Zeros and ones in the shape, type and memory format of `like`, ones with `probability`.
 

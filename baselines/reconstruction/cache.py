@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from baselines.network.trace import Trace
 from baselines.network.units import Unit
+from baselines.quantization.operations import axes_by_memory
 from baselines.recipes import Recipe
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Cached:
         self.tensor, self.plan = tensor, plan
         self.dtype = dtype or tensor.dtype
         # Axes in the order of memory, where the values of an image are neighbours: it is copied as one piece.
-        order = sorted(range(1, tensor.dim()), key=tensor.stride, reverse=True)
+        order = axes_by_memory(tensor, 1)
         by_memory = tensor.permute(0, *order)
         self._rows, self._row_shape = by_memory.reshape(len(tensor), -1), by_memory.shape[1:]
         self._axes = [0, *(1 + order.index(axis) for axis in range(1, tensor.dim()))]
@@ -97,7 +98,7 @@ class Cached:
 
 def _empty_like(part: Tensor, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Room for `count` images like those of `part`, with the axes in the same order in memory."""
-    order = sorted(range(1, part.dim()), key=part.stride, reverse=True)
+    order = axes_by_memory(part, 1)
     room = torch.empty(count, *(part.shape[axis] for axis in order), dtype=dtype, device=device)
     return room.permute(0, *(1 + order.index(axis) for axis in range(1, part.dim())))
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from baselines.quantization.operations import axes_by_memory
 from baselines.quantization.quantizers import WeightQuantizer
 from baselines.reconstruction.rounding_regulariser import rounding_penalty_slope
 
@@ -80,7 +81,7 @@ class _Layout:
 
     def __init__(self, weight: Tensor) -> None:
         self._shape, self.size = weight.shape, weight.numel()
-        self._order = sorted(range(weight.dim()), key=weight.stride, reverse=True)
+        self._order = axes_by_memory(weight)
         self._inverse = sorted(range(weight.dim()), key=self._order.__getitem__)
 
     def flatten(self, values: Tensor) -> Tensor:

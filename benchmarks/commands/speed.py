@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from baselines.api import prepare
+from baselines.api import RANGE_IMAGES, prepare
 from baselines.quantization.specs import QuantSpec
 from baselines.recipes import RECIPES
 from baselines.reconstruction.cache import Cached, CachePlan
@@ -42,7 +42,6 @@ from cat_plugin.layers.network import BATCH
 EAGER = 20  # steps that are launched kernel by kernel
 PASSES = 3
 WARM_STEPS = 4
-RANGE_IMAGES = 256
 WARM_UP = 0.2  # share of the steps that are not counted; the recipes leave the rounding penalty out as long
 TYPICAL_ITERS = 1000
 TOTAL = "TOTAL"

@@ -22,13 +22,15 @@ class LeakGuard:
         self._test = test
         self._places = {digest: place for place, digest in enumerate(digests(test))}
 
-    def check(self, given: Images, role: str) -> None:
-        """Refuse `given`, `N` of the same kind, called `role` in the message, if a test image is among it.
+    def check(self, given: Images, role: str) -> list[str]:
+        """The digests of `given`, `N` of the same kind, called `role` in the message; refused if a test image is among
+        it.
 
         Raises:
             BenchmarkError: one is.
         """
-        found = [(row, self._places[key]) for row, key in enumerate(digests(given)) if key in self._places]
+        keys = digests(given)
+        found = [(row, self._places[key]) for row, key in enumerate(keys) if key in self._places]
         if found:
             row, place = found[0]
             raise BenchmarkError(
@@ -36,6 +38,7 @@ class LeakGuard:
                 f"which is test image {shown(self._test, place)}; figures would be better than they are. Take them out "
                 "of one of the two"
             )
+        return keys
 
 
 def fit_guarded(q: Tensor, f: Tensor, config: CATConfig, guard: LeakGuard) -> ClusterAffine:

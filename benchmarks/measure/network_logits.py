@@ -89,8 +89,8 @@ class Networks:
         """
         calib, cat = dataset.split(protocol.n_calib, protocol.n_cat, setting.seed)
         guard = LeakGuard(dataset.test_images)
-        guard.check(calib, "images for quantization")
-        guard.check(cat, "images for corrections")
+        tuned_on = set(guard.check(calib, "images for quantization"))
+        fitted_on = set(guard.check(cat, "images for corrections"))
         device, options = protocol.device, quantization_options(setting, protocol)
         images = stacked(calib).to(device)
         kept = {"cache_device": cache_device, "progress": progress}
@@ -103,7 +103,7 @@ class Networks:
             fit_images=cat,
             guard=guard,
             quantization_seconds=seconds,
-            reused_images=len(set(digests(calib)) & set(digests(cat))) if dataset.cat_images is not None else 0,
+            reused_images=len(tuned_on & fitted_on) if dataset.cat_images is not None else 0,
             progress=progress,
         )
 

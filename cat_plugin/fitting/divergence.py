@@ -69,7 +69,7 @@ def fit_class_divergence(
 
 def cross_entropy(outputs: Tensor, teacher: Tensor, kind: OutputKind = SOFTMAX) -> tuple[Tensor, Tensor]:
     """Mean loss of `outputs` against the means `teacher`, both (N, C), and its gradient by the outputs."""
-    partition, means = kind.both(outputs)
+    partition, means = kind.partition_and_means(outputs)
     inner = torch.dot(teacher.reshape(-1), outputs.reshape(-1)) / len(outputs)
     return partition.mean() - inner, (means - teacher).div_(len(outputs))
 
@@ -89,7 +89,7 @@ def best_scale(outputs: Tensor, teacher: Tensor, kind: OutputKind = SOFTMAX) -> 
     inner, unit = (teacher * outputs).sum(dim=1).mean(), math.log(spread)
 
     def loss(log_scale: float) -> float:
-        return (kind.both(math.exp(log_scale) * outputs)[0].mean() - math.exp(log_scale) * inner).item()
+        return (kind.partition_and_means(math.exp(log_scale) * outputs)[0].mean() - math.exp(log_scale) * inner).item()
 
     bounds = math.log(0.01) - unit, math.log(1000) - unit
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-3}).x)
