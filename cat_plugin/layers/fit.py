@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 MIN_IMAGES = 64
 """Under which `"auto"` does not try."""
-STEPS = {"near": 100, "midway": 100, "far": 150}
+STEPS = {"near": 200, "midway": 100, "far": 150}
 """Of a fit on 683 images, two thirds of 1,024, at each of `RATES`; as the square root of their number, so that of more
 images each is seen less often."""
 SHORT_WAY = 0.7
