@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from baselines.recipes import RECIPES
 from benchmarks.measure.accuracy import Measurement, Row
 from benchmarks.measure.comparisons import Summary, by_setting, compare, modes_in, summarize
-from benchmarks.measure.corrections import MODES
+from benchmarks.measure.corrections import MODES, PAPER_CLUSTERS
 from benchmarks.reports import published
 from benchmarks.reports.cost_report import write_costs
 from benchmarks.reports.tables import markdown_table, to_csv, write_texts
@@ -50,12 +51,14 @@ def title(rows: Sequence[Row], weights: str | None = None) -> str:
     if first.test_folds > 1:
         others = f"corrections fitted on {first.n_cat:,} images of one half of the test images and tested on the other"
         others += ", in turn"
+    learned = any(RECIPES[row.method].stages for row in rows)
+    few = "" if first.n_cat >= PAPER_CLUSTERS else f" The published recipe takes at least {PAPER_CLUSTERS} images."
     return (
         f"Top-1 in percent on {first.n_eval:,} test images: {first.model} on {first.dataset}, "
         f"{'' if weights is None else f'full-precision weights: {weights}, '}"
         f"{first.n_calib:,} images for quantization, {others}, "
-        f"{first.iters:,} iterations a unit, {'seed' if len(seeds) == 1 else 'mean ± standard deviation of seeds'} "
-        f"{', '.join(map(str, seeds))}."
+        f"{f'{first.iters:,} iterations a unit, ' if learned else ''}"
+        f"{'seed' if len(seeds) == 1 else 'mean ± standard deviation of seeds'} {', '.join(map(str, seeds))}.{few}"
     )
 
 

@@ -76,6 +76,19 @@ def test_title_says_which_images_were_used_twice():
     assert "1,024 for the corrections, up to 9 of them the same" in title([row, replace(row, seed=1, reused_images=9)])
 
 
+def test_title_says_iterations_where_something_was_learned_only():
+    row = make_measurement().row
+    nearest, learned = replace(row, method="rtn", iters=20_000), replace(row, method="qdrop", iters=20_000)
+    assert "iterations" not in title([nearest])
+    assert "20,000 iterations a unit, seed" in title([nearest, learned])
+
+
+def test_title_says_why_the_published_recipe_is_not_there():
+    row = make_measurement().row
+    assert title([replace(row, n_cat=63)]).endswith("The published recipe takes at least 64 images.")
+    assert "published recipe" not in title([replace(row, n_cat=64)])
+
+
 def test_small_p_values_are_not_zero():
     assert cells(to_table([make_measurement(won=40, lost=0)]))[2][-1] == "<0.001"
 
