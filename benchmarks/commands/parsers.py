@@ -105,7 +105,7 @@ def _compare_parser() -> argparse.ArgumentParser:
     what.add_argument("--dataset", choices=DATASETS, default=DEFAULT_DATASET)
     add_network_options(what)
     what.add_argument(
-        "--preset", choices=PRESETS, help="imagenet: the protocol of the papers; options that are given go before it"
+        "--preset", choices=PRESETS, help="imagenet: the protocol of the papers; options that are given override it"
     )
     what.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the correction; default: all")
 

@@ -244,18 +244,21 @@ class _Fit:
         return LayersFit(corrections, evidence, held_out[share])
 
     def _nearest(self, fitted: Callable[[str], _Trial], rates: Sequence[str], outside: Tensor) -> _Trial | None:
-        """The fit whose rate brings the images `outside` nearest, tried from far to near for as long as it brings them
-        nearer; None where they are nearest as they are."""
-        plain, best, least = self._root(self.q[self.rows_of(outside)[0]], outside), None, math.inf
+        """The fit whose rate brings the images `outside` nearest, tried from far to near until one brings them nearer
+        and the next not; None where neither the mean root of the divergence falls nor its mean."""
+        before = self.q[self.rows_of(outside)[0]]
+        plain, best, least = self._root(before, outside), None, math.inf
         for rate in reversed(rates):
             if best is not None and rate == NEAREST and least < SHORT_WAY * plain:
                 break
             trial = fitted(rate)
             root = self._root(trial.outputs, outside)
-            if best is not None and not root < least:
+            if best is None or root < least:
+                best, least = trial, root
+            elif least < plain:
                 break
-            best, least = trial, root
-        return best if least < plain else None
+        nearer = least < plain or self._mean(best.outputs, outside) < self._mean(before, outside)
+        return best if nearer else None
 
     def _fitted(
         self,
@@ -364,8 +367,15 @@ class _Fit:
     def _root(self, outputs: Tensor, images: Tensor) -> float:
         """The mean root of the divergence of the given images, alike in all processes: of the divergence
         itself a few images hold so much that chance would choose. Infinite where outputs are not finite."""
-        root = self._divergences(outputs, images).clamp(min=0).sqrt().mean().item()
-        return self.processes.agree(root if math.isfinite(root) else math.inf)
+        return self._agreed(self._divergences(outputs, images).clamp(min=0).sqrt())
+
+    def _mean(self, outputs: Tensor, images: Tensor) -> float:
+        """The mean divergence of the given images, alike in all processes; infinite where outputs are not finite."""
+        return self._agreed(self._divergences(outputs, images))
+
+    def _agreed(self, values: Tensor) -> float:
+        mean = values.mean().item()
+        return self.processes.agree(mean if math.isfinite(mean) else math.inf)
 
     def _log_costs(self, network: CorrectedNetwork, placed: Sequence[Place], steps: int) -> None:
         """Says what the fit will take."""

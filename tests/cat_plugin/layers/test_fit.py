@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cat_plugin import CATConfig, CATError, apply_cat
+from cat_plugin.fitting.processes import ALONE
 from cat_plugin.layers import fit
 from cat_plugin.layers.fit import Recipe, fitting_by
 from tests.cat_plugin.helpers import state_of
@@ -251,3 +252,34 @@ def test_names():
     with pytest.raises(CATError, match="'third' is no layer of Net"):
         apply_cat(quantized, fp, pictures(IMAGES), config=CATConfig(layers=("second", "third")))
     assert state_of(quantized, fp) == before
+
+
+@pytest.mark.parametrize(
+    ("trials", "chosen", "tried"),
+    [
+        ({"far": [1.0, 1, 1, 1], "midway": [0.5, 0.5, 0.5, 0.5], "near": [1.0, 0, 0, 1]}, "midway", 2),
+        ({"far": [9.0, 9, 9, 9], "midway": [4.0, 4, 4, 4], "near": [3.0, 3, 3, 3]}, "near", 3),
+        ({"far": [9.0, 9, 9, 9], "midway": [0.9, 0.9, 0.9, 0.9], "near": [0.0, 0, 0, 0]}, "midway", 2),
+        # One image holds most of the mean and comes nearer, the others go away: the mean falls, its root does not.
+        ({"far": [9.0, 9, 9, 9], "midway": [9.0, 9, 9, 9], "near": [9.0, 3.2, 1.2, 1.2]}, "near", 3),
+        ({"far": [99.0, 9, 9, 9], "midway": [99.0, 9, 9, 9], "near": [17.0, 1, 1, 1]}, None, 3),
+        ({"far": [float("nan")] * 4, "midway": [float("nan")] * 4, "near": [float("nan")] * 4}, None, 3),
+        ({"far": [float("nan")] * 4, "midway": [float("nan")] * 4, "near": [9.0, 0, 0, 0]}, "near", 3),
+        ({"far": [25.0, 9, 9, 9], "midway": [36.0, 9, 9, 9], "near": [4.0, 1, 1, 1]}, "near", 3),
+        ({"far": [4.0, 1, 1, 1], "midway": [9.0, 1, 1, 1], "near": [0.0, 0, 0, 0]}, "far", 2),
+    ],
+)
+def test_rates_are_tried_from_far_to_near_while_images_come_nearer(trials, chosen, tried):
+    """By a table of divergences of four images: before, they are 16, 1, 1 and 1."""
+    run = object.__new__(fit._Fit)
+    run.processes, run.q = ALONE, torch.tensor([[16.0], [1.0], [1.0], [1.0]])
+    run.rows_of = lambda images: (images, images)
+    run._divergences = lambda outputs, images: outputs.squeeze(1).double()
+    done = []
+
+    def fitted(rate):
+        done.append(rate)
+        return fit._Trial(rate, torch.zeros(1), (), torch.tensor(trials[rate]).unsqueeze(1))
+
+    best = run._nearest(fitted, tuple(fit.RATES), torch.arange(4))
+    assert (best and best.rate, len(done)) == (chosen, tried)
