@@ -34,6 +34,7 @@ from cat_plugin.layers.gradients import fitting_through
 from cat_plugin.layers.images import KeptImages, Part
 from cat_plugin.layers.network import BATCH, CorrectedNetwork
 from cat_plugin.layers.place import Place, candidates, check_named, measuring, places, spread_of, sums_of
+from cat_plugin.metrics import standard_error
 from cat_plugin.running.inference import inference
 from cat_plugin.running.loaders import ForwardFn, run
 from cat_plugin.running.outputs import Output, extract
@@ -245,7 +246,9 @@ class _Fit:
 
     def _nearest(self, fitted: Callable[[str], _Trial], rates: Sequence[str], outside: Tensor) -> _Trial | None:
         """The fit whose rate brings the images `outside` nearest, tried from far to near until one brings them nearer
-        and the next not; None where neither the mean root of the divergence falls nor its mean."""
+        and the next not; None where none does, by the mean root of the divergence, and its mean rises, too, by more
+        than a standard error: these are a third of the images, and all of them decide in the end.
+        """
         before = self.q[self.rows_of(outside)[0]]
         plain, best, least = self._root(before, outside), None, math.inf
         for rate in reversed(rates):
@@ -257,8 +260,9 @@ class _Fit:
                 best, least = trial, root
             elif least < plain:
                 break
-        nearer = least < plain or self._mean(best.outputs, outside) < self._mean(before, outside)
-        return best if nearer else None
+        rise = self._divergences(best.outputs, outside) - self._divergences(before, outside)
+        hopeful = least < plain or rise.mean().item() < standard_error(rise, None)
+        return best if self.processes.agree(hopeful) else None
 
     def _fitted(
         self,
@@ -367,15 +371,8 @@ class _Fit:
     def _root(self, outputs: Tensor, images: Tensor) -> float:
         """The mean root of the divergence of the given images, alike in all processes: of the divergence
         itself a few images hold so much that chance would choose. Infinite where outputs are not finite."""
-        return self._agreed(self._divergences(outputs, images).clamp(min=0).sqrt())
-
-    def _mean(self, outputs: Tensor, images: Tensor) -> float:
-        """The mean divergence of the given images, alike in all processes; infinite where outputs are not finite."""
-        return self._agreed(self._divergences(outputs, images))
-
-    def _agreed(self, values: Tensor) -> float:
-        mean = values.mean().item()
-        return self.processes.agree(mean if math.isfinite(mean) else math.inf)
+        root = self._divergences(outputs, images).clamp(min=0).sqrt().mean().item()
+        return self.processes.agree(root if math.isfinite(root) else math.inf)
 
     def _log_costs(self, network: CorrectedNetwork, placed: Sequence[Place], steps: int) -> None:
         """Says what the fit will take."""

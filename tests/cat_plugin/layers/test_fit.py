@@ -261,8 +261,10 @@ def test_names():
         ({"far": [9.0, 9, 9, 9], "midway": [4.0, 4, 4, 4], "near": [3.0, 3, 3, 3]}, "near", 3),
         ({"far": [9.0, 9, 9, 9], "midway": [0.9, 0.9, 0.9, 0.9], "near": [0.0, 0, 0, 0]}, "midway", 2),
         # One image holds most of the mean and comes nearer, the others go away: the mean falls, its root does not.
-        ({"far": [9.0, 9, 9, 9], "midway": [9.0, 9, 9, 9], "near": [9.0, 3.2, 1.2, 1.2]}, "near", 3),
-        ({"far": [99.0, 9, 9, 9], "midway": [99.0, 9, 9, 9], "near": [17.0, 1, 1, 1]}, None, 3),
+        ({"far": [9.0, 9, 9, 9], "midway": [9.0, 9, 9, 9], "near": [9.0, 4, 1.2, 1.2]}, "near", 3),
+        # The mean rises, too: by less than its standard error (.48, .51), or by more (.50, .20).
+        ({"far": [99.0, 9, 9, 9], "midway": [99.0, 9, 9, 9], "near": [18.0, 0.9, 1, 1]}, "near", 3),
+        ({"far": [99.0, 9, 9, 9], "midway": [99.0, 9, 9, 9], "near": [17.0, 1.5, 1, 1.5]}, None, 3),
         ({"far": [float("nan")] * 4, "midway": [float("nan")] * 4, "near": [float("nan")] * 4}, None, 3),
         ({"far": [float("nan")] * 4, "midway": [float("nan")] * 4, "near": [9.0, 0, 0, 0]}, "near", 3),
         ({"far": [25.0, 9, 9, 9], "midway": [36.0, 9, 9, 9], "near": [4.0, 1, 1, 1]}, "near", 3),
