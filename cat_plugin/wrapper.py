@@ -82,8 +82,13 @@ class CATWrapper(nn.Module):
         switch = Switch()
         self._hook = OutputHook(correction.to(device), switch, output, class_axis)
         self._hooks = [self._hook, *(LayerHook(part.to(device), switch) for part in self.layers.values())]
-        for target, hook in zip((quantized_model, *targets.values()), self._hooks, strict=True):
-            hook.attach(target)
+        try:
+            for target, hook in zip((quantized_model, *targets.values()), self._hooks, strict=True):
+                hook.attach(target)
+        except BaseException:
+            for hook in self._hooks:
+                hook.remove()
+            raise
         self.quantized_model = quantized_model
         self.correction = correction
         self.report = report

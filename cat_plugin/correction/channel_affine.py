@@ -1,5 +1,6 @@
 """The correction of a layer inside the network: a scale and an offset per channel of its output."""
 
+import torch
 from torch import Tensor
 
 from cat_plugin.correction.buffers import Buffers, outside_inference_mode
@@ -53,6 +54,8 @@ class ChannelAffine(Buffers):
         Raises:
             CATError: `x` has other channels.
         """
+        if x.is_nested:  # of a transformer with padding, one part a sequence
+            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()], layout=x.layout)
         if x.ndim < -self.axis or x.shape[self.axis] != self.scale.shape[0]:
             raise CATError(
                 f"got an output of shape {tuple(x.shape)}; this correction takes {self.scale.shape[0]} channels along "

@@ -34,8 +34,7 @@ from cat_plugin.layers.gradients import fitting_through
 from cat_plugin.layers.images import KeptImages, Part
 from cat_plugin.layers.network import BATCH, CorrectedNetwork
 from cat_plugin.layers.place import Place, candidates, check_named, measuring, places, spread_of, sums_of
-from cat_plugin.metrics import standard_error
-from cat_plugin.running.inference import inference
+from cat_plugin.running.inference import inference, seed_devices
 from cat_plugin.running.loaders import ForwardFn, run
 from cat_plugin.running.outputs import Output, extract
 
@@ -43,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 MIN_IMAGES = 64
 """Under which `"auto"` does not try."""
-STEPS = {"near": 200, "midway": 100, "far": 150}
+STEPS = {"near": 100, "midway": 100, "far": 150}
 """Of a fit on 683 images, two thirds of 1,024, at each of `RATES`; as the square root of their number, so that of more
 images each is seen less often."""
 SHORT_WAY = 0.7
@@ -138,7 +137,7 @@ def fit_layers(
     with ExitStack() as stack:
         stack.enter_context(inference({"quantized_model": quantized_model, "fp_model": fp_model}))
         stack.enter_context(torch.inference_mode(False))
-        torch.manual_seed(config.seed)  # of what `augment` draws
+        seed_devices((quantized_model, fp_model), config.seed)  # of what `augment` draws
         return _Fit(quantized_model, fp_model, kept, store, config, processes, output, forward_fn, augment).made(
             layers, started, progress
         )
@@ -245,24 +244,18 @@ class _Fit:
         return LayersFit(corrections, evidence, held_out[share])
 
     def _nearest(self, fitted: Callable[[str], _Trial], rates: Sequence[str], outside: Tensor) -> _Trial | None:
-        """The fit whose rate brings the images `outside` nearest, tried from far to near until one brings them nearer
-        and the next not; None where none does, by the mean root of the divergence, and its mean rises, too, by more
-        than a standard error: these are a third of the images, and all of them decide in the end.
-        """
-        before = self.q[self.rows_of(outside)[0]]
-        plain, best, least = self._root(before, outside), None, math.inf
+        """The fit whose rate brings the images `outside` nearest, tried from far to near for as long as it brings them
+        nearer; None where they are nearest as they are."""
+        plain, best, least = self._root(self.q[self.rows_of(outside)[0]], outside), None, math.inf
         for rate in reversed(rates):
             if best is not None and rate == NEAREST and least < SHORT_WAY * plain:
                 break
             trial = fitted(rate)
             root = self._root(trial.outputs, outside)
-            if best is None or root < least:
-                best, least = trial, root
-            elif least < plain:
+            if best is not None and not root < least:
                 break
-        rise = self._divergences(best.outputs, outside) - self._divergences(before, outside)
-        hopeful = least < plain or rise.mean().item() < standard_error(rise, None)
-        return best if self.processes.agree(hopeful) else None
+            best, least = trial, root
+        return best if least < plain else None
 
     def _fitted(
         self,
@@ -289,7 +282,7 @@ class _Fit:
     def _places(self, layers: dict[str, nn.Module]) -> tuple[list[Place], str]:
         """Those of the layers that run, and why the model fails on other batches than it was given, if it does."""
         failure = ""
-        with measuring(layers) as measures:
+        with torch.no_grad(), measuring(layers) as measures:
             first = _indices(self.distinct)[:BATCH]
             try:
                 for part in self.kept.parts(first, size=BATCH):

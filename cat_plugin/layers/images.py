@@ -3,12 +3,13 @@
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cat_plugin.errors import CATError
 from cat_plugin.running.collect import Inputs
 from cat_plugin.running.positions import Drawn
 
@@ -61,9 +62,9 @@ class KeptImages:
     @property
     def _single(self) -> bool:
         """Whether images can be run in any company."""
-        inputs = [batch for batch, _ in self._batches]
-        alike = all(isinstance(batch, Tensor) for batch in inputs)
-        return alike and len({(batch.shape[1:], batch.dtype) for batch in inputs}) <= 1
+        if not all(isinstance(batch, Tensor) and len(batch) == drawn.shape[0] for batch, drawn in self._batches):
+            return False  # also where a tensor is a bag, with one output, or one of its entries has several
+        return len({(batch.shape[1:], batch.dtype) for batch, _ in self._batches}) <= 1
 
     def groups(self) -> Tensor:
         """(images,) int64: those with one number are run together."""
@@ -179,7 +180,16 @@ def _subset(batch: Tensor, drawn: Drawn, images: Tensor) -> tuple[Tensor, Drawn]
 
 
 def flipped(images: Tensor) -> Tensor:
-    """Images (n, ..., W), half of which, drawn from the global random state, are mirrored."""
+    """Images (n, ..., W), half of which, drawn from the global random state, are mirrored.
+
+    Raises:
+        CATError: a batch of something else.
+    """
+    if not isinstance(images, Tensor) or images.ndim < 3:
+        what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise CATError(
+            f'augment="flip" mirrors batches that are one tensor of images, got {what}; give a function of a batch'
+        )
     mirrored = torch.rand(len(images), device="cpu").to(images.device) < 0.5
     return torch.where(mirrored.view(-1, *[1] * (images.ndim - 1)), images.flip(-1), images)
 
@@ -187,7 +197,7 @@ def flipped(images: Tensor) -> Tensor:
 def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, dict) or hasattr(batch, "values"):
+    elif isinstance(batch, Mapping):
         for part in batch.values():
             yield from _tensors(part)
     elif isinstance(batch, Sequence) and not isinstance(batch, str):

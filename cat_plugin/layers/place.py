@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -48,7 +48,11 @@ def candidates(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.Mo
         CATError: a name is none of a layer, or of one that is compiled.
     """
     if not isinstance(wanted, str):
-        return find_layers(model, wanted)
+        named = find_layers(model, wanted)
+        scripted = [name for name, module in named.items() if isinstance(module, torch.jit.RecursiveScriptModule)]
+        if scripted:
+            raise CATError(f"layer {scripted[0]!r} is TorchScript, which takes no hooks; name layers that are not")
+        return named
     modules = dict(model.named_modules(remove_duplicate=False))
     network, prefix = inside(model)
     found = {prefix + name: module for name, module in network.named_modules() if _multiplies(module)}
@@ -73,6 +77,9 @@ class Measure:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         values = first_tensor(output)
+        if values is not None and values.is_nested:  # of a transformer with padding
+            self.numbers = max(self.numbers, *(part.numel() for part in values.unbind()))
+            values = torch.cat(values.unbind())
         if values is None or values.ndim < 2:
             self.shapes.add((-1, 0))
             return
@@ -110,12 +117,10 @@ def _spatial_axes(module: nn.Module) -> int | None:
 def measuring(layers: dict[str, nn.Module]) -> Iterator[dict[str, Measure]]:
     """A `Measure` on each of `layers` inside the block."""
     measures = {name: Measure(module) for name, module in layers.items()}
-    handles = [layers[name].register_forward_hook(measure) for name, measure in measures.items()]
-    try:
+    with ExitStack() as stack:
+        for name, measure in measures.items():
+            stack.callback(layers[name].register_forward_hook(measure).remove)
         yield measures
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def places(measures: dict[str, Measure], processes: Processes) -> list[Place]:

@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -40,6 +40,8 @@ def inference(models: Mapping[str, nn.Module]) -> Iterator[None]:
             yield
     except BaseException:
         try:
+            for state in states.values():
+                state.restore_attributes()
             _restore(states, random_state)
         except Exception:  # must not hide the error that brought us here
             logger.warning("could not restore everything after an error", exc_info=True)
@@ -95,10 +97,15 @@ def _restore(states: "dict[str, _ModelState]", random_state: "_RandomState") -> 
 
 
 class _ModelState:
-    """Training flags of a model, and copies of all its parameters and buffers on the CPU."""
+    """Training flags of a model, copies of all its parameters and buffers on the CPU, and what else its modules hold.
+
+    The latter is put back after an error, and where a forward pass has made or exchanged a tensor: a range estimator
+    that remembers that it has done so would else go on without.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.flags = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
+        self.attributes = [(module, dict(vars(module))) for module in model.modules()]
         copies: dict[int, list[Tensor]] = {}  # tied tensors are copied once
         self.tensors = []
         for path, module in model.named_modules():
@@ -116,18 +123,29 @@ class _ModelState:
 
     def restore_tensors(self) -> list[str]:
         """Puts back what has changed; returns its names."""
-        changed = set()
+        changed, exchanged = set(), False
         for prefix, registry, saved in self.tensors:
             for name in registry.keys() - saved.keys():  # made by the forward pass
                 del registry[name]
                 changed.add(prefix + name)
+                exchanged = True
             for name, (tensor, copies) in saved.items():
                 if name not in registry or registry[name] is not tensor:
                     registry[name] = tensor
                     changed.add(prefix + name)
+                    exchanged = True
                 if tensor is not None and _put_back(tensor, copies):
                     changed.add(prefix + name)
+        if exchanged:
+            self.restore_attributes()
         return sorted(changed)
+
+    def restore_attributes(self) -> None:
+        for module, kept in self.attributes:
+            held = vars(module)
+            for name in held.keys() - kept.keys():
+                del held[name]
+            held.update(kept)
 
 
 def _put_back(tensor: Tensor, copies: list[Tensor]) -> bool:
@@ -156,20 +174,39 @@ def _same_bytes(leaf: Tensor, copy: Tensor) -> bool:
     return torch.equal(ours, theirs)
 
 
+def seed_devices(models: Iterable[nn.Module], seed: int) -> None:
+    """Seeds PyTorch on the CPU and on the devices of `models`, whose random state `inference` restores; on no others,
+    which `torch.manual_seed` would."""
+    torch.default_generator.manual_seed(seed)
+    for device in _devices(models):
+        backend = getattr(torch, device.type)
+        if device.type == "mps":  # the one Apple device takes no index
+            backend.manual_seed(seed)
+        else:
+            with backend.device(device):
+                backend.manual_seed(seed)
+
+
+def _devices(models: Iterable[nn.Module]) -> set[torch.device]:
+    """Those of `models` beside the CPU that have a random state."""
+    devices = {tensor.device for model in models for tensor in (*model.parameters(), *model.buffers())}
+    return {
+        each for each in devices if each.type != "cpu" and hasattr(getattr(torch, each.type, None), "get_rng_state")
+    }
+
+
 class _RandomState:
     """Global random states of Python, NumPy, and PyTorch on the CPU and on the devices of `models`."""
 
-    def __init__(self, models) -> None:
+    def __init__(self, models: Iterable[nn.Module]) -> None:
         self.python = random.getstate()
         self.numpy = np.random.get_state()
         self.torch = torch.get_rng_state()
-        devices = {tensor.device for model in models for tensor in (*model.parameters(), *model.buffers())}
-        self.devices = {}
-        for device in devices:
-            backend = getattr(torch, device.type, None)
-            if device.type != "cpu" and hasattr(backend, "get_rng_state"):
-                # The one Apple device takes no index.
-                self.devices[device] = backend.get_rng_state(*([] if device.type == "mps" else [device]))
+        self.devices = {
+            # The one Apple device takes no index.
+            device: getattr(torch, device.type).get_rng_state(*([] if device.type == "mps" else [device]))
+            for device in _devices(models)
+        }
 
     def restore(self) -> None:
         random.setstate(self.python)

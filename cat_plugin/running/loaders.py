@@ -90,6 +90,8 @@ def batch_size_for(loader: Loader, model: nn.Module, batch_size: int | None = No
     """Into which a `loader` that is one tensor is cut: what is given, or 64, and on a CPU fewer of large images, whose
     outputs would leave its cache."""
     if batch_size is not None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise CATError(f"batch_size={batch_size!r} should be an integer >= 1")
         return batch_size
     device = model_device(model)
     images = isinstance(loader, Tensor) and loader.ndim > 0 and loader.numel() > 0
@@ -125,10 +127,14 @@ def place(inputs: Tensor, model: nn.Module) -> Tensor:
 
 
 def run(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Any:
-    """What `model` returns for `batch`: one input tensor, or whatever `forward_fn` takes."""
+    """What `model` returns for `batch`: one input tensor, or whatever `forward_fn` takes.
+
+    It gets a copy of its own: some models normalise their input in place, and the next is to see it as it was.
+    """
     if forward_fn is None:
-        return model(place(batch, model))
-    return forward_fn(model, _on_device(batch, model_device(model)))
+        placed = place(batch, model)
+        return model(placed.clone() if placed is batch else placed)
+    return forward_fn(model, _copied_to(batch, model_device(model)))
 
 
 def check_forward(models: Mapping[str, nn.Module], forward_fn: ForwardFn | None) -> None:
@@ -156,20 +162,21 @@ def check_forward(models: Mapping[str, nn.Module], forward_fn: ForwardFn | None)
             ) from None
 
 
-def _on_device(batch: Any, device: torch.device | None) -> Any:
-    """`batch` with its tensors moved, in lists, tuples and dicts, and in whatever else has a method `to`."""
-    if device is None:
-        return batch
+def _copied_to(batch: Any, device: torch.device | None) -> Any:
+    """`batch` with copies of its tensors on the device, in lists, tuples and dicts; what else has a method `to` moves
+    itself."""
+    if isinstance(batch, Tensor):
+        return batch.to(batch.device if device is None else device, copy=True)
     if isinstance(batch, MutableMapping):  # asked first, since those of tokenizers move themselves in place
         moved = copy.copy(batch)
         for key, value in batch.items():
-            moved[key] = _on_device(value, device)
+            moved[key] = _copied_to(value, device)
         return moved
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_on_device(value, device) for value in batch))
+        return type(batch)(*(_copied_to(value, device) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(_on_device(value, device) for value in batch)
-    return batch.to(device) if callable(getattr(batch, "to", None)) else batch
+        return type(batch)(_copied_to(value, device) for value in batch)
+    return batch.to(device) if device is not None and callable(getattr(batch, "to", None)) else batch
 
 
 def _is_list_of_dicts(batch: Any) -> bool:

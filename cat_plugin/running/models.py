@@ -94,7 +94,8 @@ def _storages(model: nn.Module) -> dict[str, set[tuple[torch.device, int]]]:
         name: {
             (leaf.device, leaf.untyped_storage().data_ptr())
             for leaf in storage_leaves(tensor)
-            if leaf.data_ptr() != 0  # asked first, since some subclasses have no storage to ask
+            # Asked first, since sparse tensors and some subclasses have no storage to ask.
+            if leaf.layout == torch.strided and leaf.data_ptr() != 0
         }
         for name, tensor in named_tensors(model)
         if isinstance(tensor, nn.Parameter) or tensor.numel() > 1

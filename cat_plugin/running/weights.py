@@ -1,7 +1,12 @@
 """Which modules have weights: convolutions and linear layers of any kind and toolkit."""
 
+import re
+
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+_NO_WEIGHTS = re.compile("mask|scale|zero|offset")
+"""In names of tensors that belong to weights: of groups, they have an axis more than these."""
 
 
 def weights_of(module: nn.Module) -> list[Tensor]:
@@ -10,7 +15,7 @@ def weights_of(module: nn.Module) -> list[Tensor]:
     for name, kept in parametrizations(module).items():
         own += [(f"{name}.{key}", tensor) for key, tensor in kept.named_parameters(recurse=False)]
         own += [(f"{name}.{key}", tensor) for key, tensor in kept.named_buffers(recurse=False)]
-    return [tensor for name, tensor in own if tensor.ndim >= 2 and "weight" in name and "mask" not in name]
+    return [tensor for name, tensor in own if tensor.ndim >= 2 and "weight" in name and not _NO_WEIGHTS.search(name)]
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -82,3 +82,12 @@ def test_what_it_costs_and_that_it_can_be_pickled():
 def test_its_tensors_are_not_those_that_were_given():
     scale = torch.ones(3, requires_grad=True)
     assert not ChannelAffine(scale, torch.zeros(3), -1).scale.requires_grad
+
+
+def test_sequences_of_several_lengths():
+    """As transformers hand them on where there is padding."""
+    correction, parts = ChannelAffine(torch.rand(4), torch.randn(4), -1), [torch.randn(n, 4) for n in (5, 2)]
+    out = correction(torch.nested.as_nested_tensor(parts))
+    assert out.is_nested
+    for part, corrected in zip(parts, out.unbind(), strict=True):
+        torch.testing.assert_close(corrected, correction(part))

@@ -1,14 +1,17 @@
 import logging
+from collections import namedtuple
 
 import pytest
 import torch
 
+from cat_plugin import CATError
 from cat_plugin.layers.images import flipped
 from cat_plugin.running.collect import Inputs
 from cat_plugin.running.positions import PositionDraw
 from tests.cat_plugin.layers.networks import kept_images, pictures
 
 SIZES = (5, 3, 4)
+Named = namedtuple("Named", "values mask")
 CHOSEN = torch.tensor([0, 2, 4, 5, 9, 11])
 HOW = {
     "parts of two": {"size": 2},
@@ -149,3 +152,24 @@ def test_half_of_the_images_are_mirrored():
     assert all(a != b for a, b in zip(mirrored, same, strict=True)) and 70 < sum(mirrored) < 130
     torch.manual_seed(0)
     assert torch.equal(flipped(x), out)
+
+
+@pytest.mark.parametrize("outputs", [1, 8], ids=["a bag", "two of each"])
+def test_tensors_that_are_not_one_image_an_entry_stay_together(outputs):
+    kept = kept_images([])
+    for batch in torch.randn(3, 4, 2):
+        kept.append(Inputs(batch, PositionDraw(None, None, 0)(torch.randn(outputs, 5))))
+    assert kept.groups().tolist() == [number for number in range(3) for _ in range(outputs)]
+
+
+def test_a_tuple_with_a_field_called_values_is_kept():
+    kept, batch = kept_images([]), Named(torch.randn(4, 2), torch.ones(4))
+    kept.append(Inputs(batch, PositionDraw(None, None, 0)(torch.randn(4, 5))))
+    (part,) = kept.parts(torch.arange(4))
+    assert torch.equal(part.batch.values, batch.values) and not kept.full
+
+
+@pytest.mark.parametrize("batch", [{"x": torch.zeros(2, 3)}, torch.zeros(2, 3)], ids=["dict", "rows"])
+def test_what_cannot_be_mirrored_is_said(batch):
+    with pytest.raises(CATError, match='augment="flip" mirrors batches that are one tensor of images'):
+        flipped(batch)

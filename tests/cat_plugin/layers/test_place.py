@@ -1,3 +1,5 @@
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +25,16 @@ class Attention(nn.MultiheadAttention):
         return super().forward(x, x, x, need_weights=False)
 
 
+class Groups(nn.Linear):
+    """Weights of integers with a scale for every two inputs."""
+
+    def __init__(self):
+        super().__init__(4, 6)
+        scale = self.weight.detach().view(6, 2, 2).abs().amax(2, keepdim=True)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero_point", torch.zeros_like(scale))
+
+
 KINDS = {
     "conv1d": (nn.Conv1d(3, 6, 2), (3, 9), -2, 6),
     "conv2d": (nn.Conv2d(3, 6, 2), (3, 9, 8), -3, 6),
@@ -35,6 +47,7 @@ KINDS = {
     "linear on a sequence as long as it has channels": (nn.Linear(4, 6), (6, 4), -1, 6),
     "linear on a map": (nn.Linear(4, 6), (5, 3, 4), -1, 6),
     "transposed linear": (TransposedLinear(), (7, 4), -1, 6),
+    "linear with scales of groups": (Groups(), (7, 4), -1, 6),
     "attention": (Attention(4, 2, batch_first=True), (7, 4), -1, 4),
     "block of convolutions": (nn.Sequential(nn.Conv2d(3, 6, 2), nn.ReLU()), (3, 9, 8), -3, 6),
     "norm": (nn.BatchNorm2d(3), (3, 9, 8), -3, 3),
@@ -138,11 +151,38 @@ def test_layers_that_were_named_and_cannot_be_corrected(what):
         check_named(("other", "layer"), made)
 
 
+def torchscript():
+    """A layer as it comes from a file, which takes no hooks."""
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
 def test_hooks_are_gone_also_after_an_error():
     layer = nn.Linear(2, 2)
     with pytest.raises(KeyError), measuring({"it": layer}):
         raise KeyError
     assert not layer._forward_hooks
+    with pytest.raises(RuntimeError), measuring({"it": layer, "compiled": torchscript()}):
+        pass
+    assert not layer._forward_hooks
+
+
+def test_torchscript_cannot_be_named():
+    model = nn.Sequential(nn.Linear(2, 2), torchscript())
+    assert list(candidates(model, "all")) == ["0"]
+    with pytest.raises(CATError, match="layer '1' is TorchScript, which takes no hooks"):
+        candidates(model, ("0", "1"))
+
+
+def test_sequences_of_several_lengths_are_measured_without_padding():
+    layer, parts = nn.Linear(4, 3), [torch.randn(length, 4) for length in (5, 2, 7)]
+    with torch.no_grad():
+        (nested,) = found({"it": layer}, lambda: layer(torch.nested.as_nested_tensor(parts)))
+        values = layer(torch.cat(parts)).double()
+    assert (nested.axis, nested.numbers) == (-1, 7 * 3)
+    torch.testing.assert_close(nested.spread, values.std(dim=0, correction=0).float())
 
 
 def test_channels_of_several_processes_are_measured_together():

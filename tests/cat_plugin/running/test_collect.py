@@ -180,6 +180,13 @@ def _shared_buffer_pair():
     return quantized, fp
 
 
+def _sparse_buffer_pair():
+    quantized, fp = _shared_buffer_pair()
+    quantized.register_buffer("graph", torch.eye(3).to_sparse(), persistent=False)
+    fp.register_buffer("graph", torch.eye(3).to_sparse_csr(), persistent=False)
+    return quantized, fp
+
+
 def _attached_pair():
     quantized, fp = model_pair()
     CATWrapper(quantized, ClusterAffine.identity(10))
@@ -216,6 +223,11 @@ ERRORS = {
         _views_pair,
         images(),
         "shares 1 of its parameters and buffers with fp_model, such as 'first.weight'",
+    ),
+    "shared buffer beside sparse ones": (
+        _sparse_buffer_pair,
+        images(),
+        "shares 1 of its .* such as 'norm.running_mean'",
     ),
     "shared buffer": (_shared_buffer_pair, images(), "shares 1 of its .* such as 'norm.running_mean'"),
     "no module": (lambda: (SmallNet(), torch.relu), images(), "fp_model is a builtin_function_or_method; expected a"),

@@ -7,7 +7,7 @@ from torch import nn
 
 from cat_plugin import CATError, apply_cat
 from cat_plugin.running.digests import state_digests
-from cat_plugin.running.inference import inference
+from cat_plugin.running.inference import inference, seed_devices
 from tests.cat_plugin.helpers import SmallNet, images, state_of
 
 
@@ -258,3 +258,51 @@ def test_tied_parameters_stay_tied():
         model(torch.ones(2, 3))
     assert model[1].bias is model[0].weight
     assert torch.equal(model[1].bias, torch.ones(3))
+
+
+class Lazy(nn.Module):
+    """A quantizer as in research code: makes its scale at the first batch, in place of a plain attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.delta, self.inited = None, False
+
+    def forward(self, x):
+        if not self.inited:
+            self.delta, self.inited = nn.Parameter(x.abs().max() / 7), True
+        return (x / self.delta).round() * self.delta
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["refused", "raises"])
+def test_what_a_module_remembers_comes_back_with_its_tensors(fails):
+    model = nn.Sequential(Lazy(), SmallNet())
+    with pytest.raises(KeyError if fails else CATError), inference({"lq": model}):
+        model(images())
+        if fails:
+            raise KeyError
+    assert model[0].delta is None and not model[0].inited and not list(model[0].parameters())
+    model(images())  # as the error says
+    assert model[0].inited and isinstance(model[0].delta, nn.Parameter)
+
+
+def test_what_an_error_leaves_in_attributes_goes():
+    model = SmallNet()
+    model.seen = first = [1]
+    with pytest.raises(KeyError), inference({"model": model}):
+        model.seen, model.late = [2], images()
+        raise KeyError
+    assert model.seen is first and not hasattr(model, "late")
+
+
+def test_devices_of_the_models_alone_are_seeded(monkeypatch):
+    """A GPU that only someone else works on goes on as it was."""
+    model, seeded = SmallNet(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: seeded.append(seed))
+    expected = torch.Generator().manual_seed(7)
+    state = torch.get_rng_state()
+    try:
+        seed_devices([model], 7)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=expected))
+    finally:
+        torch.set_rng_state(state)
+    assert not seeded

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cat_plugin import CATError
-from cat_plugin.running.loaders import batch_size_for, iterate_inputs, model_device, num_batches, place
+from cat_plugin.running.loaders import batch_size_for, iterate_inputs, model_device, num_batches, place, run
 
 X, Y = torch.arange(20.0).reshape(10, 2), torch.arange(10)
 
@@ -147,3 +147,22 @@ def test_weights_of_8_bits_say_nothing_about_inputs():
 )
 def test_a_tensor_is_cut_into_batches_that_stay_in_the_cache(loader, given, expected):
     assert batch_size_for(loader, torch.nn.Linear(2, 2), given) == expected
+
+
+class InPlace(nn.Module):
+    """Normalises its input in place, as `torchvision.transforms.Normalize(inplace=True)`."""
+
+    def forward(self, x):
+        return x.sub_(0.5).div_(0.25)
+
+
+@pytest.mark.parametrize("how", ["tensor", "dict", "tuple"])
+def test_every_model_gets_a_copy_of_its_own(how):
+    x = torch.rand(4, 3)
+    wrapped = {"tensor": x, "dict": {"x": x, "n": 1}, "tuple": (x, None)}[how]
+    take = {"tensor": lambda b: b, "dict": lambda b: b["x"], "tuple": lambda b: b[0]}[how]
+    before, model = x.clone(), InPlace()
+    for _ in range(2):
+        out = run(model, wrapped, None if how == "tensor" else lambda model, batch: model(take(batch)))
+        assert torch.equal(out, (before - 0.5) / 0.25)
+    assert torch.equal(x, before)
