@@ -23,10 +23,11 @@ def fitting_through(model: nn.Module) -> Iterator[None]:
 
     Parameters do not ask for gradients. Quantizers with a method `cat_straight_through` are told, and wherever else the
     model rounds in Python, the gradient passes as if it did not. What it computes stays the same. Afterwards all is
-    as it was.
+    as it was; tensors that modules remember, such as outputs, are without graphs.
     """
     asking = [each for each in model.parameters() if each.requires_grad and each.is_leaf and not each.is_inference()]
     with ExitStack() as stack:
+        stack.callback(forget_graphs, model, remembered_graphs(model))
         for parameter in asking:
             stack.callback(parameter.requires_grad_, True)
             parameter.requires_grad_(False)
@@ -38,6 +39,28 @@ def fitting_through(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_StraightThrough())
         yield
+
+
+def remembered_graphs(model: nn.Module) -> set[int]:
+    """Which tensors that modules remember have a graph, by `id`."""
+    return {id(tensor) for tensor in _remembered(model)}
+
+
+def forget_graphs(model: nn.Module, but: set[int]) -> None:
+    """Takes the tensors that modules remember, such as outputs that they write into one tensor over and over, out of
+    their graphs, `but` for those that had one before."""
+    for tensor in _remembered(model):
+        if id(tensor) not in but:
+            owner = tensor if tensor._base is None else tensor._base
+            if owner.grad_fn is not None:  # of a view, that of its whole
+                owner.detach_()
+
+
+def _remembered(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for value in (*vars(module).values(), *module._buffers.values()):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                yield value
 
 
 class _StraightThrough(TorchFunctionMode):

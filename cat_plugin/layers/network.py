@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cat_plugin.correction.channel_affine import ChannelAffine, per_channel
+from cat_plugin.layers.gradients import forget_graphs, remembered_graphs
 from cat_plugin.layers.images import Part
 from cat_plugin.layers.place import Place
 from cat_plugin.running.loaders import ForwardFn, model_device, run
@@ -48,6 +49,7 @@ class CorrectedNetwork:
         self.model, self.places = model, list(places)
         self.device = model_device(model) or torch.device("cpu")
         self._layers = [layers[place.name] for place in places]
+        self._graphs = remembered_graphs(model)
         with torch.inference_mode(False):  # what was measured in inference mode takes part in gradients
             self._spread = torch.cat([place.spread for place in places]).to(self.device)
         self._sizes = [place.channels for place in places]
@@ -86,6 +88,7 @@ class CorrectedNetwork:
         """(n, C) logits of the images in `part` that count, with the corrections of `vector`, or without."""
         token = self._current.set(None if vector is None else self._split(vector))
         batch = part.batch
+        forget_graphs(self.model, self._graphs)
         if self._channels_last and isinstance(batch, Tensor) and batch.ndim == IMAGES_NDIM:
             batch = batch.contiguous(memory_format=torch.channels_last)
         try:

@@ -1,5 +1,6 @@
 """The fit of all layers, through `apply_cat`, on a network with errors planted in every channel."""
 
+import copy
 import functools
 
 import pytest
@@ -280,3 +281,28 @@ def test_rates_are_tried_from_far_to_near_while_images_come_nearer(trials, chose
 
     best = run._nearest(fitted, tuple(fit.RATES), torch.arange(4))
     assert (best and best.rate, len(done)) == (chosen, tried)
+
+
+class IntoOneTensor(nn.Module):
+    """Writes all its outputs into one tensor, and remembers another that has a graph."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.out = net, torch.empty(64, 5)
+        self.loss = torch.ones(1, requires_grad=True) * 2
+
+    def forward(self, x):
+        return self.out[: len(x)].copy_(self.net(x))
+
+
+def test_a_model_that_writes_its_outputs_into_one_tensor():
+    (plain, fp), (quantized, _) = planted(), planted()
+    quantized = IntoOneTensor(quantized)
+    cat_model = apply_cat(quantized, fp, pictures(IMAGES), config=ALL)
+    reference = apply_cat(plain, fp, pictures(IMAGES), config=ALL)
+    assert [name.removeprefix("net.") for name in cat_model.layers] == list(reference.layers) != []
+    for part, other in zip(cat_model.layers.values(), reference.layers.values(), strict=True):
+        torch.testing.assert_close(part.scale, other.scale)
+    assert quantized.loss.grad_fn is not None and not quantized.out.requires_grad
+    del quantized.loss
+    copy.deepcopy(quantized)
