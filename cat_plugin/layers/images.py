@@ -34,7 +34,7 @@ class KeptImages:
 
     def append(self, inputs: Inputs) -> None:
         """Keeps a batch, unless there are too many already."""
-        if self.full:
+        if self.full or not inputs.drawn.shape[0]:
             return
         self._bytes += sum(tensor.numel() * tensor.element_size() for tensor in _tensors(inputs.batch))
         if self._bytes > self._most_bytes:

@@ -77,7 +77,8 @@ class Drawn:
     def means(self, output: Tensor) -> Tensor:
         """(images, C) means over all positions, drawn or not."""
         rows = to_rows(output.detach(), self.class_axis, self.binary)
-        return rows.reshape(self.shape[0], -1, rows.shape[-1]).mean(dim=1, dtype=torch.float32)
+        positions = len(rows) // max(self.shape[0], 1)  # said, since of no rows it could not be told
+        return rows.reshape(self.shape[0], positions, rows.shape[-1]).mean(dim=1, dtype=torch.float32)
 
     def labels(self, labels: Tensor | None) -> Tensor | None:
         """Labels (rows,) of the drawn rows, if `labels` are one an image, or where there are such one a position."""

@@ -173,3 +173,20 @@ def test_a_tuple_with_a_field_called_values_is_kept():
 def test_what_cannot_be_mirrored_is_said(batch):
     with pytest.raises(CATError, match='augment="flip" mirrors batches that are one tensor of images'):
         flipped(batch)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_batches_without_images_are_nothing(place):
+    x = pictures(6)
+    parts = [x[:2], x[2:]]
+    expected, outputs, rows = maps([(part,) for part in parts])
+    parts.insert(place, x[:0])
+    kept, draw, start = kept_images([]), PositionDraw(None, 4, 0), 0
+    for part in parts:
+        output = outputs[start : start + len(part)]
+        drawn = draw(output)
+        assert drawn.means(output).shape == (len(part), 5)
+        kept.append(Inputs(part, drawn))
+        start += len(part)
+    assert len(kept) == len(expected) == 6
+    check_parts(kept.parts(torch.arange(6), size=4), x, outputs, rows)
