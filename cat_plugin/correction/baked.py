@@ -2,8 +2,7 @@
 
 import copy
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +12,8 @@ from torch import nn
 from cat_plugin.correction.channel_affine import ChannelAffine
 from cat_plugin.correction.corrected_layer import corrected_layer
 from cat_plugin.correction.folding import fold_into
-from cat_plugin.correction.hook import CATHook, OutputHook
+from cat_plugin.correction.hook import OutputHook
+from cat_plugin.correction.twin import shallow_copy, twin_of
 from cat_plugin.running.loaders import model_device
 
 EMPTY: Mapping[str, ChannelAffine] = MappingProxyType({})
@@ -29,7 +29,8 @@ class BakedCAT(nn.Module):
     both; `copy.deepcopy` gives a module of its own, for models that allow it. Corrections are copies. A corrected layer
     is an object of its own, of a subclass of its class, with the same weights; one that has forward hooks of others, or
     a `forward` that is not its class's, keeps its correction as a hook, which comes after those. Other forward hooks of
-    the model act here before the correction of its output.
+    the model act here before the correction of its output. Layers are found among children, and in containers, bound
+    methods and closures, see `cat_plugin.correction.holders`; objects of other classes that hold one hold the user's.
 
     Args:
         model: the hooked model.
@@ -51,7 +52,7 @@ class BakedCAT(nn.Module):
         unfolded = []
 
         def correct(name: str) -> nn.Module:
-            twin = _shallow_copy(modules[name])
+            twin = shallow_copy(modules[name])
             part = copy.deepcopy(layers[name]).to(model_device(twin))
             folded = fold_into(twin, part) if fold else None
             if folded is not None:
@@ -59,7 +60,7 @@ class BakedCAT(nn.Module):
             unfolded.append(name)
             return corrected_layer(twin, part)
 
-        self.quantized_model = _twin(model, {id(modules[name]): partial(correct, name) for name in layers})
+        self.quantized_model = twin_of(model, {id(modules[name]): partial(correct, name) for name in layers})
         self.unfolded = tuple(unfolded)
         self._corrector = hook.unattached()
         self.correction = self._corrector.correction
@@ -88,7 +89,7 @@ class BakedCAT(nn.Module):
         self.__class__ = type(BakedCAT.__name__, (BakedCAT,), members)
 
     def __reduce__(self) -> tuple:
-        return _blank, (), self.__getstate__()
+        return _blank, (), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -97,36 +98,3 @@ class BakedCAT(nn.Module):
 
 def _blank() -> BakedCAT:
     return BakedCAT.__new__(BakedCAT)
-
-
-def _twin(model: nn.Module, replaced: Mapping[int, Callable[[], nn.Module]]) -> nn.Module:
-    """A second object for `model`, without the hooks of CAT, with other objects for the modules in it that `replaced`
-    has, by their ids.
-
-    Both hold the same parameters, buffers and layers; hooks that are put on the one do not act on the other.
-    """
-    twins: dict[int, nn.Module] = {}
-
-    def visit(module: nn.Module) -> nn.Module:
-        if id(module) not in twins:
-            made = replaced[id(module)]() if id(module) in replaced else module
-            children = {name: None if c is None else visit(c) for name, c in made._modules.items()}
-            has_other_children = any(children[name] is not child for name, child in made._modules.items())
-            if made is module and (module is model or has_other_children):
-                made = _shallow_copy(module)
-            if has_other_children:
-                made.__dict__["_modules"] = children
-            twins[id(module)] = made
-        return twins[id(module)]
-
-    return visit(model)
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    """Another object with the contents of `module`, without the hooks of CAT."""
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    twin.__dict__.pop("_compiled_call_impl", None)  # calls the original
-    hooks = ((key, hook) for key, hook in module._forward_hooks.items() if not isinstance(hook, CATHook))
-    twin.__dict__["_forward_hooks"] = OrderedDict(hooks)
-    return twin

@@ -1,6 +1,7 @@
 """A layer and its correction as one module, without a hook."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,8 @@ class CorrectedLayer(nn.Module):
     def __reduce__(self) -> tuple:
         plain = object.__new__(self._cat_class)
         plain.__dict__.update(self.__dict__)
-        return _of, (plain,)
+        make, arguments, *state = plain.__reduce_ex__(2)  # the state comes second: a layer may hold itself
+        return _remade, (make, arguments), *state
 
 
 def corrected_layer(layer: nn.Module, correction: ChannelAffine) -> nn.Module:
@@ -40,6 +42,10 @@ def _of(layer: nn.Module) -> CorrectedLayer:
     made = object.__new__(_class_of(type(layer)))  # not every class can be given to an object that is there
     made.__dict__.update(layer.__dict__)
     return made
+
+
+def _remade(make: Callable[..., nn.Module], arguments: tuple) -> CorrectedLayer:
+    return _of(make(*arguments))
 
 
 @functools.cache

@@ -70,6 +70,8 @@ def _agrees(layer: nn.Module, folded: nn.Module, correction: ChannelAffine, prob
 def _probes(layer: nn.Module) -> Tensor | None:
     """Random inputs of `layer`; None for one of a kind that is not known."""
     weight = layer._parameters.get("weight")
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None  # attention reads it and does not call it: no hook has acted
     if isinstance(layer, nn.Linear):
         shape = [PROBES, layer.in_features]
     elif isinstance(layer, nn.modules.conv._ConvNd) and not layer.transposed:

@@ -76,6 +76,7 @@ LEFT = {
     "one scale for all channels": lambda: FakeConv(6, 4, 3).prepare(per_channel=False),
     "transposed": lambda: nn.ConvTranspose2d(6, 4, 3),
     "attention": lambda: nn.MultiheadAttention(6, 2),
+    "never called by attention": lambda: nn.MultiheadAttention(6, 2).out_proj,
     "norm": lambda: nn.BatchNorm2d(6),
 }
 
