@@ -52,6 +52,8 @@ def shallow_copy(module: nn.Module) -> nn.Module:
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__.pop("_compiled_call_impl", None)  # calls the original
+    tables = {name: table for name, table in vars(module).items() if "_hooks" in name and isinstance(table, dict)}
+    twin.__dict__.update({name: table.copy() for name, table in tables.items()})
     hooks = ((key, hook) for key, hook in module._forward_hooks.items() if not isinstance(hook, CATHook))
     twin.__dict__["_forward_hooks"] = OrderedDict(hooks)
     return twin

@@ -390,3 +390,18 @@ def test_layers_that_do_more_than_their_weights_say_are_called_beside_folded_one
         expected, baked = model(x), cat_model.bake(fold=True)
         assert not baked.unfolded
         torch.testing.assert_close(baked(x), expected)
+
+
+def test_hooks_put_on_the_one_do_not_act_on_the_other():
+    net, seen = Net().eval(), []
+    x = torch.randn(2, 6)
+    baked = CATWrapper(net, ClusterAffine.identity(4), layers={"first.0": change(6)}).bake()
+    inner = next(part for part in baked.children() if isinstance(part, Net))
+    for number, module in enumerate((net, inner)):
+        module.register_forward_pre_hook(lambda *_, number=number: seen.append(f"before {number}"))
+        module.register_forward_hook(lambda *_, number=number, **__: seen.append(f"after {number}"), with_kwargs=True)
+    net(x)
+    assert seen == ["before 0", "after 0"]
+    seen.clear()
+    baked(x)
+    assert seen == ["before 1", "after 1"]
