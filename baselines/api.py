@@ -22,7 +22,7 @@ from baselines.network.blocks import find_blocks, named_blocks
 from baselines.network.floating_point import unseen_products
 from baselines.network.plain_copy import plain_copy
 from baselines.network.quantizable import quantizable_layers
-from baselines.network.reference_copy import HALF, held_network, holds_half, restore_types
+from baselines.network.reference_copy import HALF, held_network, holds_half, reference_copy, restore_types
 from baselines.network.trace import EXAMPLES, called_as_recorded, trace
 from baselines.network.units import find_units, per_image, warn_of_repeated
 from baselines.quantization.convert import quantized_copy, set_activation_ranges
@@ -139,16 +139,19 @@ def quantize(
     if recipe.stages and len(inputs) < batch_size:
         raise ValueError(f"{len(inputs)} calibration inputs are fewer than one batch of {batch_size}")
     with _own_context(device), _random_state_kept():
+        layout = _layout_for(fp_model, _placed(inputs[:EXAMPLES], device, dtype))
         torch.manual_seed(seed)  # networks that draw in eval mode, too
         settings = RunSettings(iters=iters, batch_size=batch_size, capture_batch_size=max(batch_size, 64))
-        cached = Cached(_placed(inputs, plan.device, dtype), plan)
-        job = prepare(fp_model, cached, recipe, spec, settings, seed, blocks)
+        cached = Cached(_placed(inputs, plan.device, dtype, layout), plan)
+        job = prepare(fp_model, cached, recipe, spec, settings, seed, blocks, layout)
         if checkpoint is not None:
             run = _description(method, job, spec, seed, fp_model)
             job = dataclasses.replace(job, checkpoint=Checkpoint.open(Path(checkpoint), run))
         reconstruct(job, progress=progress)
         _set_layout(job.network, torch.contiguous_format)
-        network = job.network.eval().requires_grad_(False)
+        network = job.network
+        network.eval()  # some return nothing
+        network.requires_grad_(False)
         if holds_half(fp_model):
             restore_types(network, fp_model)
             network.eval()  # what `train(False)` keeps is kept anew, in the types of now
@@ -174,13 +177,14 @@ def prepare(
     settings: RunSettings,
     seed: int,
     blocks: Sequence[str] | None = None,
+    layout: torch.memory_format = torch.channels_last,
 ) -> Job:
     """Everything up to reconstruction: the FP twin, the quantized network with its ranges, and the units."""
     generator = torch.Generator(inputs.plan.compute_device).manual_seed(seed)
     example, sample = inputs.batch(0, EXAMPLES), inputs.batch(0, RANGE_IMAGES)
     _say_tied(fp_model)
     folded = folded_copy(fp_model, example, inputs.batch(0, _CHECK_IMAGES))
-    _set_layout(folded, torch.channels_last)  # convolutions run faster so
+    _set_layout(folded, layout)
     record = trace(folded, example)
     record.unseen = unseen_products(folded, example)
     blocks = find_blocks(folded, record) if blocks is None else named_blocks(folded, record, blocks)
@@ -205,7 +209,7 @@ def prepare(
     corrector = None
     if recipe.correction is not None:
         unfolded = plain_copy(fp_model, example)
-        _set_layout(unfolded, torch.channels_last)
+        _set_layout(unfolded, layout)
         corrector = Corrector(unfolded, example, recipe.correction)
     return Job(folded, network, units, inputs, recipe, settings, generator, range_seconds, corrector)
 
@@ -253,13 +257,32 @@ def _values(model: nn.Module) -> dict[str, Tensor]:
     return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
-def _placed(inputs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Inputs where and how the engine wants them: images with channels last, nothing in half precision."""
+def _placed(
+    inputs: Tensor, device: torch.device, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    """Inputs where and how the engine wants them: images in that layout, nothing in half precision."""
     if inputs.is_floating_point():
         inputs = inputs.to(torch.float32 if dtype in HALF else dtype)
-    layout = torch.channels_last if inputs.dim() == 4 else torch.preserve_format
-    inputs = inputs.to(device, memory_format=layout)
+    inputs = inputs.to(device, memory_format=layout if inputs.dim() == 4 else torch.preserve_format)
     return inputs.clone() if inputs.is_inference() else inputs
+
+
+@torch.no_grad()
+def _layout_for(fp_model: nn.Module, example: Tensor) -> torch.memory_format:
+    """Channels last, with which convolutions run faster, unless the network takes inputs (N, ...) only without:
+    `view` of what a convolution gives needs the other order."""
+    network = reference_copy(fp_model)
+    try:
+        network(example.clone())
+    except Exception:  # which is said later
+        return torch.channels_last
+    _set_layout(network, torch.channels_last)
+    try:
+        network(_placed(example, example.device, example.dtype, torch.channels_last).clone())
+    except Exception:  # the user's code, which may raise anything
+        logger.info("%s does not take channels last", type(fp_model).__name__, exc_info=True)
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def _set_layout(model: nn.Module, layout: torch.memory_format) -> None:

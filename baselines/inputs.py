@@ -117,7 +117,7 @@ def _inputs_of(batches: Iterator[object], ends: bool) -> Iterator[Tensor]:
     for batch in batches:
         several = isinstance(batch, (tuple, list)) and batch and all(isinstance(part, Mapping) for part in batch)
         for part in batch if several else (batch,):
-            inputs = _input_of(part).detach().cpu()
+            inputs = _input_of(part).detach().to("cpu", copy=True)  # some loaders fill one buffer anew
             count += len(inputs) if inputs.dim() else 0
             yield inputs
         if count > _MOST_INPUTS and not ends:

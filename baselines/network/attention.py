@@ -62,9 +62,10 @@ class DotProductAttention(nn.Module):
         if is_causal:
             allowed = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
             attn_mask = allowed if attn_mask is None else _additive(attn_mask, query) + _additive(allowed, query)
-        probabilities = self.probabilities(
-            query, key, None if attn_mask is None else _additive(attn_mask, query), scale
-        )
+        added = None if attn_mask is None else _additive(attn_mask, query)
+        probabilities = self.probabilities(query, key, added, scale)
+        if added is not None:  # a query that no key is allowed for gets nothing, as in torch's function
+            probabilities = probabilities.masked_fill(added.isneginf().all(-1, keepdim=True), 0.0)
         return self.mix(functional.dropout(probabilities, dropout_p), value)
 
     def probabilities(self, query: Tensor, key: Tensor, added: Tensor | None, scale: float | None = None) -> Tensor:
@@ -98,6 +99,7 @@ class MultiheadAttention(nn.Module):
     def __init__(self, source: nn.MultiheadAttention, packed: bool) -> None:
         super().__init__()
         self.embed_dim, self.num_heads, self.dropout = source.embed_dim, source.num_heads, source.dropout
+        self.kdim, self.vdim, self.head_dim = source.kdim, source.vdim, source.head_dim
         self.batch_first, self.add_zero_attn = source.batch_first, source.add_zero_attn
         self.bias_k, self.bias_v = source.bias_k, source.bias_v
         if source._qkv_same_embed_dim:

@@ -32,8 +32,8 @@ def same_outputs(model: nn.Module, other: nn.Module, example: Tensor, tolerance:
     """
     with without_dropout():
         try:
-            results = [_seeded(_in_float64(m), example.double()) for m in (model, other)]
-        except (RuntimeError, TypeError):  # a network or a device that insists on its own type
+            results = [_seeded(_in_float64(m), _double(example)) for m in (model, other)]
+        except Exception:  # a network, by whatever it raises, or a device that insists on its own type
             tolerance = max(tolerance, 2e-2)
             results = [_seeded(m, example) for m in (model, other)]
     return _alike(*results, tolerance)
@@ -85,8 +85,8 @@ def _sensitivity(model: nn.Module, example: Tensor) -> float:
         weight.mul_(1 + torch.finfo(torch.float32).eps * noise.to(weight.device))
     with without_dropout():
         try:
-            pairs = [tensors_in(_seeded(m, example.double())) for m in (_in_float64(model), moved)]
-        except (RuntimeError, TypeError):  # one that insists on its own type
+            pairs = [tensors_in(_seeded(m, _double(example))) for m in (_in_float64(model), moved)]
+        except Exception:  # one that insists on its own type
             return 0.0
     found = [
         ((a - b).abs().max() / a.abs().max().clamp(min=1e-6)).item() for a, b in zip(*pairs, strict=True) if a.numel()
@@ -99,7 +99,7 @@ def warn_of_random_outputs(model: nn.Module, example: Tensor) -> None:
     """Say where the outputs of `model`, in eval mode, differ from one pass to the next."""
     with torch.random.fork_rng(_gpus(example)):
         before = _random_state(example)
-        model(example)
+        model(example.clone())
         if torch.equal(before, _random_state(example)):
             return
     if not _alike(*(_seeded(model, example, seed) for seed in (0, 1)), 1e-4):
@@ -160,10 +160,14 @@ def _in_float64(model: nn.Module) -> nn.Module:
     return cast_(copy.deepcopy(model).double(), (*HALF, torch.float32), torch.float64)
 
 
+def _double(example: Tensor) -> Tensor:
+    return example.double() if example.is_floating_point() else example
+
+
 def _seeded(model: nn.Module, example: Tensor, seed: int = 0) -> object:
     with torch.random.fork_rng(_gpus(example)):
         torch.manual_seed(seed)
-        return model(example)
+        return model(example.clone())  # which may write into it
 
 
 def _gpus(example: Tensor) -> list[torch.device]:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from baselines.network.attention import Product
 from baselines.network.quantizable import looks_quantizable
-from baselines.network.trace import Trace, tensors_in, trace, uncompiled
+from baselines.network.trace import Trace, memory_of, tensors_in, trace, uncompiled
 
 _IMAGES, _PARAMETER, _FUNCTION = "images", "parameter", "function with a parameter"
 _PRODUCTS = {
@@ -110,33 +110,27 @@ class _Origins(TorchDispatchMode):
 
     def of(self, tensors: Iterable[Tensor]) -> set[str]:
         """What `tensors` come from, parameters aside."""
-        return set().union(*(self._of.get(_memory(tensor), ()) for tensor in tensors)) - {_PARAMETER}
+        return set().union(*(self._of.get(memory_of(tensor), ()) for tensor in tensors)) - {_PARAMETER}
 
     def reached(self, tensors: Iterable[Tensor]) -> bool:
         """Whether `tensors` come from anything, parameters included."""
-        return any(self._of.get(_memory(tensor)) for tensor in tensors)
+        return any(self._of.get(memory_of(tensor)) for tensor in tensors)
 
     def begin(self, tensors: Iterable[Tensor], *origin: str) -> None:
         """From now on, `tensors` come from `origin` alone."""
         for tensor in tensors:
             self._kept.append(tensor)
-            self._of[_memory(tensor)] = set(origin)
+            self._of[memory_of(tensor)] = set(origin)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         taken, given = tensors_in(args, kwargs or {}), tensors_in(result)
-        origin = set().union(*(self._of.get(_memory(tensor), ()) for tensor in taken))
+        origin = set().union(*(self._of.get(memory_of(tensor), ()) for tensor in taken))
         name = getattr(function, "overloadpacket", function).__name__
-        if name in _PRODUCTS and any(self._of.get(_memory(tensor)) == {_PARAMETER} for tensor in taken):
+        if name in _PRODUCTS and any(self._of.get(memory_of(tensor)) == {_PARAMETER} for tensor in taken):
             origin = {_FUNCTION}
         self._kept.extend(given)
         for tensor in given:  # among them what was written into
-            memory = _memory(tensor)
+            memory = memory_of(tensor)
             self._of[memory] = self._of.get(memory, set()) | origin
         return result
-
-
-def _memory(tensor: Tensor) -> int:
-    """What views of the same memory have in common."""
-    address = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
-    return address or -id(tensor)

@@ -17,7 +17,7 @@ from baselines.network.attention import Product
 from baselines.network.edges import trace_of_constants
 from baselines.network.quantizable import is_quantizable, looks_quantizable
 from baselines.network.routing import NUMBERED
-from baselines.network.trace import Operation, Trace, tensors_in, uncompiled
+from baselines.network.trace import Operation, Trace, memory_of, tensors_in, uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,8 @@ def _computes(operation: Operation) -> bool:
     spelled = getattr(operation.function, "__name__", "")
     if spelled.endswith("_") and not spelled.endswith("__"):
         return True  # in place
-    old = {tensor.untyped_storage().data_ptr() for tensor in operation.inputs}
-    return any(tensor.untyped_storage().data_ptr() not in old for tensor in operation.outputs)
+    old = {memory_of(tensor) for tensor in operation.inputs}
+    return any(memory_of(tensor) not in old for tensor in operation.outputs)
 
 
 def _plain_name(operation: Operation) -> str:
@@ -104,11 +104,9 @@ def _unquantized(folded: nn.Module, record: Trace) -> tuple[str, ...]:
     modules = dict(folded.named_modules())
     again, is_constant = trace_of_constants(folded, record.images)
     in_products = [operation for operation in again.operations if isinstance(modules[operation.owner], Product)]
-    multiplied = {tensor.untyped_storage().data_ptr() for each in in_products for tensor in each.inputs}
+    multiplied = {memory_of(tensor) for each in in_products for tensor in each.inputs}
     quantized = set(record.started) | {
-        name
-        for name, module in modules.items()
-        if is_quantizable(module) and module.weight.untyped_storage().data_ptr() in multiplied
+        name for name, module in modules.items() if is_quantizable(module) and memory_of(module.weight) in multiplied
     }
     names = [
         name
@@ -155,7 +153,7 @@ def unseen_products(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
         for context in (uncompiled(), _Functions(kernels), kernels):
             stack.enter_context(context)
         try:
-            model(example)
+            model(example.clone())
         except NotImplementedError:  # something does not take being watched from so near
             logger.debug("not watched to the end: %s", type(model).__name__, exc_info=True)
     return list(dict.fromkeys(found))

@@ -55,7 +55,7 @@ def trials(model: nn.Module, example: Tensor) -> dict[str, Trial]:
             if is_subclass(module):
                 hooks.enter_context(module.register_forward_pre_hook(before(name), with_kwargs=True))
         if any(is_subclass(module) for module in model.modules()):
-            model(example)
+            model(example.clone())
     return found
 
 

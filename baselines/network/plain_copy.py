@@ -1,18 +1,23 @@
 """A private copy of a network in which all that can be quantized is a module."""
 
+import contextlib
 import copy
 import logging
+from types import MethodType
 
 from torch import Tensor, nn
 
 from baselines.network.attention import MultiheadAttention
 from baselines.network.comparison import same_outputs
 from baselines.network.layer_subclasses import settle
-from baselines.network.reference_copy import holds_half, reference_copy
+from baselines.network.reference_copy import OF_EVERY_MODULE, holds_half, reference_copy
 from baselines.network.routing import Routes, find_routes, route
 from baselines.network.trace import Trace, tensors_in, trace
 
 logger = logging.getLogger(__name__)
+
+_HOLDERS = nn.Module, MethodType, list, tuple, dict
+"""What holds a module beside `register_module`."""
 
 
 def plain_copy(model: nn.Module, example: Tensor) -> nn.Module:
@@ -94,7 +99,8 @@ def first_pass(reference: nn.Module, model: nn.Module, example: Tensor) -> None:
 def _with_open_attention(model: nn.Module, record: Trace, example: Tensor) -> nn.Module:
     """A copy of `model` with each `nn.MultiheadAttention` in parts."""
     modules = model.named_modules()
-    names = [name for name, module in modules if name and type(module).forward is nn.MultiheadAttention.forward]
+    kind = nn.MultiheadAttention.forward
+    names = [name for name, module in modules if name and type(module).forward is kind and record.of(name)]
     if not names:
         return model
     twin = copy.deepcopy(model)
@@ -102,10 +108,23 @@ def _with_open_attention(model: nn.Module, record: Trace, example: Tensor) -> nn
         inputs = [[value.tensor for value in call.inputs[:3]] for call in record.of(name)]
         packed = bool(inputs) and all(len(i) == 3 and i[0] is i[1] and i[0] is i[2] for i in inputs)
         replace_module(twin, name, MultiheadAttention(twin.get_submodule(name), packed))
-    if same_outputs(model, twin, example):
-        return twin
+    _without_nested_tensors(twin)
+    with contextlib.suppress(AttributeError):  # of what only torch's class has
+        if same_outputs(model, twin, example):
+            return twin
     logger.warning("attention stays whole, since its parts gave other outputs: %s", names)
     return model
+
+
+def _without_nested_tensors(model: nn.Module) -> None:
+    """Transformer encoders of PyTorch leave out padding only where nothing in them is to be seen."""
+    for name, module in model.named_modules():
+        opened = isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(part, MultiheadAttention) for part in module.modules()
+        )
+        if opened and getattr(module, "use_nested_tensor", False):
+            module.use_nested_tensor = False
+            logger.info("%s computes at padded places, too, where PyTorch's fast path gives zeros", name)
 
 
 def _with_routes(model: nn.Module, example: Tensor) -> nn.Module:
@@ -131,9 +150,28 @@ def _routed(model: nn.Module, routes: list[Routes]) -> nn.Module:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the one called `name`, wherever else that one is registered, too."""
+    """Put `module` in the place of the one called `name`, wherever else that one is registered, or held in attributes,
+    too."""
     old = model.get_submodule(name)
-    for parent in model.modules():
+    for parent in list(model.modules()):
         for child, value in parent._modules.items():
             if value is old:
                 parent._modules[child] = module
+        for key, value in list(vars(parent).items()):
+            if key not in OF_EVERY_MODULE and isinstance(value, _HOLDERS):
+                vars(parent)[key] = _replaced(value, old, module)
+
+
+def _replaced(value: object, old: nn.Module, new: nn.Module) -> object:
+    """`value` with `new` for `old`, in plain lists, tuples and dicts, and as what a method is bound to."""
+    if value is old:
+        return new
+    if isinstance(value, MethodType) and value.__self__ is old:
+        return getattr(new, value.__name__, None) or MethodType(value.__func__, new)
+    if type(value) is list:
+        value[:] = [_replaced(each, old, new) for each in value]
+    elif type(value) is dict:
+        value.update({key: _replaced(each, old, new) for key, each in value.items()})
+    elif type(value) is tuple:
+        return tuple(_replaced(each, old, new) for each in value)
+    return value

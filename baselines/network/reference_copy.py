@@ -5,6 +5,7 @@ import copy
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ _HELD_AS = {"DataParallel": "module", "DistributedDataParallel": "module", "Opti
 """By the name of torch's class, since that of compiled modules is private."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Attributes that are no network's own."""
 
 
 def reference_copy(model: nn.Module) -> nn.Module:
@@ -35,16 +37,21 @@ def reference_copy(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: `model` cannot be copied.
     """
-    twin = _deep_copy(model).requires_grad_(False)
+    _refuse_closures(model)
+    twin = _deep_copy(model)
     _open_containers(twin)
     twin = with_modules(twin)
+    twin.requires_grad_(False)
     for module in twin.modules():
-        module.training = False  # torch's own hooks compute another weight in training
+        module.training = False  # hooks and parametrizations compute another weight in training
+    for module in list(twin.modules()):
         _make_weights_plain(module)
         for hooks in (getattr(module, kind) for kind in _HOOKS):
             hooks.clear()
     cast_(twin, HALF, torch.float32)
-    return twin.eval().requires_grad_(False)  # what `train(False)` keeps is kept anew, in float32
+    twin.eval()  # what `train(False)` keeps is kept anew, in float32; some return nothing
+    twin.requires_grad_(False)
+    return twin
 
 
 def held_network(model: nn.Module) -> nn.Module:
@@ -122,6 +129,25 @@ def _held_as(model: nn.Module) -> str | None:
     return name if name is not None and type(model).__module__.startswith("torch.") else None
 
 
+def _refuse_closures(model: nn.Module) -> None:
+    """A copy of a module whose `forward` is a closure over modules of `model` would run these.
+
+    Raises:
+        ValueError: there is one.
+    """
+    modules = set(model.modules())
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        cells = forward.__closure__ or () if isinstance(forward, FunctionType) else ()
+        for cell in cells:
+            held = cell.cell_contents
+            if getattr(held, "__self__", held) in modules:
+                raise ValueError(
+                    f"forward of {name or type(model).__name__} was replaced by a function over modules of the network "
+                    "itself, which a copy would go on calling; make it a method (types.MethodType) or functools.partial"
+                )
+
+
 def _deep_copy(model: nn.Module) -> nn.Module:
     """What was computed with gradients, and kept, is copied without them: `copy.deepcopy` does not take it."""
     buffers = (buffer for module in model.modules() for buffer in module._buffers.values() if buffer is not None)
@@ -166,7 +192,7 @@ def _loose_values(model: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
     """Tensors that are plain attributes of modules, also in lists, tuples and dicts: module, name, value."""
     for module in model.modules():
         for key, value in list(vars(module).items()):
-            if key not in _OF_EVERY_MODULE and isinstance(value, (Tensor, list, tuple, dict)) and _tensors_of(value):
+            if key not in OF_EVERY_MODULE and isinstance(value, (Tensor, list, tuple, dict)) and _tensors_of(value):
                 yield module, key, value
 
 

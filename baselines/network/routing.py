@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from baselines.network.attention import DotProductAttention, Product
 from baselines.network.edges import trace_of_constants
 from baselines.network.quantizable import QUANTIZABLE, is_quantizable, looks_quantizable
-from baselines.network.trace import Operation
+from baselines.network.trace import Operation, memory_of
 
 _MATMULS = {
     *(torch.matmul, torch.linalg.matmul, torch.bmm, torch.mm),
@@ -73,7 +73,7 @@ def find_routes(model: nn.Module, example: Tensor) -> list[Routes]:
     """Routes for each module of `model` that calls products, fused attention, or functions with a weight, in a pass
     of `example`."""
     record, is_constant = trace_of_constants(model, example)
-    stored = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    stored = {memory_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
     modules = dict(model.named_modules())
     routes, apart = [], []
     for owner in dict.fromkeys(operation.owner for operation in record.operations):
@@ -111,9 +111,9 @@ def _kind(
     if operation.function is _ATTENTION:
         return "attention"
     factors = _factors(operation.function, operation.args, operation.kwargs)
-    if factors is None:
+    if factors is None or any(factor.layout != torch.strided for factor in factors[:2]):
         return None
-    left, right = (factor.untyped_storage().data_ptr() in stored for factor in factors[:2])
+    left, right = (memory_of(factor) in stored for factor in factors[:2])
     if not left and not right:
         return "product"
     if (left and right) or looks_quantizable(module) or is_constant(factors[:2]):

@@ -177,8 +177,14 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
             hooks.enter_context(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             hooks.enter_context(module.register_forward_hook(leave, with_kwargs=True))
         with uncompiled(), _Watch(record, running):
-            record.output = model(x)
+            record.output = model(x.clone())  # which may write into it
     return record
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What views of the same memory have in common; of layouts without a memory of their own, the tensor itself."""
+    address = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+    return address or -id(tensor)
 
 
 @contextlib.contextmanager

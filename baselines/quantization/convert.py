@@ -147,7 +147,7 @@ def set_activation_ranges(
         def hook(module, args, kwargs):
             value = tensors_in(args, by_signature(module.forward, kwargs))[position]
             if value.numel() <= share:
-                samples[place].append(value.flatten())
+                samples[place].append(value.flatten().clone())  # what follows may write into it
                 return
             chosen = torch.randint(value.numel(), (share,), generator=generator, device=value.device)
             by_memory = value.permute(axes_by_memory(value)).reshape(-1)
@@ -162,7 +162,7 @@ def set_activation_ranges(
             module = folded.get_submodule(name)
             hooks.enter_context(module.register_forward_pre_hook(watch(place, position), with_kwargs=True))
         for batch in inputs.split(batch_size):
-            folded(batch)
+            folded(batch.clone())
     for (name, _, quantizer), seen in zip(places, samples, strict=True):
         if not seen:
             raise ValueError(f"{name} was not reached; control flow that depends on data hides it")

@@ -40,11 +40,11 @@ class Corrector:
 
     def correct(self, unit: str, inputs: Cached, batch_size: int) -> Cached:
         """Corrected inputs (N, ...) of `unit`; `inputs` itself where no batch norm is in the unit or directly
-        behind it."""
+        behind it, and where they are integers."""
         module = self._network.get_submodule(unit)
         inside = [norm for norm in module.modules() if _has_statistics(norm)]
         behind = self._norm_behind(unit)
-        if not inside and behind is None:
+        if (not inside and behind is None) or not inputs.dtype.is_floating_point:
             return inputs
         # As large as each other: statistics of a small remainder would not be those of the network.
         batches = (self._corrected(module, inside, behind, x) for x in inputs.even_batches(batch_size))

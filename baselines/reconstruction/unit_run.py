@@ -262,7 +262,7 @@ class UnitRun:
         few = None if prediction is None else x[: max(1, round(prediction.share * len(x)))]
         if self._entry is not None and self._stage.quantize_activations:
             return self._entry.mix(x, otherwise), None if few is None else self._entry.mix(few, keep=1.0)
-        if otherwise is not None:
+        if otherwise is not None and x.is_floating_point():
             x = torch.lerp(otherwise, x, coin_flips(x, keep, self._generator))
         return x, few
 

@@ -1,0 +1,232 @@
+"""Networks as people write them: what they do in place, hold in lists or patch is no reason for another result."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from baselines import quantize, summarize
+from baselines.inputs import gather_inputs
+
+from .networks import images
+
+
+class Convolutions(nn.Module):
+    """Of every pair, the first is written as people do, the second plainly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.second, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 5)
+            self.flat = nn.Linear(6 * 36, 5)
+        self.in_list, self.in_dict = [self.second], {"first": (self.first.__call__,)}
+
+    def forward(self, x):
+        return self.head(F.relu(self.second(F.relu(self.first(x)))).mean((2, 3)))
+
+
+class Held(Convolutions):
+    def forward(self, x):
+        return self.head(F.relu(self.in_list[0](F.relu(self.in_dict["first"][0](x)))).mean((2, 3)))
+
+
+class Flattening(Convolutions):
+    def forward(self, x):
+        return self.flat(F.relu(self.second(F.relu(self.first(x)))).flatten(1))
+
+
+class Viewing(Convolutions):
+    def forward(self, x):
+        return self.flat(F.relu(self.second(F.relu(self.first(x)))).view(-1, 6 * 36))
+
+
+class Adding(Convolutions):
+    def forward(self, x):
+        x = self.first(x)
+        x = x + 20 * self.second(F.relu(x))
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+class AddingInPlace(Convolutions):
+    def forward(self, x):
+        x = self.first(x)
+        x += 20 * self.second(F.relu(x))
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+class Scaling(Convolutions):
+    def forward(self, x):
+        return super().forward(x / 4)
+
+
+class ScalingInPlace(Convolutions):
+    def forward(self, x):
+        x /= 4
+        return super().forward(x)
+
+
+class Silent(Convolutions):
+    def train(self, mode=True):
+        super().train(mode)
+
+
+class Insisting(Convolutions):
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        return super().forward(x)
+
+
+class Sparse(Convolutions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("graph", torch.eye(5).to_sparse())
+
+    def forward(self, x):
+        return (self.graph @ super().forward(x).T).T
+
+
+PAIRS = {
+    "layers in a list and a dict": (Held, Convolutions),
+    "a sum in place": (AddingInPlace, Adding),
+    "inputs in place": (ScalingInPlace, Scaling),
+    "train returns nothing": (Silent, Convolutions),
+    "a type that is insisted on": (Insisting, Convolutions),
+    "a sparse buffer": (Sparse, Convolutions),
+}
+
+
+@pytest.mark.parametrize("method", ["rtn", "qdrop", "pd_quant"])
+@pytest.mark.parametrize(("written", "plain"), PAIRS.values(), ids=PAIRS)
+def test_the_same_network_written_in_another_way(written, plain, method):
+    x, fresh, options = images(32), images(16, seed=2), {"method": method, "w_bits": 4, "a_bits": 4, "iters": 5}
+    made = []
+    for model in (written(), plain()):
+        model.eval()
+        made.append(quantize(model, x, batch_size=8, **options))
+    assert set(summarize(made[0]).floating_point.unquantized) <= {"flat", "matmul in Sparse"}  # flat is not called
+    outputs, expected = (network(fresh.clone()) for network in made)
+    assert (outputs - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["rtn", "brecq", "qdrop", "pd_quant"])
+def test_views_of_what_convolutions_give(method):
+    """They need the usual order of axes; with the faster one the same draws fall on other elements."""
+    x, fresh = images(32), images(16, seed=2)
+    network = quantize(Viewing().eval(), x, method=method, w_bits=8, a_bits=8, iters=3, batch_size=8)
+    expected = Flattening()(fresh)
+    assert (network(fresh) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_images_of_the_user_and_those_that_are_kept_stay():
+    x = images(16)
+    before = x.clone()
+    quantize(ScalingInPlace().eval(), x, method="qdrop", iters=2, batch_size=8)
+    assert torch.equal(x, before)
+
+
+def test_a_function_over_the_network_itself_is_refused_and_nothing_is_touched():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5)).train()
+    plain = model[1].forward
+    model[1].forward = lambda x: 2 * plain(x)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="forward of 1 was replaced by a function over modules of the network itself"):
+        quantize(model, images(16), method="rtn")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+    assert model[1].training
+
+
+class Dropped(nn.Module):
+    def forward(self, weight):
+        return F.dropout(weight, 0.5, self.training)
+
+
+def test_weights_are_those_of_evaluation_also_of_a_model_in_training_mode():
+    model = Convolutions()
+    parametrize.register_parametrization(model.first, "weight", Dropped())
+    x = images(8)
+    network = quantize(model.train(), x, method="rtn", w_bits=32, a_bits=32)
+    torch.testing.assert_close(network(x), model.eval()(x))
+
+
+class OfIntegers(nn.Module):
+    """A block that reads pixels as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3)
+
+    def forward(self, x):
+        return self.second(F.relu(self.first(x.float() / 255)))
+
+
+@pytest.mark.parametrize("method", ["brecq", "qdrop", "pd_quant"])
+def test_blocks_that_read_integers(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        OfIntegers(), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)
+    ).eval()
+    x = torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8)
+    network = quantize(model, x, method=method, w_bits=8, a_bits=8, iters=3, batch_size=8)
+    expected = model(x)
+    assert (network(x) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_loaders_may_fill_one_buffer_anew():
+    buffer = torch.zeros(2, 3)
+
+    def loader():
+        for value in range(3):
+            yield buffer.fill_(value)
+
+    assert gather_inputs(loader())[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+class Padded(nn.Module):
+    """Sequences whose zeros are padding."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.body, self.head = nn.Linear(12, 16), body, nn.Linear(16, 5)
+
+    def forward(self, x):
+        known = (x != 0).any(-1)
+        return self.head((self.body(self.embed(x), known) * known[..., None]).sum(1))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
+
+    def forward(self, x, known):
+        return self.layers(x, src_key_padding_mask=~known)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x, known):
+        allowed = known[:, :, None] & known[:, None]
+        return x + F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1), attn_mask=allowed)
+
+
+@pytest.mark.parametrize("calibrated_on", ["padded", "whole"])
+@pytest.mark.parametrize("body", [Encoder, Attention])
+@torch.no_grad()
+def test_sequences_with_padding(body, calibrated_on):
+    """Rows of attention that nothing is allowed for, too, of which calibration may have shown none."""
+    torch.manual_seed(0)
+    model, x = Padded(body()).eval(), torch.randn(32, 6, 12)
+    padded = x.clone()
+    padded[::2, 4:] = 0
+    calibration = padded if calibrated_on == "padded" else x
+    network = quantize(model, calibration, method="rtn", w_bits=8, a_bits=8)
+    expected = model(padded)
+    assert (network(padded) - expected).norm() < 0.05 * expected.norm()
