@@ -138,7 +138,9 @@ def _refuse_closures(model: nn.Module) -> None:
     modules = set(model.modules())
     for name, module in model.named_modules():
         forward = vars(module).get("forward")
-        cells = forward.__closure__ or () if isinstance(forward, FunctionType) else ()
+        if _held_as(module) is not None or not isinstance(forward, FunctionType):  # compiled networks are taken out
+            continue
+        cells = forward.__closure__ or ()
         for cell in cells:
             held = cell.cell_contents
             if getattr(held, "__self__", held) in modules:
