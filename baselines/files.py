@@ -29,7 +29,8 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, types, shapes and values, as 16 hexadecimal digits; independent of the order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name].detach().cpu()
+        tensor = (tensor if tensor.layout == torch.strided else tensor.to_dense()).contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

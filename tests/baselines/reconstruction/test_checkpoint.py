@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from baselines import quantize
 from baselines.recipes import Recipe, Stage
@@ -126,6 +127,17 @@ def test_network_is_the_same_without_a_checkpoint(whole, tmp_path):
     assert same(run(tmp_path, method="qdrop"), whole["qdrop"])
 
 
+def with_a_constant(model):
+    model.mean = [torch.ones(3)]
+    return model
+
+
+def with_tanh(model):
+    name = next(name for name, module in model.named_modules() if isinstance(module, nn.ReLU))
+    model.set_submodule(name, nn.Tanh())
+    return model
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -142,6 +154,8 @@ def test_network_is_the_same_without_a_checkpoint(whole, tmp_path):
         ({"blocks": ["layer1.0"]}, r"\(units: \['conv1', "),
         ({"images": images(40, seed=2)}, r"\(calibration images: \w{16} then, \w{16} now\)"),
         ({"model": randomized(SmallResNet(), seed=2)}, r"\(network weights: \w{16} then, \w{16} now\)"),
+        ({"model": with_a_constant(randomized(SmallResNet()))}, r"\(network weights: \w{16} then, \w{16} now\)"),
+        ({"model": with_tanh(randomized(SmallResNet()))}, r"\(network modules: \w{16} then, \w{16} now\)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
