@@ -134,7 +134,8 @@ def with_a_constant(model):
 
 def with_tanh(model):
     name = next(name for name, module in model.named_modules() if isinstance(module, nn.ReLU))
-    model.set_submodule(name, nn.Tanh())
+    parent, _, key = name.rpartition(".")
+    setattr(model.get_submodule(parent), key, nn.Tanh())
     return model
 
 
