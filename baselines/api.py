@@ -22,15 +22,7 @@ from baselines.network.blocks import find_blocks, named_blocks
 from baselines.network.floating_point import unseen_products
 from baselines.network.plain_copy import plain_copy
 from baselines.network.quantizable import quantizable_layers
-from baselines.network.reference_copy import (
-    HALF,
-    held_network,
-    holds_half,
-    loose_values,
-    reference_copy,
-    restore_types,
-    tensors_of,
-)
+from baselines.network.reference_copy import HALF, held_network, holds_half, reference_copy, restore_types
 from baselines.network.trace import EXAMPLES, called_as_recorded, trace
 from baselines.network.units import find_units, per_image, warn_of_repeated
 from baselines.quantization.convert import quantized_copy, set_activation_ranges
@@ -262,12 +254,8 @@ def _description(method: str, job: Job, spec: QuantSpec, seed: int, fp_model: nn
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, also those that a `state_dict` leaves out, and tensors that are plain attributes."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    names = {module: name for name, module in model.named_modules()}
-    for module, key, value in loose_values(model):
-        named += [(f"{names[module]}.{key}[{index}]", tensor) for index, tensor in enumerate(tensors_of(value))]
-    return dict(named)
+    """All parameters and buffers, also those that a `state_dict` leaves out."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
 def _structure(model: nn.Module) -> str:

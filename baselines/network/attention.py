@@ -63,9 +63,12 @@ class DotProductAttention(nn.Module):
             allowed = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
             attn_mask = allowed if attn_mask is None else _additive(attn_mask, query) + _additive(allowed, query)
         added = None if attn_mask is None else _additive(attn_mask, query)
-        probabilities = self.probabilities(query, key, added, scale)
-        if added is not None:  # a query that no key is allowed for gets nothing, as in torch's function
-            probabilities = probabilities.masked_fill(added.isneginf().all(-1, keepdim=True), 0.0)
+        if added is None:
+            probabilities = self.probabilities(query, key, None, scale)
+        else:  # a query that no key is allowed for gets nothing, as in torch's function; its gradients are finite, too
+            blocked = added.isneginf().all(-1, keepdim=True)
+            probabilities = self.probabilities(query, key, added.masked_fill(blocked, 0.0), scale)
+            probabilities = probabilities.masked_fill(blocked, 0.0)
         return self.mix(functional.dropout(probabilities, dropout_p), value)
 
     def probabilities(self, query: Tensor, key: Tensor, added: Tensor | None, scale: float | None = None) -> Tensor:

@@ -157,8 +157,9 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
         for child, value in parent._modules.items():
             if value is old:
                 parent._modules[child] = module
-        for key, value in list(vars(parent).items()):
-            if key not in OF_EVERY_MODULE and isinstance(value, _HOLDERS):
+        for key in vars(parent).keys() - OF_EVERY_MODULE:
+            value = vars(parent)[key]
+            if isinstance(value, _HOLDERS):
                 vars(parent)[key] = _replaced(value, old, module)
 
 
@@ -167,7 +168,8 @@ def _replaced(value: object, old: nn.Module, new: nn.Module) -> object:
     if value is old:
         return new
     if isinstance(value, MethodType) and value.__self__ is old:
-        return getattr(new, value.__name__, None) or MethodType(value.__func__, new)
+        own = value.__func__ is getattr(type(old), value.__name__, None)  # and not a function that someone has bound
+        return getattr(new, value.__name__) if own and hasattr(new, value.__name__) else MethodType(value.__func__, new)
     if type(value) is list:
         value[:] = [_replaced(each, old, new) for each in value]
     elif type(value) is dict:

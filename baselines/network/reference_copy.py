@@ -1,6 +1,7 @@
 """A private copy of the user's network that computes what it computes, ready to be watched: the reference of all forms
 of it that follow."""
 
+import contextlib
 import copy
 import itertools
 import logging
@@ -67,8 +68,8 @@ def cast_(model: nn.Module, old: tuple[torch.dtype, ...], new: torch.dtype) -> n
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.dtype in old:
             tensor.data = tensor.data.to(new)
-    for module, key, value in loose_values(model):
-        if any(tensor.dtype in old for tensor in tensors_of(value)):
+    for module, key, value in _loose_values(model):
+        if any(tensor.dtype in old for tensor in _tensors_of(value)):
             vars(module)[key] = tree_map_only(Tensor, lambda t: t.to(new) if t.dtype in old else t, value)
     return model
 
@@ -79,8 +80,8 @@ def restore_types(network: nn.Module, model: nn.Module) -> None:
     named = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     types = {name: tensor.dtype for name, tensor in named if tensor.is_floating_point()}
     names = {module: name for name, module in model.named_modules()}
-    for module, key, value in loose_values(model):
-        types |= {f"{names[module]}.{key}": t.dtype for t in tensors_of(value) if t.is_floating_point()}
+    for module, key, value in _loose_values(model):
+        types |= {f"{names[module]}.{key}": t.dtype for t in _tensors_of(value) if t.is_floating_point()}
     main = main_type(model)
     for path, module in network.named_modules():
         for values in (module._parameters, module._buffers):
@@ -88,7 +89,7 @@ def restore_types(network: nn.Module, model: nn.Module) -> None:
                 if tensor is not None and tensor.dtype == torch.float32:
                     tensor.data = tensor.data.to(_type_of(f"{path}.{key}".lstrip("."), types, main))
     names = {module: name for name, module in network.named_modules()}
-    for module, key, value in loose_values(network):
+    for module, key, value in _loose_values(network):
         new = types.get(f"{names[module]}.{key}")
         if new is not None:
             vars(module)[key] = tree_map_only(Tensor, _to(new), value)
@@ -135,25 +136,32 @@ def _refuse_closures(model: nn.Module) -> None:
     Raises:
         ValueError: there is one.
     """
-    modules = set(model.modules())
+    modules = {id(module) for module in model.modules()}
     for name, module in model.named_modules():
         forward = vars(module).get("forward")
         if _held_as(module) is not None or not isinstance(forward, FunctionType):  # compiled networks are taken out
             continue
-        cells = forward.__closure__ or ()
-        for cell in cells:
-            held = cell.cell_contents
-            if getattr(held, "__self__", held) in modules:
+        for held in _enclosed(forward):
+            if id(getattr(held, "__self__", held)) in modules:
                 raise ValueError(
                     f"forward of {name or type(model).__name__} was replaced by a function over modules of the network "
                     "itself, which a copy would go on calling; make it a method (types.MethodType) or functools.partial"
                 )
 
 
+def _enclosed(function: FunctionType) -> Iterator[object]:
+    """What `function` is a closure over, and what is in it where that is a list, a tuple or a dict."""
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # nothing was put into it yet
+            held = cell.cell_contents
+            yield held
+            yield from held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else ()
+
+
 def _deep_copy(model: nn.Module) -> nn.Module:
     """What was computed with gradients, and kept, is copied without them: `copy.deepcopy` does not take it."""
     buffers = (buffer for module in model.modules() for buffer in module._buffers.values() if buffer is not None)
-    loose = (tensor for _, _, value in loose_values(model) for tensor in tensors_of(value))
+    loose = (tensor for _, _, value in _loose_values(model) for tensor in _tensors_of(value))
     memo = {id(t): t.detach().clone() for t in itertools.chain(buffers, loose) if not t.is_leaf}
     try:
         return copy.deepcopy(model, memo)
@@ -190,16 +198,15 @@ def _make_weights_plain(module: nn.Module) -> None:
             prune.remove(module, hook._tensor_name)
 
 
-def loose_values(model: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
+def _loose_values(model: nn.Module) -> Iterator[tuple[nn.Module, str, object]]:
     """Tensors that are plain attributes of modules, also in lists, tuples and dicts: module, name, value."""
     for module in model.modules():
         for key, value in list(vars(module).items()):
-            if key not in OF_EVERY_MODULE and isinstance(value, (Tensor, list, tuple, dict)) and tensors_of(value):
+            if key not in OF_EVERY_MODULE and isinstance(value, (Tensor, list, tuple, dict)) and _tensors_of(value):
                 yield module, key, value
 
 
-def tensors_of(value: object) -> list[Tensor]:
-    """Those in it, also in lists, tuples and dicts."""
+def _tensors_of(value: object) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 

@@ -54,8 +54,8 @@ class ChannelAffine(Buffers):
         Raises:
             CATError: `x` has other channels.
         """
-        if x.is_nested:  # of a transformer with padding, one part a sequence
-            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()], layout=x.layout)
+        if x.is_nested and x.layout == torch.strided:  # of a transformer with padding, one part a sequence
+            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()])
         if x.ndim < -self.axis or x.shape[self.axis] != self.scale.shape[0]:
             raise CATError(
                 f"got an output of shape {tuple(x.shape)}; this correction takes {self.scale.shape[0]} channels along "

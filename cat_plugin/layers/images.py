@@ -62,7 +62,8 @@ class KeptImages:
     @property
     def _single(self) -> bool:
         """Whether images can be run in any company."""
-        if not all(isinstance(batch, Tensor) and len(batch) == drawn.shape[0] for batch, drawn in self._batches):
+        each = ((batch, drawn.shape[0]) for batch, drawn in self._batches)
+        if not all(isinstance(batch, Tensor) and batch.ndim and len(batch) == images for batch, images in each):
             return False  # also where a tensor is a bag, with one output, or one of its entries has several
         return len({(batch.shape[1:], batch.dtype) for batch, _ in self._batches}) <= 1
 

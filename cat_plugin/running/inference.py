@@ -40,8 +40,6 @@ def inference(models: Mapping[str, nn.Module]) -> Iterator[None]:
             yield
     except BaseException:
         try:
-            for state in states.values():
-                state.restore_attributes()
             _restore(states, random_state)
         except Exception:  # must not hide the error that brought us here
             logger.warning("could not restore everything after an error", exc_info=True)
@@ -99,13 +97,12 @@ def _restore(states: "dict[str, _ModelState]", random_state: "_RandomState") -> 
 class _ModelState:
     """Training flags of a model, copies of all its parameters and buffers on the CPU, and what else its modules hold.
 
-    The latter is put back after an error, and where a forward pass has made or exchanged a tensor: a range estimator
-    that remembers that it has done so would else go on without.
+    The latter is put back in modules of which a forward pass has made or exchanged a tensor: a range estimator that
+    remembers that it has done so would else go on without.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.flags = [(module, module.training) for module in model.modules() if hasattr(module, "training")]
-        self.attributes = [(module, dict(vars(module))) for module in model.modules()]
         copies: dict[int, list[Tensor]] = {}  # tied tensors are copied once
         self.tensors = []
         for path, module in model.named_modules():
@@ -115,7 +112,7 @@ class _ModelState:
                     if tensor is not None and id(tensor) not in copies:
                         copies[id(tensor)] = [leaf.to("cpu", copy=True) for leaf in storage_leaves(tensor)]
                     saved[name] = tensor, copies.get(id(tensor), [])
-                self.tensors.append((f"{path}." if path else "", registry, saved))
+                self.tensors.append((f"{path}." if path else "", registry, saved, module, dict(vars(module))))
 
     def restore_flags(self) -> None:
         for module, error in _set_training(self.flags):
@@ -123,8 +120,9 @@ class _ModelState:
 
     def restore_tensors(self) -> list[str]:
         """Puts back what has changed; returns its names."""
-        changed, exchanged = set(), False
-        for prefix, registry, saved in self.tensors:
+        changed = set()
+        for prefix, registry, saved, module, attributes in self.tensors:
+            exchanged = False
             for name in registry.keys() - saved.keys():  # made by the forward pass
                 del registry[name]
                 changed.add(prefix + name)
@@ -136,16 +134,12 @@ class _ModelState:
                     exchanged = True
                 if tensor is not None and _put_back(tensor, copies):
                     changed.add(prefix + name)
-        if exchanged:
-            self.restore_attributes()
+            if exchanged:
+                held = vars(module)
+                for name in held.keys() - attributes.keys():
+                    del held[name]
+                held.update(attributes)
         return sorted(changed)
-
-    def restore_attributes(self) -> None:
-        for module, kept in self.attributes:
-            held = vars(module)
-            for name in held.keys() - kept.keys():
-                del held[name]
-            held.update(kept)
 
 
 def _put_back(tensor: Tensor, copies: list[Tensor]) -> bool:

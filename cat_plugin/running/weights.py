@@ -5,7 +5,7 @@ import re
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-_NO_WEIGHTS = re.compile("mask|scale|zero|offset")
+_NO_WEIGHTS = re.compile(r"mask|(^|_)(scales?|zeros?|zero_points?|offsets?)(_|$)")
 """In names of tensors that belong to weights: of groups, they have an axis more than these."""
 
 

@@ -1,6 +1,7 @@
 """Networks as people write them: what they do in place, hold in lists or patch is no reason for another result."""
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
@@ -230,3 +231,45 @@ def test_sequences_with_padding(body, calibrated_on):
     network = quantize(model, calibration, method="rtn", w_bits=8, a_bits=8)
     expected = model(padded)
     assert (network(padded) - expected).norm() < 0.05 * expected.norm()
+
+
+class Blocked(Attention):
+    def forward(self, x):
+        known = torch.ones(x.shape[:2], dtype=torch.bool)
+        known[:, 4:] = False
+        return super().forward(x, known)
+
+
+@pytest.mark.parametrize("method", ["brecq", "qdrop"])
+def test_blocked_rows_of_attention_have_gradients(method):
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(12, 16), Blocked(), nn.Flatten(), nn.Linear(96, 5)).eval(),
+        torch.randn(32, 6, 12),
+    )
+    network = quantize(model, x, method=method, w_bits=8, a_bits=8, iters=3, batch_size=8, blocks=["1"])
+    assert network(x).isfinite().all()
+
+
+def test_closures_over_no_module_are_taken_as_they_are():
+    model, shape, later = Convolutions().eval(), [2, 3], None
+
+    def forward(x):
+        return x.relu().mean(shape) if later is None else x
+
+    model.pool = nn.Identity()
+    model.pool.forward = forward
+    model.forward = MethodType(lambda self, x: self.head(self.pool(self.second(F.relu(self.first(x))))), model)
+    quantize(model, images(16), method="rtn")
+
+
+def test_a_function_bound_by_the_user_stays():
+    def forward(self, x):
+        return 3 * nn.Conv2d.forward(self, x)
+
+    model = Convolutions().eval()
+    model.tripled = MethodType(forward, model.first)
+    model.forward = MethodType(lambda self, x: self.head(F.relu(self.tripled(x) + self.first(x)).mean((2, 3))), model)
+    x = images(16)
+    network, expected = quantize(model, x, method="rtn", w_bits=8, a_bits=8), model(x)
+    assert (network(x) - expected).norm() < 0.05 * expected.norm()

@@ -96,6 +96,7 @@ class Everything(nn.Module):
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_left_out():
+    torch.manual_seed(0)  # a few seeds give an attention whose outputs are all alike
     model = Everything().eval()
     layers = candidates(model, "all")
     assert {"block.0", "unused", "attention", "dead"} <= set(layers)

@@ -285,13 +285,13 @@ def test_what_a_module_remembers_comes_back_with_its_tensors(fails):
     assert model[0].inited and isinstance(model[0].delta, nn.Parameter)
 
 
-def test_what_an_error_leaves_in_attributes_goes():
-    model = SmallNet()
-    model.seen = first = [1]
+def test_what_others_put_on_modules_meanwhile_stays():
+    model = nn.Sequential(Lazy(), SmallNet())
     with pytest.raises(KeyError), inference({"model": model}):
-        model.seen, model.late = [2], images()
+        model(images())
+        model[1].seen = [2]
         raise KeyError
-    assert model.seen is first and not hasattr(model, "late")
+    assert model[1].seen == [2] and not model[0].inited
 
 
 def test_devices_of_the_models_alone_are_seeded(monkeypatch):
