@@ -11,7 +11,7 @@ from benchmarks.commands.parsers import parse_report
 from benchmarks.measure.accuracy import Measurement
 from benchmarks.reports import cost_report
 from benchmarks.reports.comparison_plots import plot_comparison
-from benchmarks.reports.comparison_report import title, to_markdown, write_report
+from benchmarks.reports.comparison_report import conditions, to_markdown, write_report
 from benchmarks.runs.folders import read_settings
 
 KINDS: dict[str, ModuleType] = {module.NAME: module for module in (compare, ablate, robustness, nulls)}
@@ -44,7 +44,8 @@ main = command_line("report", parse_report, _report, resumes=False)
 def _join(tables: list[tuple[str | None, list[Measurement]]], measured: list[Measurement], weights: str | None) -> None:
     """Runs of one network, its weights and one protocol go into one table, unless both have measured the same."""
     for theirs, table in tables:
-        alike = title([each.row for each in table], theirs) == title([each.row for each in measured], weights)
+        alike = conditions([each.row for each in table]) == conditions([each.row for each in measured])
+        alike = alike and theirs == weights
         if alike and not {_cell(each) for each in table} & {_cell(each) for each in measured}:
             table += measured
             return

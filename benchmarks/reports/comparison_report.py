@@ -42,6 +42,13 @@ def to_markdown(measured: Sequence[Measurement], weights: str | None = None) -> 
     return "\n\n".join([*parts, found.notes] if found else parts)
 
 
+def conditions(rows: Sequence[Row]) -> tuple[object, ...]:
+    """All that rows of one table have in common."""
+    first, seeds = rows[0], sorted({row.seed for row in rows})
+    counts = first.n_eval, first.n_calib, first.n_cat, max(row.reused_images for row in rows), first.iters
+    return first.dataset, first.model, *counts, first.test_folds, *seeds
+
+
 def title(rows: Sequence[Row], weights: str | None = None) -> str:
     """One sentence that says what the table shows; `weights` are those of the full-precision network."""
     first, seeds = rows[0], sorted({row.seed for row in rows})

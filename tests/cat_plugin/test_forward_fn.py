@@ -134,7 +134,8 @@ def test_batches_go_to_the_device_of_the_model():
     assert (seen["b"][1][1], seen["e"]) == ("text", 3)
     assert given["a"] is x
     assert given["c"]["d"].x is x
-    assert run(nn.ReLU(), given, lambda model, batch: batch) is given
+    anywhere = run(nn.ReLU(), given, lambda model, batch: batch)
+    assert torch.equal(anywhere["a"], x) and anywhere["a"] is not x and anywhere["c"]["d"].x is x
 
 
 def test_find_inputs():
