@@ -279,14 +279,10 @@ def _layout_for(fp_model: nn.Module, example: Tensor) -> torch.memory_format:
     """Channels last, with which convolutions run faster, unless the network takes inputs (N, ...) only without:
     `view` of what a convolution gives needs the other order."""
     network = reference_copy(fp_model)
-    try:
-        network(example.clone())
-    except Exception:  # which is said later
-        return torch.channels_last
     _set_layout(network, torch.channels_last)
     try:
         network(_placed(example, example.device, example.dtype, torch.channels_last).clone())
-    except Exception:  # the user's code, which may raise anything
+    except Exception:  # the user's code, which may raise anything; if it always does, that is said later
         logger.info("%s does not take channels last", type(fp_model).__name__, exc_info=True)
         return torch.contiguous_format
     return torch.channels_last

@@ -44,9 +44,10 @@ main = command_line("report", parse_report, _report, resumes=False)
 def _join(tables: list[tuple[str | None, list[Measurement]]], measured: list[Measurement], weights: str | None) -> None:
     """Runs of one network, its weights and one protocol go into one table, unless both have measured the same."""
     for theirs, table in tables:
-        alike = conditions([each.row for each in table]) == conditions([each.row for each in measured])
-        alike = alike and theirs == weights
-        if alike and not {_cell(each) for each in table} & {_cell(each) for each in measured}:
+        ours, others = (conditions([each.row for each in group]) for group in (measured, table))
+        if (weights, ours) == (theirs, others) and not {_cell(each) for each in table} & {
+            _cell(each) for each in measured
+        }:
             table += measured
             return
     tables.append((weights, list(measured)))

@@ -90,8 +90,7 @@ def batch_size_for(loader: Loader, model: nn.Module, batch_size: int | None = No
     """Into which a `loader` that is one tensor is cut: what is given, or 64, and on a CPU fewer of large images, whose
     outputs would leave its cache."""
     if batch_size is not None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise CATError(f"batch_size={batch_size!r} should be an integer >= 1")
+        _check_batch_size(batch_size)
         return batch_size
     device = model_device(model)
     images = isinstance(loader, Tensor) and loader.ndim > 0 and loader.numel() > 0
@@ -183,10 +182,14 @@ def _is_list_of_dicts(batch: Any) -> bool:
     return isinstance(batch, list | tuple) and len(batch) > 0 and all(isinstance(part, Mapping) for part in batch)
 
 
+def _check_batch_size(batch_size: int) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise CATError(f"batch_size={batch_size!r} should be an integer >= 1")
+
+
 def _batches(loader: Loader, batch_size: int) -> Iterable[Any]:
     if isinstance(loader, Tensor):
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise CATError(f"batch_size={batch_size!r} should be an integer >= 1")
+        _check_batch_size(batch_size)
         if loader.ndim == 0:
             raise CATError("the loader is a tensor without dimensions; expected images stacked along the first one")
         return loader.split(batch_size) if len(loader) else ()
