@@ -72,9 +72,9 @@ def load_network(args: argparse.Namespace) -> Loaded:
     if args.weights is None and args.model_fn is None:
         dataset = description.load(asked)
         LeakGuard(dataset.test_images).check(dataset.train_images, "images to train on")
-        model = trained_model(args.model, dataset, args.cache, progress=asked.progress)
+        model = trained_model(args.model, dataset, args.cache, device=args.device, progress=asked.progress)
         weights, digest = "trained here", digest_text(lasting(model))
-        return Loaded(dataset=dataset, model=model.to(args.device), weights=weights, cache=args.cache, digest=digest)
+        return Loaded(dataset=dataset, model=model, weights=weights, cache=args.cache, digest=digest)
     found = _network(args, description.output_counts(asked))
     outputs = partial(count_outputs, found.model)
     dataset = description.load(replace(asked, transform=found.transform, outputs=outputs))

@@ -11,6 +11,7 @@ from benchmarks.datasets.registry import DATASETS, DEFAULT_DATASET
 from benchmarks.measure.corrections import PAPER_CLUSTERS, corrections
 from benchmarks.networks.catalogue import NETWORKS, is_for, is_timm
 from benchmarks.networks.model_functions import function_name
+from benchmarks.networks.training import RECIPES
 from benchmarks.networks.weights_and_transforms import DEFAULT
 from benchmarks.runs.processes import this_process
 
@@ -54,7 +55,8 @@ def complete_networks(args: argparse.Namespace) -> None:
         args.workers = default_workers(this_process().local_world) if args.workers is None else args.workers
     if args.weights is None and args.model_fn is None and description.published:
         args.weights = Path(DEFAULT)
-    if args.weights is None and args.model_fn is None and not description.network_is_trained:
+    trained_here = description.network_is_trained or args.model in RECIPES
+    if args.weights is None and args.model_fn is None and not trained_here:
         raise BenchmarkError(
             f"--dataset {args.dataset} needs --weights FILE, a state_dict of {args.model} trained on these images: "
             f"training it here would take hours; without --dataset a small network is trained on the {DEFAULT_DATASET}"

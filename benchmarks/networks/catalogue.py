@@ -27,7 +27,7 @@ TIMM_FAMILIES = ("deit_", "deit3_", "vit_tiny_", "vit_small_", "vit_base_", "reg
 """How names of others of timm's networks begin, which may be given, too."""
 NETWORKS: dict[str, tuple[str, ...]] = {
     DIGITS.name: ("resnet8",),
-    CIFAR10.name: ("resnet20", "mobilenetv2"),
+    CIFAR10.name: ("resnet20", "mobilenetv2", "vit"),
     IMAGENET.name: (*TORCHVISION, *TIMM),
 }
 """By name of the data set: its networks, the default first."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v2
+from torchvision.models import VisionTransformer, mobilenet_v2
 from torchvision.models.resnet import BasicBlock
 
 from benchmarks import BenchmarkError
@@ -67,7 +67,19 @@ def mobilenetv2(num_classes: int) -> nn.Module:
     )
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"resnet8": resnet8, "resnet20": resnet20, "mobilenetv2": mobilenetv2}
+def vit(num_classes: int) -> nn.Module:
+    """torchvision's vision transformer for small images: 6 blocks of 128 channels and 4 heads on patches of 4."""
+    return VisionTransformer(
+        image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256, num_classes=num_classes
+    )
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": resnet8,
+    "resnet20": resnet20,
+    "mobilenetv2": mobilenetv2,
+    "vit": vit,
+}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

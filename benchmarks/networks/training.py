@@ -1,4 +1,4 @@
-"""The network for the digits: trained once on their training images, then kept as a safetensors file."""
+"""Networks without weights of their own: trained once on the training images, then kept as a safetensors file."""
 
 import inspect
 import logging
@@ -25,45 +25,69 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a network is trained: Nesterov SGD under a one-cycle learning rate, images shifted at random."""
+    """How a network is trained: a one-cycle learning rate, images shifted at random.
+
+    By Nesterov SGD, or without `momentum` by AdamW. `mirror` turns half of the images around.
+    """
 
     epochs: int = 25
     batch_size: int = 64
     peak_learning_rate: float = 0.2
-    momentum: float = 0.9
+    momentum: float | None = 0.9
     weight_decay: float = 5e-4
     max_shift: int = 1  # pixels, both ways
+    mirror: bool = False
     seed: int = 0
 
 
+RECIPES = {
+    "vit": Training(
+        epochs=56,
+        batch_size=512,
+        peak_learning_rate=2e-3,
+        momentum=None,
+        weight_decay=0.05,
+        max_shift=4,
+        mirror=True,
+    )
+}
+"""Of networks that the default does not suit."""
+
+
 def trained_model(
-    name: str, dataset: Dataset, cache: Path, training: Training | None = None, *, progress: bool = False
+    name: str,
+    dataset: Dataset,
+    cache: Path,
+    training: Training | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
 ) -> nn.Module:
-    """The named network trained on `dataset`, from `cache` where it is there already.
+    """The named network trained on `dataset`, on `device`, from `cache` where it is there already.
 
     A file in the cache that cannot be loaded is trained anew and replaced.
     """
-    training = training or Training()
+    training = training or RECIPES.get(name) or Training()
     path = cache / f"{dataset.name}-{name}-{_cache_key(dataset, training)}.safetensors"
     model = untrained(name, len(dataset.classes), training.seed)
     if path.is_file():
         try:
             load_weights(model, path)
-            return model
+            return model.to(device)
         except BenchmarkError as error:
             logger.warning("training again, the cached network is unusable: %s", error)
-    train(model, dataset.train_images, dataset.train_labels, training, progress=progress)
+    train(model.to(device), dataset.train_images, dataset.train_labels, training, progress=progress)
     with atomic_path(path) as temporary:
         save_file(model.state_dict(), temporary)
     return model
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, training: Training, *, progress: bool = False) -> None:
-    """Train in place on images `(N, channels, height, width)` with labels `(N,)`; ends in eval mode."""
+    """Train in place, where the model is, on images `(N, channels, height, width)` with labels `(N,)`; ends in eval
+    mode."""
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(training.seed)
-    optimizer = torch.optim.SGD(
-        model.parameters(), momentum=training.momentum, weight_decay=training.weight_decay, nesterov=True, lr=0.01
-    )
+    optimizer = _optimizer(model, training)
     steps = -(-len(images) // training.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, training.peak_learning_rate, epochs=training.epochs, steps_per_epoch=steps
@@ -72,11 +96,22 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, training: Training, 
     for _ in trange(training.epochs, desc="training", unit="epoch", leave=False, disable=not progress):
         for batch in torch.randperm(len(images), generator=generator).split(training.batch_size):
             inputs = _shift(images[batch], training.max_shift, generator)
+            if training.mirror:
+                turned = torch.rand(len(inputs), generator=generator) < 0.5
+                inputs[turned] = inputs[turned].flip(-1)
             optimizer.zero_grad()
-            functional.cross_entropy(model(inputs), labels[batch]).backward()
+            functional.cross_entropy(model(inputs.to(device)), labels[batch].to(device)).backward()
             optimizer.step()
             schedule.step()
     model.eval()
+
+
+def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+    if training.momentum is None:
+        return torch.optim.AdamW(model.parameters(), weight_decay=training.weight_decay, lr=1e-3)
+    return torch.optim.SGD(
+        model.parameters(), momentum=training.momentum, weight_decay=training.weight_decay, nesterov=True, lr=0.01
+    )
 
 
 def _shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:

@@ -156,7 +156,7 @@ def test_named_run_of_other_settings_is_refused(free, tmp_path, capsys):
         (["--data", "nowhere"], "no such file or folder: nowhere"),
         (["--weights", "nowhere.pt"], "no such weights file: nowhere.pt"),
         (["--model", "mobilenetv2"], "does not fit the MobileNetV2; missing: features"),
-        (["--model", "resnet8"], "--model resnet8 is not for cifar10; choose from resnet20, mobilenetv2"),
+        (["--model", "resnet8"], "--model resnet8 is not for cifar10; choose from resnet20, mobilenetv2, vit"),
         (["--run", "../up"], "must be a plain folder name"),
     ],
 )

@@ -11,7 +11,9 @@ from benchmarks.networks.models import MODELS, check_outputs, load_weights
 from benchmarks.networks.weights_and_transforms import untrained
 
 
-@pytest.mark.parametrize(("name", "channels", "size"), [("resnet8", 1, 8), ("resnet20", 3, 32), ("mobilenetv2", 3, 32)])
+@pytest.mark.parametrize(
+    ("name", "channels", "size"), [("resnet8", 1, 8), ("resnet20", 3, 32), ("mobilenetv2", 3, 32), ("vit", 3, 32)]
+)
 def test_models_give_one_logit_a_class(name, channels, size):
     model = untrained(name, 7)
     assert model(torch.zeros(2, channels, size, size)).shape == (2, 7)

@@ -7,6 +7,7 @@ from benchmarks.datasets.digits import load_digits
 from benchmarks.measure.accuracy import top1
 from benchmarks.networks import training
 from benchmarks.networks.training import Training, trained_model
+from benchmarks.networks.weights_and_transforms import untrained
 
 SHORT = Training(epochs=1)
 
@@ -41,6 +42,29 @@ def test_training_is_deterministic_and_leaves_the_random_state_alone(digits, tmp
     before = torch.get_rng_state()
     assert same(*(trained_model("resnet8", digits, tmp_path / name, SHORT) for name in ("a", "b")))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_recipe_of_the_transformer_trains_a_network(digits):
+    recipe = replace(training.RECIPES["vit"], epochs=4, batch_size=32, max_shift=1, mirror=False)
+    model = untrained("resnet8", 10)
+    training.train(model, digits.train_images, digits.train_labels, recipe)
+    with torch.no_grad():
+        assert top1(model(digits.test_images).argmax(1), digits.test_labels) > 90
+
+
+def test_some_images_are_mirrored_where_the_recipe_says_so():
+    class Watch(torch.nn.Linear):
+        def forward(self, images):
+            self.seen = images
+            return super().forward(images.flatten(1))
+
+    images = torch.arange(8.0).expand(40, 1, 1, 8).clone()  # rising to the right
+    for mirror in (False, True):
+        model = Watch(8, 2)
+        recipe = Training(epochs=1, batch_size=40, max_shift=0, mirror=mirror)
+        training.train(model, images, torch.zeros(40, dtype=torch.long), recipe)
+        falling = (model.seen[:, 0, 0, 0] > model.seen[:, 0, 0, -1]).sum()
+        assert falling == 0 if not mirror else 5 < falling < 35
 
 
 def test_truncated_cache_file_is_replaced(digits, tmp_path, trainings, caplog):
