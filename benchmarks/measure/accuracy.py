@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.datasets.dataset import Dataset
 from benchmarks.measure.corrections import DEFAULT_MODE, EARLIER_NAMES, MODES, OUTPUT_MODE, corrections
 from benchmarks.measure.network_logits import Corrected, Networks
-from benchmarks.measure.paired_logits import PairedLogits
+from benchmarks.measure.paired_logits import PairedLogits, rank_name
 from benchmarks.measure.protocol import LowBitNetwork, Protocol, Setting
 from benchmarks.runs.row_files import Record
 from cat_plugin.report.clusters import ClusterProfile
@@ -22,12 +22,13 @@ QUANTIZATION = "quantization"
 
 @dataclass(frozen=True, kw_only=True)
 class Row(LowBitNetwork):
-    """A line of `results.csv`; top-1 accuracies and `*_delta` (with the correction minus low-bit) in percent.
+    """A line of `results.csv`; top-1 and top-5 accuracies and `*_delta` (top-1 with the correction minus low-bit) in
+    percent.
 
     `iters` is what was asked for, also where a method learns nothing. Scores of corrections that were not asked for
     are None, and `cat_paper_top1` is where there are fewer images than the paper's 64 clusters. With two `test_folds`,
     corrections were fitted on `n_cat` images of one half of the test images and scored on the other, in turn.
-    `reused_images` of the `n_cat` images had been given to quantization, too.
+    `reused_images` of the `n_cat` images had been given to quantization, too. Top-5 is told of many classes.
     """
 
     seed: int
@@ -45,6 +46,12 @@ class Row(LowBitNetwork):
     layers_delta: float | None
     test_folds: int = 1
     reused_images: int = 0
+    fp_top5: float | None = None
+    lq_top5: float | None = None
+    plain_affine_top5: float | None = None
+    cat_paper_top5: float | None = None
+    output_top5: float | None = None
+    layers_top5: float | None = None
 
 
 class Measurement(Record[Row]):
@@ -64,7 +71,9 @@ class Measurement(Record[Row]):
             f"{mode}_delta": None if scores[mode] is None else round(scores[mode] - scores["lq"], 4)
             for mode in (OUTPUT_MODE, DEFAULT_MODE)
         }
-        return {"n_eval": len(labels), **{f"{name}_top1": score for name, score in scores.items()}, **deltas}
+        figures = {"n_eval": len(labels), **{f"{name}_top1": score for name, score in scores.items()}, **deltas}
+        ranked = {name: predictions.get(rank_name(name)) for name in networks}
+        return figures | {f"{name}_top5": None if rank is None else _top5(rank) for name, rank in ranked.items()}
 
     @classmethod
     def of_earlier(
@@ -139,3 +148,7 @@ def _profiles(pairs: PairedLogits, corrected: Mapping[str, Corrected]) -> tuple[
 def top1(predicted: Tensor, labels: Tensor) -> float:
     """Percentage of `predicted` classes `(N,)` that are the labels `(N,)`; 4 decimals."""
     return round(100 * (predicted == labels).double().mean().item(), 4)
+
+
+def _top5(ranks: Tensor) -> float:
+    return round(100 * (ranks < 5).double().mean().item(), 4)

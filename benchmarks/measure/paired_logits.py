@@ -16,6 +16,7 @@ from cat_plugin.report.clusters import ClusterProfile, profile_clusters
 
 FRESH, TUNED = "fresh", "tuned"
 ORIGINS = FRESH, TUNED
+MANY = 100  # classes, from which on top-5 is told, too
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,12 +65,15 @@ class PairedLogits:
         return fit_guarded(q[rows], f[rows], config, self._guard)
 
     def score(self, corrected: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Classes that are predicted for the test images, int16 `(M,)`: `labels`, `fp`, `lq` and corrected.
+        """Classes that are predicted for the test images, int16 `(M,)`: `labels`, `fp`, `lq` and corrected; where there
+        are `MANY` classes, also `ranks` by the same names, see `rank_name`.
 
         `corrected` are logits `(M, C)` for the test images, by the names of corrections.
         """
         logits = {"fp": self.test_f, "lq": self.test_q, **corrected}
         predictions = {name: values.argmax(1).to(torch.int16) for name, values in logits.items()}
+        if self.test_f.shape[1] >= MANY:
+            predictions |= {rank_name(name): ranks(values, self.labels) for name, values in logits.items()}
         return {"labels": self.labels.to(torch.int16), **predictions}
 
     def profile(self, correction: ClusterAffine, corrected: Tensor) -> tuple[ClusterProfile, ...]:
@@ -116,3 +120,16 @@ class Source:
     def draws(self, images: int, most: int, origin: str = FRESH) -> int:
         """How many disjoint draws of so many images there are, up to `most`."""
         return min(most, (self.tuned if origin == TUNED else self.fresh) // images)
+
+
+def ranks(logits: Tensor, labels: Tensor) -> Tensor:
+    """int16 `(M,)`: how many of the logits `(M, C)` come before that of the label, 0 where it is the prediction. Of
+    equal ones the first comes first, as for `argmax`."""
+    own = logits.gather(1, labels[:, None])
+    earlier = torch.arange(logits.shape[1]) < labels[:, None]
+    return ((logits > own) | ((logits == own) & earlier)).sum(1).to(torch.int16)
+
+
+def rank_name(network: str) -> str:
+    """What the ranks of labels under a network are stored as."""
+    return f"{network}_rank"

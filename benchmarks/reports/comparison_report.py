@@ -1,13 +1,14 @@
 """A run of `compare` as CSV, JSON and a Markdown table with means and standard deviations over seeds."""
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from baselines.recipes import RECIPES
 from benchmarks.measure.accuracy import Measurement, Row
-from benchmarks.measure.comparisons import Summary, by_setting, compare, modes_in, summarize
+from benchmarks.measure.comparisons import Summary, by_setting, compare, modes_in, over_seeds, summarize
 from benchmarks.measure.corrections import MODES, PAPER_CLUSTERS
 from benchmarks.reports import published
 from benchmarks.reports.cost_report import write_costs
@@ -38,7 +39,7 @@ def to_markdown(measured: Sequence[Measurement], weights: str | None = None) -> 
     """Title and table; then the published figures for the same networks, where there are some."""
     found = published.beside(measured)
     table = ["Beside published figures:", markdown_table(found.lines)] if found and found.lines else []
-    parts = [title([measurement.row for measurement in measured], weights), to_table(measured), *table]
+    parts = [title([measurement.row for measurement in measured], weights), to_table(measured), *top5(measured), *table]
     return "\n\n".join([*parts, found.notes] if found else parts)
 
 
@@ -91,6 +92,21 @@ def to_table(measured: Sequence[Measurement]) -> str:
         gain = ["-"] * len(shown) if last is None else _gain(last, kinds)
         lines.append((any_line.method, bits_name(any_line.w_bits, any_line.a_bits), *scores, *gain))
     return markdown_table(lines)
+
+
+def top5(measured: Sequence[Measurement]) -> list[str]:
+    """Heading and table of top-5, means over seeds, of the networks whose ranks are stored; [] where there are none."""
+    ranked = [group for group in over_seeds(measured) if all(each.row.lq_top5 is not None for each in group)]
+    if not ranked:
+        return []
+    modes = modes_in(measured)
+    lines = [("method", "bits", "FP", "low-bit", *(f"+ {MODES[mode]}" for mode in modes))]
+    for group in ranked:
+        row = group[0].row
+        scores = ([getattr(each.row, f"{name}_top5") for each in group] for name in ("fp", "lq", *modes))
+        texts = ("-" if None in each else f"{statistics.fmean(each):.2f}" for each in scores)
+        lines.append((row.method, bits_name(row.w_bits, row.a_bits), *texts))
+    return ["Top-5 in percent:", markdown_table(lines)]
 
 
 def _gain(line: Summary, kinds: Iterable[str]) -> list[str]:

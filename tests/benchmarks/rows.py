@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.measure.accuracy import Measurement, Row
+from benchmarks.measure.paired_logits import rank_name
 from benchmarks.measure.protocol import Setting
 
 IMAGES = 500
@@ -15,10 +16,11 @@ def make_measurement(setting: Setting | None = None, won: int = 20, lost: int = 
     """All 500 labels are 0. FP misses the last 5 images and the low-bit network the first 50, of which the default wins
     the first `won`; it loses as many as `lost` of those that follow. Plain affine wins 5, the paper's CAT 25 and
     loses 12, the output alone 15 and 5. `cat_paper=False` is a run without the paper's, and `layers=False` one without
-    the default; `parts` are seconds, and other `figures` replace those of the row.
+    the default; `parts` are seconds, `ranks` those of the labels, by network, and other `figures` replace those of the
+    row.
     """
     without = [mode for mode in ("cat_paper", "layers") if not figures.pop(mode, True)]
-    parts = figures.pop("parts", {})
+    parts, ranks = figures.pop("parts", {}), figures.pop("ranks", {})
     predictions = {
         "labels": torch.zeros(IMAGES, dtype=torch.int16),
         "fp": wrong(range(IMAGES - 5, IMAGES)),
@@ -28,6 +30,7 @@ def make_measurement(setting: Setting | None = None, won: int = 20, lost: int = 
         "output": wrong(range(15, 50 + 5)),
         "layers": wrong(range(won, 50 + lost)),
     }
+    predictions |= {rank_name(name): torch.tensor(each, dtype=torch.int16) for name, each in ranks.items()}
     for mode in without:
         del predictions[mode]
     computed = Measurement.figures(predictions)

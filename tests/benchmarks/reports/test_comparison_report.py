@@ -12,14 +12,16 @@ from tests.benchmarks.rows import cells, make_measurement
 COLUMNS = (
     "dataset,model,method,w_bits,a_bits,seed,iters,n_calib,n_cat,n_eval,"
     "fp_top1,lq_top1,plain_affine_top1,cat_paper_top1,output_top1,layers_top1,output_delta,layers_delta,"
-    "test_folds,reused_images"
+    "test_folds,reused_images,fp_top5,lq_top5,plain_affine_top5,cat_paper_top5,output_top5,layers_top5"
 )
 
 
 def test_csv_has_exactly_the_columns_and_leaves_unknown_values_empty():
     text = to_csv([make_measurement().row, make_measurement(cat_paper=False).row])
     assert text.splitlines()[0] == COLUMNS
-    assert text.splitlines()[1] == "digits,resnet8,rtn,2,2,0,9,16,1024,500,99.0,90.0,91.0,92.6,92.0,93.0,2.0,3.0,1,0"
+    assert (
+        text.splitlines()[1] == "digits,resnet8,rtn,2,2,0,9,16,1024,500,99.0,90.0,91.0,92.6,92.0,93.0,2.0,3.0,1,0,,,,,,"
+    )
     assert [line["cat_paper_top1"] for line in csv.DictReader(io.StringIO(text))] == ["92.6", ""]
 
 
@@ -51,6 +53,16 @@ def test_table_of_one_seed_has_one_interval():
     line = summarize([make_measurement()])[-1]
     assert header[-3:] == ["gain of layers", "95 % interval", "p"]
     assert row[-2] == f"{line.networks_ci_low:+.2f} to {line.networks_ci_high:+.2f}"
+
+
+def test_top5_has_a_table_of_its_own_where_there_are_many_classes():
+    ranked = make_measurement(ranks={"fp": [0, 4, 5, 9], "lq": [5, 5, 5, 4], "output": [0, 0, 0, 7], "layers": [1] * 4})
+    text = to_markdown([ranked])
+    assert "Top-5 in percent:" in text
+    heading, _, line = cells(text.partition("Top-5 in percent:\n\n")[2])
+    assert heading == ["method", "bits", "FP", "low-bit", "+ plain affine", "+ paper", "+ output", "+ layers"]
+    assert line == ["rtn", "W2A2", "50.00", "25.00", "-", "-", "75.00", "100.00"]
+    assert "Top-5" not in to_markdown([make_measurement()])
 
 
 def test_table_is_padded():
