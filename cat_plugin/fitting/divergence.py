@@ -1,15 +1,20 @@
 """The divergence of corrected from full-precision predictions (Kullback-Leibler), and maps that minimise it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from cat_plugin.kinds import SOFTMAX, VALUE, OutputKind
 
 MAX_STEPS = 40
+VALUES_AT_ONCE = 2**16
+"""How many numbers are worked on at a time, so that a processor keeps them near."""
+LEAST_SPREAD, LARGEST_SPREAD = 0.01, 1000.0
+"""Of outputs, standard deviation: between what predicts all classes alike and what predicts one alone."""
+SCALE_STEPS, SCALE_ERROR = 30, 1e-3
+"""Of Newton's method for a scale, and the relative step after which it is near enough: the next would be its square."""
 
 
 def fit_shared_divergence(
@@ -28,13 +33,16 @@ def fit_shared_divergence(
     Returns:
         coefficients (R, C).
     """
-    n_images = len(z)
-    scaled = start / temperature
+    scaled, penalty = start / temperature, prior / len(z)
 
     def value_and_gradient(coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = cross_entropy(torch.addmm(scaled, z, coefficients), teacher, kind)
-        penalty = prior / n_images
-        return value + penalty / 2 * coefficients.square().sum(), z.T @ slope + penalty * coefficients
+        value, gradient = penalty / 2 * coefficients.square().sum(), penalty * coefficients
+        for rows in _parts(teacher):
+            part, slope = cross_entropy(torch.addmm(scaled[rows], z[rows], coefficients), teacher[rows], kind)
+            share = len(slope) / len(z)
+            value += share * part
+            gradient.addmm_(z[rows].T, slope, alpha=share)
+        return value, gradient
 
     return temperature * _minimise(value_and_gradient, z.new_zeros(z.shape[1], start.shape[1]))
 
@@ -53,15 +61,19 @@ def fit_class_divergence(
     Returns:
         scale (C,) and shift (C,).
     """
-    n_images = len(q)
     mean, std = q.mean(dim=0), q.std(dim=0, correction=0).clamp(min=1e-4)
-    standard, scaled = (q - mean) / std, q / temperature
+    standard, scaled, penalty = (q - mean) / std, q / temperature, prior / len(q)
 
     def value_and_gradient(parameters: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = cross_entropy((scaled + parameters[1]).addcmul_(standard, parameters[0]), teacher, kind)
-        gradient = torch.stack([(standard * slope).sum(dim=0), slope.sum(dim=0)])
-        penalty = prior / n_images
-        return value + penalty / 2 * parameters.square().sum(), gradient + penalty * parameters
+        value, gradient = penalty / 2 * parameters.square().sum(), penalty * parameters
+        for rows in _parts(teacher):
+            outputs = (scaled[rows] + parameters[1]).addcmul_(standard[rows], parameters[0])
+            part, slope = cross_entropy(outputs, teacher[rows], kind)
+            share = len(slope) / len(q)
+            value += share * part
+            gradient[1] += share * slope.sum(dim=0)
+            gradient[0] += share * slope.mul_(standard[rows]).sum(dim=0)
+        return value, gradient
 
     slope, offset = temperature * _minimise(value_and_gradient, q.new_zeros(2, q.shape[1]))
     return 1 + slope / std, offset - slope * mean / std
@@ -82,17 +94,43 @@ def softened_divergence(output: Tensor, teacher: Tensor, temperature: float, kin
 
 
 def best_scale(outputs: Tensor, teacher: Tensor, kind: OutputKind = SOFTMAX) -> float:
-    """The factor of `outputs` (N, C) that brings predictions nearest to `teacher` on average; of values, 1."""
-    spread = kind.centred(outputs).square().mean().sqrt().item()
+    """The factor of `outputs` (N, C) that brings predictions nearest to `teacher` on average; of values, 1.
+
+    The mean loss is convex in the factor: Newton's method, within the bounds that slopes have set.
+    """
+    outputs = kind.centred(outputs)
+    spread = outputs.square().mean().sqrt().item()
     if kind is VALUE or not spread > 1e-12:
         return 1.0  # all classes alike, as where there is but one: no factor changes a prediction
-    inner, unit = (teacher * outputs).sum(dim=1).mean(), math.log(spread)
+    low, high = LEAST_SPREAD / spread, LARGEST_SPREAD / spread
+    scale = min(max(1.0, low), high)
+    for _ in range(SCALE_STEPS):
+        slope, curvature = _slope_and_curvature(scale, outputs, teacher, kind)
+        low, high = (scale, high) if slope < 0 else (low, scale)
+        step = scale - slope / curvature if curvature > 0 else math.nan
+        if not low < step < high:  # nowhere, too, where all curvature is lost
+            step = math.sqrt(low * high)
+        scale, before = step, scale
+        if abs(scale - before) <= SCALE_ERROR * before:
+            break
+    return scale
 
-    def loss(log_scale: float) -> float:
-        return (kind.partition_and_means(math.exp(log_scale) * outputs)[0].mean() - math.exp(log_scale) * inner).item()
 
-    bounds = math.log(0.01) - unit, math.log(1000) - unit
-    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-3}).x)
+def _slope_and_curvature(scale: float, outputs: Tensor, teacher: Tensor, kind: OutputKind) -> tuple[float, float]:
+    """First and second derivative of the mean loss of `scale * outputs` by the scale."""
+    slope = curvature = 0.0
+    for rows in _parts(outputs):
+        part = outputs[rows]
+        means = kind.means(scale * part)
+        slope += ((means - teacher[rows]) * part).sum().item()
+        curvature += kind.quadratic(means, part).sum().item()
+    return slope / len(outputs), curvature / len(outputs)
+
+
+def _parts(values: Tensor) -> Iterator[slice]:
+    """Rows of (N, C), so many at a time that their numbers are `VALUES_AT_ONCE`."""
+    step = max(VALUES_AT_ONCE // values.shape[1], 1)
+    return (slice(start, start + step) for start in range(0, len(values), step))
 
 
 def _minimise(value_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor) -> Tensor:

@@ -7,12 +7,15 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from cat_plugin.fitting.divergence import (
+    LARGEST_SPREAD,
+    LEAST_SPREAD,
     best_scale,
     cross_entropy,
     fit_class_divergence,
     fit_shared_divergence,
     softened_divergence,
 )
+from cat_plugin.kinds import SIGMOID, SOFTMAX
 from tests.cat_plugin.helpers import paired_logits
 
 TEMPERATURE, PRIOR = 1.7, 3.0
@@ -99,6 +102,40 @@ def test_softened_divergence_is_at_the_scale_that_suits_the_logits():
     torch.testing.assert_close(softened_divergence(7 * q, teacher, TEMPERATURE), found, atol=1e-3, rtol=1e-2)
     assert best_scale(q, teacher) == pytest.approx(scale, rel=2e-3)
     assert best_scale(1000 * q, teacher) == pytest.approx(scale / 1000, rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", [SOFTMAX, SIGMOID], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("times", [0.02, 1.0, 50.0])
+def test_scale_is_the_one_that_a_search_finds(kind, times):
+    q, f = paired_logits(80, 6)
+    teacher = kind.means(f / TEMPERATURE)
+    losses = [kind.loss(math.exp(step / 500) * q, teacher).mean().item() for step in range(-4000, 4000)]
+    expected = math.exp((np.argmin(losses) - 4000) / 500)
+    assert best_scale(times * q, teacher, kind) == pytest.approx(expected / times, rel=3e-3)
+    if kind is SOFTMAX:  # the same is added to all classes, which says nothing
+        assert best_scale(times * q + 1e5, teacher, kind) == pytest.approx(expected / times, rel=3e-3)
+
+
+def test_scale_stays_within_its_bounds_where_more_is_always_better():
+    q = torch.eye(6, dtype=torch.float64) - 1 / 6
+    spread = q.square().mean().sqrt().item()
+    largest = best_scale(q, torch.eye(6).double())
+    assert largest <= LARGEST_SPREAD / spread and SOFTMAX.loss(largest * q, torch.eye(6).double()).max() < 1e-9
+    assert best_scale(-q, torch.eye(6).double()) == pytest.approx(LEAST_SPREAD / spread, rel=1e-2)
+
+
+def test_maps_do_not_depend_on_how_many_rows_are_worked_on_at_a_time(logits, monkeypatch):
+    q, teacher = logits
+    z = torch.cat([q[:, :2], torch.ones(60, 1)], dim=1)
+
+    def found():
+        return [fit_shared_divergence(z, q, teacher, TEMPERATURE, PRIOR), *fit_class_divergence(q, teacher, 1.0, PRIOR)]
+
+    at_once = found()
+    monkeypatch.setattr("cat_plugin.fitting.divergence.VALUES_AT_ONCE", 28)  # seven of 60 rows
+    for part, whole in zip(found(), at_once, strict=True):
+        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
+    assert best_scale(q, teacher) == pytest.approx(softened_reference(q, teacher)[1], rel=2e-3)
 
 
 @pytest.mark.parametrize("logits", [torch.ones(9, 4), torch.arange(9.0).reshape(9, 1)], ids=["alike", "one class"])
