@@ -51,7 +51,7 @@ def add_network_options(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="FILE",
         help="state_dict of the full-precision network, or PACKAGE:ATTRIBUTE that leads to one; for imagenet also the "
-        "name of published weights, such as IMAGENET1K_V1 (default: DEFAULT), or random",
+        "name of published weights, such as IMAGENET1K_V1 (default: DEFAULT), or random; vit is trained without",
     )
     group.add_argument(
         "--fp-top1", type=percent, metavar="PERCENT", help="imagenet: expected of the full-precision network"

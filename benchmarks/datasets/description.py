@@ -47,8 +47,8 @@ class Description:
 
     Three qualities decide which options it takes: it comes with the library `bundled_with` and has no `--data`; it is
     `in_files`, a folder whose images are decoded when they are needed; there are `published` networks for it whose
-    accuracy is known. Where no weights are given and none are published, its `network_is_trained`, or else it is asked
-    for weights.
+    accuracy is known. Where no weights are given and none are published, its `network_is_trained`, as those of
+    `RECIPES` are for all, or else it is asked for weights.
     """
 
     name: str

@@ -115,10 +115,10 @@ def measure(
     configs = {mode: each for mode, each in corrections(protocol.n_cat, setting.seed).items() if mode in modes}
     folds = networks.folds(protocol.n_cat) if dataset.test_folds > 1 else [networks]
     fits = [{mode: fold.correct(config) for mode, config in configs.items()} for fold in folds]
-    scored = [
-        fold.logits.score({mode: each.logits for mode, each in corrected.items()})
-        for fold, corrected in zip(folds, fits, strict=True)
-    ]
+    scored = []
+    for fold, corrected in zip(folds, fits, strict=True):
+        logits = {mode: each.logits for mode, each in corrected.items()}
+        scored.append(fold.logits.score(logits) | fold.logits.ranks(logits))
     predictions = {name: torch.cat([each[name] for each in scored]) for name in scored[0]}
     row = Row(
         dataset=dataset.name,

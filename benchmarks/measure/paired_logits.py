@@ -65,16 +65,21 @@ class PairedLogits:
         return fit_guarded(q[rows], f[rows], config, self._guard)
 
     def score(self, corrected: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Classes that are predicted for the test images, int16 `(M,)`: `labels`, `fp`, `lq` and corrected; where there
-        are `MANY` classes, also `ranks` by the same names, see `rank_name`.
+        """Classes that are predicted for the test images, int16 `(M,)`: `labels`, `fp`, `lq` and corrected.
 
         `corrected` are logits `(M, C)` for the test images, by the names of corrections.
         """
-        logits = {"fp": self.test_f, "lq": self.test_q, **corrected}
-        predictions = {name: values.argmax(1).to(torch.int16) for name, values in logits.items()}
-        if self.test_f.shape[1] >= MANY:
-            predictions |= {rank_name(name): ranks(values, self.labels) for name, values in logits.items()}
+        predictions = {name: values.argmax(1).to(torch.int16) for name, values in self._named(corrected).items()}
         return {"labels": self.labels.to(torch.int16), **predictions}
+
+    def ranks(self, corrected: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Ranks of the labels, int16 `(M,)`, by `rank_name` of the networks that `score` has; none of few classes."""
+        if self.test_f.shape[1] < MANY:
+            return {}
+        return {rank_name(name): ranks(values, self.labels) for name, values in self._named(corrected).items()}
+
+    def _named(self, corrected: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"fp": self.test_f, "lq": self.test_q, **corrected}
 
     def profile(self, correction: ClusterAffine, corrected: Tensor) -> tuple[ClusterProfile, ...]:
         """What becomes of the logits of the test images, which are `corrected` `(M, C)`, in each of the clusters of
@@ -124,10 +129,10 @@ class Source:
 
 def ranks(logits: Tensor, labels: Tensor) -> Tensor:
     """int16 `(M,)`: how many of the logits `(M, C)` come before that of the label, 0 where it is the prediction. Of
-    equal ones the first comes first, as for `argmax`."""
+    equal ones the first comes first, and what is no number before all others, as for `argmax`."""
     own = logits.gather(1, labels[:, None])
     earlier = torch.arange(logits.shape[1]) < labels[:, None]
-    return ((logits > own) | ((logits == own) & earlier)).sum(1).to(torch.int16)
+    return (~(logits <= own) | ((logits == own) & earlier)).sum(1).to(torch.int16)
 
 
 def rank_name(network: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,6 +20,7 @@ from benchmarks.networks import models
 from benchmarks.networks.models import load_weights
 from benchmarks.networks.weights_and_transforms import untrained
 from benchmarks.runs.files import digest_text
+from benchmarks.runs.processes import this_process
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ RECIPES = {
         mirror=True,
     )
 }
-"""Of networks that the default does not suit."""
+"""Of networks that the default does not suit, which are trained here on any data set."""
 
 
 def trained_model(
@@ -66,6 +68,9 @@ def trained_model(
     """The named network trained on `dataset`, on `device`, from `cache` where it is there already.
 
     A file in the cache that cannot be loaded is trained anew and replaced.
+
+    Raises:
+        BenchmarkError: several processes would each train one of `RECIPES`.
     """
     training = training or RECIPES.get(name) or Training()
     path = cache / f"{dataset.name}-{name}-{_cache_key(dataset, training)}.safetensors"
@@ -76,6 +81,8 @@ def trained_model(
             return model.to(device)
         except BenchmarkError as error:
             logger.warning("training again, the cached network is unusable: %s", error)
+    if name in RECIPES and not this_process().alone:
+        raise BenchmarkError(f"{name} is trained first, in one process: run the command once without torchrun")
     train(model.to(device), dataset.train_images, dataset.train_labels, training, progress=progress)
     with atomic_path(path) as temporary:
         save_file(model.state_dict(), temporary)
@@ -122,7 +129,7 @@ def _shift(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
 
 
 def _cache_key(dataset: Dataset, training: Training) -> str:
-    """Everything that determines the trained weights: recipe, code, library and training images."""
+    """Everything that determines the trained weights, the device aside: recipe, code, libraries and training images."""
     data = digest_tensors({"images": dataset.train_images, "labels": dataset.train_labels})
     code = inspect.getsource(models) + inspect.getsource(sys.modules[__name__])
-    return digest_text(repr(asdict(training)), code, torch.__version__, data)
+    return digest_text(repr(asdict(training)), code, torch.__version__, torchvision.__version__, data)

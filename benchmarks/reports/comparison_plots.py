@@ -146,7 +146,9 @@ def _by_cat(measurement: Measurement) -> tuple[float, float]:
 def class_gains(measured: Sequence[Measurement]) -> Iterator[tuple[str, Tensor]]:
     """Name of every method and bit setting, and `(C,)` what it gains a class, see `draw_changes`."""
     mode = modes_in(measured)[-1]
-    classes = max(int(tensor.max()) for each in measured for tensor in each.predictions.values()) + 1
+    names = "labels", "fp", "lq", *MODES  # not the ranks of labels, which are stored beside them
+    found = (each.predictions[name] for each in measured for name in names if name in each.predictions)
+    classes = max(int(tensor.max()) for tensor in found) + 1
     for group in over_seeds([each for each in measured if mode in each.predictions]):
         yield group[0].row.title, torch.stack([_class_gain(each, mode, classes) for each in group]).mean(dim=0)
 

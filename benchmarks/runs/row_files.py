@@ -33,9 +33,9 @@ class Record(Generic[AnyRow]):
     """A row, a dataclass, and what its figures come from.
 
     `predictions` holds int16 tensors `(n_eval,)`: `labels`, and the classes that each network predicts (`fp`,
-    `lq`, and one a correction). `seconds` is the time it took, 0 where that is unknown. `profiles` are what a
-    correction did to the logits of the test images, where that is kept for a figure. `parts` are the seconds of single
-    steps, by name, as far as they are known.
+    `lq`, and one a correction); the ranks of the labels may be there, too. `seconds` is the time it took, 0 where that
+    is unknown. `profiles` are what a correction did to the logits of the test images, where that is kept for a figure.
+    `parts` are the seconds of single steps, by name, as far as they are known.
     """
 
     row: AnyRow

@@ -100,7 +100,7 @@ def best_scale(outputs: Tensor, teacher: Tensor, kind: OutputKind = SOFTMAX) -> 
     """
     outputs = kind.centred(outputs)
     spread = outputs.square().mean().sqrt().item()
-    if kind is VALUE or not spread > 1e-12:
+    if kind is VALUE or not 1e-12 < spread < math.inf:
         return 1.0  # all classes alike, as where there is but one: no factor changes a prediction
     low, high = LEAST_SPREAD / spread, LARGEST_SPREAD / spread
     scale = min(max(1.0, low), high)

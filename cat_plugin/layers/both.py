@@ -14,7 +14,7 @@ from cat_plugin.layers.evidence import Closeness, faults
 from cat_plugin.layers.fit import MIN_IMAGES, LayersFit, fit_layers, left_alone
 from cat_plugin.layers.images import KeptImages
 
-MODEL, OUTPUT = "the model as it is", "its output corrected"
+MODEL, OUTPUT = "the model as it is", "the output corrected alone"
 
 
 def fit_both_levels(

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.commands import compare
 from benchmarks.networks import quantized
+from benchmarks.networks.models import MODELS
+from benchmarks.networks.training import RECIPES
 from benchmarks.networks.weights_and_transforms import untrained
 from tests.benchmarks.rows import make_measurement
 
@@ -170,6 +173,15 @@ def test_wrong_input_ends_with_one_line_and_code_2(tiny, options, message, capsy
 def test_weights_are_needed_for_cifar10(capsys):
     assert compare.main(["--dataset", "cifar10"]) == 2
     assert "--dataset cifar10 needs --weights FILE, a state_dict of resnet20" in capsys.readouterr().err
+
+
+def test_transformer_is_trained_where_no_weights_are_given(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "vit", replace(RECIPES["vit"], epochs=1, batch_size=20))
+    at = tiny.index("--weights")
+    options = [*tiny[:at], *tiny[at + 2 :], "--model", "vit", "--cache", str(tmp_path / "cache")]
+    assert compare.main([*options, "--bits", "8/8", "--seeds", "0", "--modes", "output"]) == 0
+    (found,) = (tmp_path / "cache").glob("cifar10-vit-*.safetensors")
+    assert load_file(found).keys() == MODELS["vit"](10).state_dict().keys()
 
 
 def test_data_is_not_for_digits(tmp_path, capsys):

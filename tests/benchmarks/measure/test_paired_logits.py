@@ -1,3 +1,5 @@
+import math
+
 import torch
 
 from benchmarks.measure.accuracy import Measurement
@@ -19,7 +21,8 @@ def test_rank_counts_what_stands_before_the_label():
 
 def test_many_classes_have_ranks_that_agree_with_the_predictions_and_with_topk():
     found = pairs(100)
-    predictions = found.score({"output": found.test_q.round()})  # many equal logits
+    rounded = {"output": found.test_q.round()}  # many equal logits
+    predictions = found.score(rounded) | found.ranks(rounded)
     labels, figures = predictions["labels"], Measurement.figures(predictions)
     for name, logits in (("fp", found.test_f), ("lq", found.test_q), ("output", found.test_q.round())):
         assert torch.equal(predictions[rank_name(name)] == 0, predictions[name] == labels)
@@ -30,6 +33,11 @@ def test_many_classes_have_ranks_that_agree_with_the_predictions_and_with_topk()
 
 
 def test_few_classes_have_none():
-    predictions = pairs(10).score({})
-    assert predictions.keys() == {"labels", "fp", "lq"}
-    assert Measurement.figures(predictions)["fp_top5"] is None
+    assert pairs(10).ranks({}) == {}
+    assert Measurement.figures(pairs(10).score({}))["fp_top5"] is None
+
+
+def test_what_is_no_number_is_never_a_hit():
+    logits = torch.tensor([[1.0, math.nan, 0.0, 2.0]] * 2 + [[math.nan] * 4])
+    labels = torch.tensor([1, 3, 2])
+    assert (ranks(logits, labels) == 0).tolist() == [False, False, False]

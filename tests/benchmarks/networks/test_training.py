@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import BenchmarkError
 from benchmarks.datasets.digits import load_digits
 from benchmarks.measure.accuracy import top1
 from benchmarks.networks import training
@@ -50,6 +51,15 @@ def test_recipe_of_the_transformer_trains_a_network(digits):
     training.train(model, digits.train_images, digits.train_labels, recipe)
     with torch.no_grad():
         assert top1(model(digits.test_images).argmax(1), digits.test_labels) > 90
+
+
+def test_several_processes_do_not_each_train_what_takes_long(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    images = torch.zeros(20, 3, 32, 32)
+    few = replace(digits, train_images=images, train_labels=torch.zeros(20, dtype=torch.long))
+    with pytest.raises(BenchmarkError, match="without torchrun"):
+        trained_model("vit", few, tmp_path)
 
 
 def test_some_images_are_mirrored_where_the_recipe_says_so():

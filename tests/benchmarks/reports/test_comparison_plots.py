@@ -9,6 +9,7 @@ import torch
 from benchmarks.measure.accuracy import Measurement
 from benchmarks.measure.comparisons import summarize
 from benchmarks.measure.corrections import MODES
+from benchmarks.measure.paired_logits import rank_name
 from benchmarks.measure.protocol import Setting
 from benchmarks.reports.comparison_plots import class_gains, draw_changes, draw_gains, draw_logits, plot_comparison
 from cat_plugin.report.clusters import ClusterProfile
@@ -53,6 +54,8 @@ def test_gain_of_a_class_is_in_percent_of_its_images():
     measured = of_classes(labels, lq=[1, 0, 0, 1, 1, 1, 0, 2], cat=[0, 0, 0, 1, 1, 0, 2, 1])
     ((name, gains),) = class_gains([measured])
     assert name == "rtn W2A2" and gains.tolist() == [25.0, -50.0, 0.0]
+    measured.predictions[rank_name("lq")] = torch.full((8,), 99, dtype=torch.int16)  # are no classes
+    assert len(next(class_gains([measured]))[1]) == 3
     figure = draw_changes([measured], ["a", "b", "c"])
     panel = figure.axes[0]
     assert [text.get_text() for text in panel.texts] == ["+25.0", "-50.0", "+0.0"]
