@@ -59,8 +59,8 @@ def complete_networks(args: argparse.Namespace) -> None:
     if args.weights is None and args.model_fn is None and not trained_here:
         raise BenchmarkError(
             f"--dataset {args.dataset} needs --weights FILE, a state_dict of {args.model} trained on these images: "
-            f"training it here would take hours; --model {' or '.join(RECIPES)} needs none, and without --dataset a small "
-            f"network is trained on the {DEFAULT_DATASET}"
+            f"training it here would take hours; --model {' or '.join(RECIPES)} needs none, and without --dataset a "
+            f"small network is trained on the {DEFAULT_DATASET}"
         )
     check_images(args)
     args.methods, args.bits, args.seeds = (list(dict.fromkeys(each)) for each in (args.methods, args.bits, args.seeds))
