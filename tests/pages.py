@@ -124,7 +124,7 @@ def names_for(page: Path) -> dict[str, Any]:
     x = torch.randn(400, 3, 8, 8) + 3 * torch.randn(400, 3, 1, 1)
     y, masks = torch.randint(CLASSES, (400,)), torch.randint(CLASSES, (48, 8, 8))
     if page.parent.name == "baselines":
-        return {"fp_model": fp, "calib_images": x[:64]}
+        return {"fp_model": fp, "calib_images": x[:64], "images": x[:320]}
     names: dict[str, Any] = {"copy": copy, "torch": torch, "quantized_model": quantized, "fp_model": fp}
     names["quantized_multi"], names["fp_multi"] = pair(MultiNetwork)
     names["quantized_segmenter"], names["fp_segmenter"] = pair(Segmenter)

@@ -101,9 +101,18 @@ def test_save_load_deploy(alone):
 
 
 def commands_of(text: str) -> list[list[str]]:
-    """Words of all lines in shell blocks, of those that go on in the next line together."""
+    """Words of all lines in shell blocks, of those that go on in the next line together; of a variable that an earlier
+    line has set, its words."""
     code = "".join(block.code for block in blocks_of(text, "bash")).replace("\\\n", " ")
-    return [words for line in code.splitlines() if (words := shlex.split(line, comments=True))]
+    variables: dict[str, list[str]] = {}
+    found = []
+    for words in filter(None, (shlex.split(line, comments=True) for line in code.splitlines())):
+        name, is_set, value = words[0].partition("=")
+        if is_set and len(words) == 1:
+            variables[f"${name}"] = value.split()
+        else:
+            found.append([part for word in words for part in variables.get(word, [word])])
+    return found
 
 
 def parser_of(command: str) -> Callable:
@@ -182,3 +191,4 @@ def test_blocks_headings_and_links_are_found():
     assert headings_of(text) == ["A b: `c`"] and anchor_of("A b: `c`") == "a-b-c"
     assert links_of(text) == ["y#z"]
     assert commands_of("```bash\nmake a b \\\n  c  # d\n```\n") == [["make", "a", "b", "c"]]
+    assert commands_of('```bash\nX="a b"\nmake $X $Y\n```\n') == [["make", "a", "b", "$Y"]]
