@@ -126,8 +126,14 @@ def _no_reading(device: torch.device) -> Iterator[None]:
         yield
         return
     before = module.get_sync_debug_mode()
-    module.set_sync_debug_mode("error")
+    _set_quietly(module, "error")
     try:
         yield
     finally:
-        module.set_sync_debug_mode(before)
+        _set_quietly(module, before)
+
+
+def _set_quietly(module: ModuleType, mode: int | str) -> None:
+    with warnings.catch_warnings():  # that the mode is new is nothing to the user
+        warnings.simplefilter("ignore")
+        module.set_sync_debug_mode(mode)
