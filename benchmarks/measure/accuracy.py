@@ -14,10 +14,12 @@ from benchmarks.measure.corrections import DEFAULT_MODE, EARLIER_NAMES, MODES, O
 from benchmarks.measure.network_logits import Corrected, Networks
 from benchmarks.measure.paired_logits import PairedLogits, rank_name
 from benchmarks.measure.protocol import LowBitNetwork, Protocol, Setting
-from benchmarks.runs.row_files import Record
+from benchmarks.runs.row_files import LABELS, Record
 from cat_plugin.report.clusters import ClusterProfile
 
 QUANTIZATION = "quantization"
+NETWORKS = "fp", "lq", *MODES
+"""Of which predictions are stored, as far as they were measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +67,14 @@ class Measurement(Record[Row]):
     @staticmethod
     def figures(predictions: dict[str, Tensor]) -> dict[str, Any]:
         """`n_eval`, all scores, and what CAT changes."""
-        labels, networks = predictions["labels"], ("fp", "lq", *MODES)
-        scores = {name: top1(predictions[name], labels) if name in predictions else None for name in networks}
+        labels = predictions[LABELS]
+        scores = {name: top1(predictions[name], labels) if name in predictions else None for name in NETWORKS}
         deltas = {
             f"{mode}_delta": None if scores[mode] is None else round(scores[mode] - scores["lq"], 4)
             for mode in (OUTPUT_MODE, DEFAULT_MODE)
         }
         figures = {"n_eval": len(labels), **{f"{name}_top1": score for name, score in scores.items()}, **deltas}
-        ranked = {name: predictions.get(rank_name(name)) for name in networks}
+        ranked = {name: predictions.get(rank_name(name)) for name in NETWORKS}
         return figures | {f"{name}_top5": None if rank is None else _top5(rank) for name, rank in ranked.items()}
 
     @classmethod

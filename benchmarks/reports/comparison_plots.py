@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from benchmarks.measure.accuracy import Measurement
+from benchmarks.measure.accuracy import NETWORKS, Measurement
 from benchmarks.measure.comparisons import modes_in, over_seeds, summarize
 from benchmarks.measure.corrections import DEFAULT_MODE, MODES, OUTPUT_MODE
 from benchmarks.reports.plots import GAIN_LABEL, LINEAR_TO, STYLES, blank_figure, gain_axis, new_figure
-from benchmarks.runs.row_files import change
+from benchmarks.runs.row_files import LABELS, change
 from benchmarks.wording import bits_name
 from cat_plugin.report.figures import CLUSTERS_DRAWN, draw_clusters, plain_style, readable, save_figure
 
@@ -146,7 +146,7 @@ def _by_cat(measurement: Measurement) -> tuple[float, float]:
 def class_gains(measured: Sequence[Measurement]) -> Iterator[tuple[str, Tensor]]:
     """Name of every method and bit setting, and `(C,)` what it gains a class, see `draw_changes`."""
     mode = modes_in(measured)[-1]
-    names = "labels", "fp", "lq", *MODES  # not the ranks of labels, which are stored beside them
+    names = LABELS, *NETWORKS  # not the ranks of labels, which are stored beside them
     found = (each.predictions[name] for each in measured for name in names if name in each.predictions)
     classes = max(int(tensor.max()) for tensor in found) + 1
     for group in over_seeds([each for each in measured if mode in each.predictions]):

@@ -1,5 +1,4 @@
 import logging
-import warnings
 
 import pytest
 import torch
@@ -89,23 +88,3 @@ def test_what_cannot_be_recorded_is_called(replays, caplog):
 
 def test_the_processor_does_not_record():
     assert recorder_for(torch.device("cpu")) is None
-
-
-def test_readings_are_refused_without_a_word_of_how(monkeypatch):
-    """The mode of devices that refuses readings warns that it is new."""
-    mode = ["default"]
-
-    class Module:
-        get_sync_debug_mode = staticmethod(lambda: mode[0])
-
-        @staticmethod
-        def set_sync_debug_mode(value):
-            warnings.warn("a prototype feature", UserWarning, stacklevel=1)
-            mode[0] = value
-
-    monkeypatch.setattr(recording, "_module", lambda device: Module)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        with recording._no_reading(torch.device("meta")):
-            assert mode == ["error"] and said == []
-    assert mode == ["default"]
