@@ -65,9 +65,11 @@ class Corrector:
                 output = unit(x.clone())  # a unit may write into its input
             if behind is not None:
                 reached.append((behind, output))
-            distances = [distance_to_statistics(norm, value) for norm, value in reached]
-            loss = sum(distances) + correction.closeness * (x - start).square().sum(1).mean()
-            (x.grad,) = torch.autograd.grad(loss, x)
+            distance = sum(distance_to_statistics(norm, value) for norm, value in reached)
+            # Of `closeness` times the squared way from the start, summed over channels and averaged over the rest.
+            x.grad = (x.detach() - start).mul_(2 * correction.closeness * x.shape[1] / x.numel())
+            if isinstance(distance, Tensor) and distance.requires_grad:  # a norm may see nothing of the input
+                x.grad += torch.autograd.grad(distance, x)[0]
             optimizer.step()
             schedule.step()
         return x.detach()
@@ -78,9 +80,33 @@ def distance_to_statistics(norm: nn.Module, value: Tensor) -> Tensor:
     `value` is (N, C, ...); with fewer than two values of a channel it is 0."""
     if value.numel() < 2 * value.shape[1]:
         return value.new_zeros(())
-    variance, mean = torch.var_mean(value, dim=[axis for axis in range(value.dim()) if axis != 1])
-    deviation, target = (variance + _EPS).sqrt(), (norm.running_var + _EPS).sqrt()
-    return ((mean - norm.running_mean).square() + (deviation - target).square()).sum()
+    return _Distance.apply(value, norm.running_mean, (norm.running_var + _EPS).sqrt())
+
+
+class _Distance(torch.autograd.Function):
+    """That of `value` (N, C, ...) from means and standard deviations (C,).
+
+    Its gradient is, channel by channel, a scale and an offset of the values, so it takes one pass over them. PyTorch's
+    `var_mean` takes twelve times as long as two means.
+    """
+
+    @staticmethod
+    def forward(ctx, value, target_mean, target_deviation):
+        axes = [axis for axis in range(value.dim()) if axis != 1]
+        count = value.numel() // value.shape[1]
+        ctx.shape = [-1 if axis == 1 else 1 for axis in range(value.dim())]
+        mean = value.mean(axes)
+        variance = (value - mean.view(ctx.shape)).square_().mean(axes) * (count / (count - 1))
+        deviation = (variance + _EPS).sqrt()
+        too_high, too_wide = mean - target_mean, deviation - target_deviation
+        slope = 2 * too_wide / ((count - 1) * deviation)
+        ctx.save_for_backward(value, slope, 2 * too_high / count - slope * mean)
+        return (too_high.square() + too_wide.square()).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        value, slope, offset = ctx.saved_tensors
+        return torch.addcmul((grad * offset).view(ctx.shape), value, (grad * slope).view(ctx.shape)), None, None
 
 
 def _has_statistics(module: nn.Module) -> bool:

@@ -226,9 +226,10 @@ class UnitRun:
         axis, norm = self.unit.channel_axis, self._stage.error_norm
         if unmixed is None:
             return reconstruction_error(outputs, target, axis, norm, weights)
-        error = reconstruction_error(outputs[: len(x)], target, axis, norm, weights)
+        outputs, of_unmixed = outputs.split([len(x), len(unmixed)])
+        error = reconstruction_error(outputs, target, axis, norm, weights)
         few, prediction = chosen[: len(unmixed)], self._recipe.prediction
-        predicted = self.data.rest(outputs[len(x) :], few)
+        predicted = self.data.rest(of_unmixed, few)
         difference = prediction_difference(predicted, self.data.prediction[few], prediction.temperature)
         return error + prediction.weight_for(predicted.shape[1]) * difference
 

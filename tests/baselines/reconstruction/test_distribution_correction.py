@@ -72,6 +72,56 @@ def test_distance_to_statistics_is_the_naive_one():
     assert distance_to_statistics(norm, value[:1, :, 0, 0]).item() == 0  # nothing to average over
 
 
+@pytest.mark.parametrize("shape", [(5, 8), (5, 8, 3), (5, 8, 3, 2)])
+def test_gradient_of_the_distance_is_that_of_its_definition(shape):
+    norm = randomized(SmallResNet()).bn1.double()
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    for layout in (value, value.transpose(0, -1).contiguous().transpose(0, -1)):
+        axes = [axis for axis in range(len(shape)) if axis != 1]
+        deviation, target = ((v + 1e-6).sqrt() for v in (value.var(axes), norm.running_var))
+        naive = (value.mean(axes) - norm.running_mean).square().sum() + (deviation - target).square().sum()
+        (expected,) = torch.autograd.grad(3 * naive, value)
+        (found,) = torch.autograd.grad(3 * distance_to_statistics(norm, layout), value)
+        torch.testing.assert_close(found, expected)
+
+
+def test_inputs_go_down_the_sum_of_both_losses():
+    """Against autograd on the loss as it is written in the paper."""
+    module, start = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), images(6, size=4)
+    network = randomized(nn.Sequential(module, nn.ReLU()))
+    correction = Correction(closeness=7.0, steps=5, lr=0.03)
+    found = Corrector(network, start, correction).correct("0", Cached(start, PLAN), 6).tensor
+    x, norm = start.clone().requires_grad_(), module[1]
+    optimizer = torch.optim.Adam([x], lr=correction.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=correction.steps)
+    for _ in range(correction.steps):
+        optimizer.zero_grad()
+        value = module[0](x)
+        deviation, target = ((v + 1e-6).sqrt() for v in (value.var((0, 2, 3)), norm.running_var))
+        loss = (value.mean((0, 2, 3)) - norm.running_mean).square().sum() + (deviation - target).square().sum()
+        (loss + correction.closeness * (x - start).square().sum(1).mean()).backward()
+        optimizer.step()
+        schedule.step()
+    torch.testing.assert_close(found, x.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_that_sees_nothing_of_the_input_leaves_it():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return x.mean((2, 3)) + 0 * self.norm(torch.ones(len(x), 3))
+
+    network = nn.Sequential(Constant(), nn.Linear(3, 2)).eval()
+    inputs = images(4)
+    corrected = Corrector(network, inputs, Correction(closeness=1.0, steps=3, lr=0.1)).correct(
+        "0", Cached(inputs, PLAN), 4
+    )
+    torch.testing.assert_close(corrected.tensor, inputs, rtol=0, atol=0)
+
+
 def test_without_batch_norm_inputs_stay_and_it_is_logged(caplog):
     network = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
     with caplog.at_level(logging.INFO, logger="baselines"):
