@@ -34,8 +34,10 @@ lint: $(STAMP)
 
 check: lint test
 
-bench: $(STAMP)  ## CIFAR-10, three seeds: make bench DATA=cifar10.zip WEIGHTS=resnet20.pt
+bench-usage:
 	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "usage: make bench DATA=ZIP_OR_FOLDER WEIGHTS=FILE"; exit 2; }
+
+bench: bench-usage $(STAMP)  ## CIFAR-10, three seeds: make bench DATA=cifar10.zip WEIGHTS=resnet20.pt
 	$(BIN)/python -m benchmarks compare --dataset cifar10 --data "$(DATA)" --model resnet20 --weights "$(WEIGHTS)" \
 		--seeds 0 1 2 $(ARGS)
 

@@ -4,6 +4,7 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -104,7 +105,7 @@ def _batches_of(loader: object) -> Iterator[Tensor]:
             f"calib_loader is a {type(loader).__name__}, which gives single inputs; wrap it in a DataLoader"
         )
     try:
-        batches = iter(loader)
+        batches = iter(None if isinstance(loader, str | bytes | np.ndarray) else loader)
     except TypeError:
         raise TypeError(
             f"calib_loader={loader!r} should be a tensor (N, ...) or an iterable of batches, such as a DataLoader"

@@ -13,7 +13,7 @@ from cat_plugin.config import AUTO, CATConfig
 from cat_plugin.correction.hook import refuse_attached
 from cat_plugin.correction.module import ClusterAffine
 from cat_plugin.errors import CATError
-from cat_plugin.evaluation import measure_accuracy
+from cat_plugin.evaluation import check_labels, measure_accuracy
 from cat_plugin.fitting.fit import Fit
 from cat_plugin.fitting.processes import Processes
 from cat_plugin.fitting.store import LogitStore
@@ -111,6 +111,10 @@ def apply_cat(
             reused = _collect(store, kept, processes, quantized_model, fp_model, calib_loader, config, output, running)
             collected = time.perf_counter()
             store.match(processes)
+            looking = {"output": output, "class_axis": config.class_axis, "processes": processes}
+            looking |= {"forward_fn": forward_fn, "batch_size": batch_size}
+            if eval_loader is not None:
+                check_labels(fp_model, eval_loader, **looking)
             how = {"output": output, "forward_fn": forward_fn, "augment": augment, "progress": progress}
             fit, layers, fitted_on = fit_both_levels(quantized_model, fp_model, kept, store, config, processes, **how)
             fitted = time.perf_counter()
@@ -119,8 +123,9 @@ def apply_cat(
             undo.callback(cat_model.remove)
             accuracy = None
             if eval_loader is not None:
-                how = {**running, "output": output, "class_axis": config.class_axis, "processes": processes}
-                accuracy = measure_accuracy(fp_model, quantized_model, cat_model, eval_loader, **how)
+                accuracy = measure_accuracy(
+                    fp_model, quantized_model, cat_model, eval_loader, **looking, progress=progress
+                )
             # Where nothing changes there is nothing to show.
             profiled = fit.out is not None and (fit.evidence is None or fit.evidence.accepted)
             evidence = None if layers is None else layers.evidence

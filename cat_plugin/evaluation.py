@@ -1,7 +1,7 @@
 """Top-1 and top-5 of the full-precision, the quantized and the corrected model on labelled images."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -129,6 +129,35 @@ def measure_accuracy(
     )
 
 
+def check_labels(
+    fp_model: nn.Module,
+    loader: Loader,
+    *,
+    output: Output = None,
+    class_axis: int | None = None,
+    forward_fn: ForwardFn | None = None,
+    batch_size: int | None = None,
+    processes: Processes = ALONE,
+) -> None:
+    """Raises what `measure_accuracy` will of the labels in the first batch, ahead of work that takes long.
+
+    A loader that can be iterated only once is left alone.
+    """
+    if isinstance(loader, Iterator):
+        return
+    with inference({"fp_model": fp_model}):
+        size = batch_size_for(loader, fp_model, batch_size)
+        try:
+            batch, labels = next(iter(iterate_inputs(loader, size, whole=forward_fn is not None)))
+        except NoImagesError:
+            if not processes.several:
+                raise
+            return
+        logits = extract(run(fp_model, batch, forward_fn), "fp_model", output, lenient=True)
+        drawn = PositionDraw(class_axis, EVALUATED_POSITIONS, 0, binary=True)(logits)
+        _targets(drawn.labels(labels), drawn.rows(logits).shape[1], drawn.dense)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Seen:
     """What counts of labelled images.
@@ -216,7 +245,8 @@ def _targets(labels: Tensor | None, classes: int, dense: bool) -> tuple[Tensor, 
     if labels is None:
         raise CATError(
             "accuracy needs class labels, and the loader yields none: expected batches of (input, target) or dicts "
-            "with a label key, with one integer class an image, or one a position where outputs have such"
+            "with a label key, with one integer class an image, or one a position where outputs have such; take "
+            "labels.long() of floats, labels.argmax(1) of one-hot rows"
         )
     counted = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     for ignored in IGNORED if dense else ():

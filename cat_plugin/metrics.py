@@ -20,6 +20,11 @@ def top_k_correct(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
     return (top == targets.unsqueeze(1)).any(dim=1)
 
 
+def decimals(value: float, sign: str = "") -> str:
+    """Four decimals, or two significant digits of what is too small for them; `sign` is that of a format."""
+    return f"{value:{sign}.4f}" if value == 0 or abs(value) >= 1e-3 or math.isnan(value) else f"{value:{sign}.2g}"
+
+
 def agreement(f: Tensor, out: Tensor, kind: OutputKind = SOFTMAX) -> float:
     """Percentage of predictions that are those of `f`, of the outputs `f` and `out`, both (N, C)."""
     return 100.0 * kind.agreeing(f, out).double().mean().item()

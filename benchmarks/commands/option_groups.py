@@ -14,6 +14,12 @@ METHODS_BY_DEFAULT = "rtn", "qdrop"
 BITS = "2/2", "2/4", "4/2", "4/4"
 
 
+BY_DATASET = {
+    what: f" (default: {', '.join(f'{name} {getattr(each, what):,}' for name, each in DATASETS.items())})"
+    for what in ("iters", "n_calib", "n_cat")
+}
+
+
 def add_network_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--data",
@@ -84,12 +90,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("networks to quantize")
     what.add_argument("--dataset", choices=DATASETS, help="default: digits where there are no --logits")
     add_network_options(what)
-    what.add_argument("--iters", type=positive, help="iterations for each unit of the network")
+    what.add_argument("--iters", type=positive, help=f"iterations for each unit of the network{BY_DATASET['iters']}")
     add_quantization_options(what)
 
 
 def add_quantization_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--n-calib", type=positive, help="training images for quantization")
+    group.add_argument("--n-calib", type=positive, help=f"training images for quantization{BY_DATASET['n_calib']}")
     group.add_argument(
         "--batch-size", type=positive, help="of the reconstruction (default: 32, or all images of --n-calib)"
     )
@@ -105,7 +111,13 @@ def add_quantization_options(group: argparse._ArgumentGroup) -> None:
 def add_run_options(parser: argparse.ArgumentParser, *, resumes: bool = True) -> None:
     where = parser.add_argument_group("where")
     where.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="(default: results)")
-    where.add_argument("--cache", type=Path, default=cache(), metavar="DIR", help="trained networks and downloads")
+    where.add_argument(
+        "--cache",
+        type=Path,
+        default=cache(),
+        metavar="DIR",
+        help="trained networks and downloads (default: ~/.cache/cat-plugin)",
+    )
     if resumes:
         where.add_argument("--run", metavar="NAME", help="folder in DIR; default: derived from the settings")
         where.add_argument("--fresh", action="store_true", help="measure again what the run has finished")

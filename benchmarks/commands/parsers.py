@@ -19,6 +19,7 @@ from benchmarks.commands.option_checks import (
     refuse_too_few,
 )
 from benchmarks.commands.option_groups import (
+    BY_DATASET,
     add_network_options,
     add_quantization_options,
     add_run_options,
@@ -110,8 +111,8 @@ def _compare_parser() -> argparse.ArgumentParser:
     what.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the correction; default: all")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--iters", type=positive, help="iterations for each unit of the network")
-    how.add_argument("--n-cat", type=positive, help="other training images for the corrections")
+    how.add_argument("--iters", type=positive, help=f"iterations for each unit of the network{BY_DATASET['iters']}")
+    how.add_argument("--n-cat", type=positive, help=f"other training images for the corrections{BY_DATASET['n_cat']}")
     how.add_argument(
         "--test-folds",
         type=int,

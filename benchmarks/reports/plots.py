@@ -31,7 +31,7 @@ def blank_figure(name: str, width: float, height: float) -> "Figure | None":
     try:
         return plotting.new_figure(width, height)
     except CATError:
-        logger.warning("%s needs matplotlib, which is not installed: pip install 'cat-plugin[plots]'", name)
+        logger.warning("%s needs matplotlib, which is not installed: pip install matplotlib", name)
         return None
 
 

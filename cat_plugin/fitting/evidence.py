@@ -9,7 +9,7 @@ from torch import Tensor
 from cat_plugin.fitting.families import Family
 from cat_plugin.fitting.weights import Sample
 from cat_plugin.kinds import VALUE
-from cat_plugin.metrics import percent_changed, standard_error
+from cat_plugin.metrics import decimals, percent_changed, standard_error
 
 LEVEL = 0.95
 """Of the one-sided interval (Student's t over images) by which the divergence has to fall."""
@@ -80,7 +80,7 @@ def judge(
     )
     gain, error = fall(corrected)
     verb = "falls" if gain > 0 else "does not fall, it rises"
-    size = f"{abs(gain):.4f} +- {error:.4f}{'' if kind is VALUE else ' nats'}"
+    size = f"{decimals(abs(gain))} +- {decimals(error)}{'' if kind is VALUE else ' nats'}"
     faults = {f"{LOSS_NAMES[kind.name]} {verb} by {size}": not gain > margin(error, sample.images)}
     changed = _changes(corrected, sample, faults) if kind.decisions else math.nan
     found = [fault for fault, given in faults.items() if given]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cat_plugin.kinds import SOFTMAX, VALUE, OutputKind
-from cat_plugin.metrics import ClassChanges, agreement, agreement_gain, kl_divergence, standard_error
+from cat_plugin.metrics import ClassChanges, agreement, agreement_gain, decimals, kl_divergence, standard_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,14 @@ class HeldOutScores:
         """What changes, in a few words each."""
         return [
             f"agreement with FP {self.agreement_before:.2f} -> {self.agreement_after:.2f} %",
-            f"KL {self.kl_before:.4f} -> {self.kl_after:.4f} nats",
+            f"KL {decimals(self.kl_before)} -> {decimals(self.kl_after)} nats",
         ]
 
     def __str__(self) -> str:
         return (
             f"agreement with FP {self.agreement_before:.2f} -> {self.agreement_after:.2f} % "
             f"({self.agreement_gain:+.2f}, 95 % CI {self.gain_low:+.2f} to {self.gain_high:+.2f}), "
-            f"KL(FP || output) {self.kl_before:.4f} -> {self.kl_after:.4f} nats"
+            f"KL(FP || output) {decimals(self.kl_before)} -> {decimals(self.kl_after)} nats"
         )
 
     @classmethod

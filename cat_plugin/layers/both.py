@@ -13,6 +13,7 @@ from cat_plugin.fitting.store import LogitStore, different_images
 from cat_plugin.layers.evidence import Closeness, faults
 from cat_plugin.layers.fit import MIN_IMAGES, LayersFit, fit_layers, left_alone
 from cat_plugin.layers.images import KeptImages
+from cat_plugin.metrics import decimals
 
 MODEL, OUTPUT = "the model as it is", "the output corrected alone"
 
@@ -80,7 +81,7 @@ def _judged(
         reason = f"nothing to gain: {'; '.join(against)}"
         return None, LayersFit({}, dataclasses.replace(layers.evidence, accepted=False, reason=reason, **known))
     fall = known["plain"].divergence - known["inside"].divergence
-    reason = f"on held-out images, the divergence falls by {fall:.4f}"
+    reason = f"on held-out images, the divergence falls by {decimals(fall)}"
     scores = score(kind, f, q, outputs["both"], owners)
     evidence = dataclasses.replace(layers.evidence, reason=reason, **known)
     return dataclasses.replace(together, scores=scores), dataclasses.replace(layers, evidence=evidence)

@@ -8,7 +8,7 @@ from torch import Tensor
 from cat_plugin.fitting.evidence import MIN_AGREEMENT, MIN_CHANGED
 from cat_plugin.fitting.evidence import margin as margin_of
 from cat_plugin.kinds import OutputKind
-from cat_plugin.metrics import agreement, kl_divergence, percent_changed, standard_error
+from cat_plugin.metrics import agreement, decimals, kl_divergence, percent_changed, standard_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Closeness:
         return cls(kl_divergence(f, out, kind), agreement(f, out, kind) if kind.decisions else None)
 
     def __str__(self) -> str:
-        return f"{self.divergence:.4f}" + ("" if self.agreement is None else f", {self.agreement:.2f} % agree")
+        return decimals(self.divergence) + ("" if self.agreement is None else f", {self.agreement:.2f} % agree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def faults(
     fall = kind.divergence(f.double(), other.double()) - kind.divergence(f.double(), out.double())
     gain, error = fall.mean().item(), standard_error(fall, owners)
     if not gain > (margin_of(error, images) if margin else 0.0):
-        found.append(f"the divergence changes by {-gain:+.4f} +- {error:.4f}")
+        found.append(f"the divergence changes by {decimals(-gain, '+')} +- {decimals(error)}")
     if kind.decisions:
         net = (kind.agreeing(f, out).double() - kind.agreeing(f, other).double()).mean(dim=1)
         if net.mean().item() < MIN_AGREEMENT * standard_error(net, owners):

@@ -275,5 +275,5 @@ def new_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise CATError("plots need matplotlib, which is not installed: pip install 'cat-plugin[plots]'") from error
+        raise CATError("plots need matplotlib, which is not installed: pip install matplotlib") from error
     return Figure(figsize=(width, height), layout="constrained", facecolor=BACKGROUND)

@@ -17,6 +17,7 @@ def draw_curve(panel: "Axes", layers: LayersEvidence) -> None:
     outcome = "used" if layers.accepted else "not used"
     panel.set_title(f"layers: held-out divergence from FP ({outcome})", fontsize=SMALL)
     panel.set_xlabel("epochs", fontsize=SMALL)
+    panel.locator_params(axis="x", integer=True)
     panel.set_ylim(bottom=0)
     panel.grid(axis="y", linewidth=0.3)
 
@@ -30,7 +31,9 @@ def draw_sizes(panel: "Axes", layers: LayersEvidence) -> None:
     ):
         sizes = [getattr(layer, field) for layer in layers.layers]
         panel.plot(places, sizes, marker, color=colour, markersize=4, label=label)
-    panel.set_title("size of the correction along the network (mean over channels)", fontsize=SMALL)
+    outcome = "" if layers.accepted else ", not used"
+    panel.set_title(f"size of the correction along the network (mean over channels{outcome})", fontsize=SMALL)
+    panel.locator_params(axis="x", integer=True)
     panel.set_xlabel("layer", fontsize=SMALL)
     panel.set_ylim(bottom=0)
     panel.grid(axis="y", linewidth=0.3)

@@ -9,6 +9,7 @@ from cat_plugin.errors import CATError
 from cat_plugin.fitting.evidence import Evidence
 from cat_plugin.fitting.scores import ErrorScores, HeldOutScores
 from cat_plugin.layers.evidence import LayersEvidence
+from cat_plugin.metrics import decimals
 from cat_plugin.report.accuracy import AccuracyReport
 from cat_plugin.report.clusters import ClusterProfile
 from cat_plugin.report.figures import plot_report
@@ -98,7 +99,7 @@ class CATReport:
         return self.layers is not None and self.layers.accepted
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, class_names: Sequence[str] | None = None) -> "Figure":
-        """The report as a figure, by matplotlib (`pip install 'cat-plugin[plots]'`).
+        """The report as a figure, by matplotlib (`pip install matplotlib`).
 
         Shows what CAT gains, with intervals; the held-out divergence as layers were fitted, and how much is corrected
         along the network; the families of maps that were tried; which classes win and lose, by
@@ -201,8 +202,8 @@ class CATReport:
         if evidence.candidates:
             lines.append("  tried (fall of the held-out softened KL in nats, share of the weight):")
         for candidate in evidence.candidates:
-            figures = f"{candidate.kl_gain:+.4f} +- {candidate.kl_gain_error:.4f}  {candidate.weight:5.0%}"
-            lines.append(f"    {candidate.name:<30}{figures}")
+            fall = f"{decimals(candidate.kl_gain, '+')} +- {decimals(candidate.kl_gain_error)}"
+            lines.append(f"    {candidate.name:<30}{fall}  {candidate.weight:5.0%}")
         return lines
 
     def _held_out(self) -> str:

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
@@ -130,10 +131,18 @@ def run(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> An
 
     It gets a copy of its own: some models normalise their input in place, and the next is to see it as it was.
     """
-    if forward_fn is None:
-        placed = place(batch, model)
+    if forward_fn is not None:
+        return forward_fn(model, _copied_to(batch, model_device(model)))
+    placed = place(batch, model)
+    try:
         return model(placed.clone() if placed is batch else placed)
-    return forward_fn(model, _copied_to(batch, model_device(model)))
+    except Exception as error:
+        if hasattr(error, "add_note"):  # of Python 3.11
+            error.add_note(
+                f"{type(model).__name__} was run on a batch of shape {tuple(batch.shape)}, {batch.dtype}, whose first "
+                "axis counts images"
+            )
+        raise
 
 
 def check_forward(models: Mapping[str, nn.Module], forward_fn: ForwardFn | None) -> None:
@@ -201,7 +210,10 @@ def _batches(loader: Loader, batch_size: int) -> Iterable[Any]:
         raise CATError(
             f"the loader is a {type(loader).__name__}, which looks like one batch; pass a list of batches, [batch]"
         )
-    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+    if isinstance(loader, np.ndarray):
+        raise CATError("the loader is a NumPy array; expected a tensor: torch.from_numpy(images)")
+    iterates = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
+    if not iterates or isinstance(loader, str | bytes):
         raise CATError(f"the loader is a {type(loader).__name__}; expected a DataLoader, a list of batches or a tensor")
     return loader
 

@@ -1,5 +1,6 @@
 """A forward hook that keeps what a model gives for a batch, and where hooks on its layers would act."""
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -75,8 +76,10 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if not isinstance(name, str) or not name or name not in modules:
-        known = ", ".join(child for child, _ in model.named_children())
-        raise CATError(f"{name!r} is no layer of {type(model).__name__}; its children are {known}")
+        like = difflib.get_close_matches(str(name), filter(None, modules))
+        known = ", ".join(like or (child for child, _ in model.named_children()))
+        what = "names like it are" if like else "its children are"
+        raise CATError(f"{name!r} is no layer of {type(model).__name__}; {what} {known}")
     if is_in_compiled(modules, name):
         raise CATError(
             f"{name!r} is inside of a compiled {type(model).__name__}, where hooks need not run; give the model that "

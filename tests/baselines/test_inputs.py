@@ -59,9 +59,11 @@ def test_endless_loaders_are_an_error(monkeypatch):
     [
         (None, r"calib_loader=None should be a tensor \(N, ...\) or an iterable of batches"),
         (3, "calib_loader=3 should be"),
+        ("images/", "calib_loader='images/' should be a tensor"),
+        (np.zeros((2, 3)), r"(?s)calib_loader=array\(.* should be a tensor"),
         (TensorDataset(X, torch.zeros(5)), "is a TensorDataset, which gives single inputs; wrap it in a DataLoader"),
     ],
-    ids=["none", "number", "dataset"],
+    ids=["none", "number", "path", "array", "dataset"],
 )
 def test_what_is_no_loader_is_an_error(loader, message):
     with pytest.raises(TypeError, match=message):

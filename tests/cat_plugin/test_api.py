@@ -77,6 +77,28 @@ def test_labels_do_not_matter_for_the_fit():
     assert torch.equal(plain.scale, labelled.scale)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "accuracy needs class labels"),
+        (torch.rand(8), r"take labels.long\(\) of floats"),
+        (torch.eye(8, 10), r"labels.argmax\(1\) of one-hot rows"),
+        (torch.arange(8) + 5, "labels run from 5 to 12"),
+    ],
+)
+def test_labels_are_looked_at_before_the_fit(pair, labels, message, monkeypatch):
+    monkeypatch.setattr("cat_plugin.api.fit_both_levels", lambda *args, **kwargs: pytest.fail("it was fitted"))
+    batch = images(8) if labels is None else (images(8), labels)
+    with pytest.raises(CATError, match=message):
+        apply_cat(*pair, images(), eval_loader=[batch])
+
+
+def test_labelled_images_that_can_be_read_once_are_all_evaluated(pair):
+    batches = [(images(8, seed=seed), torch.arange(8)) for seed in range(3)]
+    cat_model = apply_cat(*pair, images(), eval_loader=iter(batches), config=CATConfig(layers="none"))
+    assert cat_model.report.accuracy.images == 24
+
+
 def test_failing_evaluation_leaves_nothing_attached(pair):
     before = state_of(*pair)
     with pytest.raises(CATError, match="accuracy needs class labels"):

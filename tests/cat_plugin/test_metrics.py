@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from scipy.stats import binom
@@ -6,6 +8,7 @@ from cat_plugin import CATError
 from cat_plugin.metrics import (
     ClassChanges,
     agreement,
+    decimals,
     kl_divergence,
     paired_statistics,
     standard_error,
@@ -19,6 +22,11 @@ def test_top_k_table():
     assert top_k_correct(logits, targets).tolist() == [True, False, False]
     assert top_k_correct(logits, targets, 2).tolist() == [True, True, False]
     assert top_k_correct(logits, targets, 5).tolist() == [True, True, True]
+
+
+def test_small_numbers_are_not_shown_as_zeros():
+    assert [decimals(value) for value in (0.0, 0.5, 12.34567, 0.001)] == ["0.0000", "0.5000", "12.3457", "0.0010"]
+    assert [decimals(value, "+") for value in (3.14e-7, -0.00012345, math.nan)] == ["+3.1e-07", "-0.00012", "+nan"]
 
 
 def test_agreement_table():

@@ -74,6 +74,8 @@ def test_batch_size_cuts_the_stacked_tensor_only():
         (TensorDataset(X, Y), "the loader is a TensorDataset, a dataset, which gives single images; wrap it in a Data"),
         (DictDataset(), "the loader is a DictDataset, a dataset"),
         (3, "the loader is a int; expected a DataLoader"),
+        ("images/", "the loader is a str; expected a DataLoader"),
+        (X.numpy(), r"the loader is a NumPy array; expected a tensor: torch.from_numpy\(images\)"),
         (torch.tensor(1.0), "the loader is a tensor without dimensions"),
         ([torch.tensor(1.0)], "a batch is a tensor without dimensions"),
         ([X.numpy()], "a batch is a ndarray; expected a tensor"),
@@ -166,3 +168,12 @@ def test_every_model_gets_a_copy_of_its_own(how):
         out = run(model, wrapped, None if how == "tensor" else lambda model, batch: model(take(batch)))
         assert torch.equal(out, (before - 0.5) / 0.25)
     assert torch.equal(x, before)
+
+
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="needs Python 3.11")
+def test_error_of_a_model_tells_the_shape_of_the_batch():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    with pytest.raises(RuntimeError) as caught:
+        run(model, torch.zeros(3, 2, 2))  # one image, without the axis that counts images
+    (note,) = caught.value.__notes__
+    assert note == ("Sequential was run on a batch of shape (3, 2, 2), torch.float32, whose first axis counts images")

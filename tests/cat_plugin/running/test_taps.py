@@ -54,6 +54,12 @@ def test_layer_that_there_is_not(name):
         find_layer(SmallNet(), name)
 
 
+def test_layer_whose_name_was_mistyped():
+    model = nn.Sequential(SmallNet())
+    with pytest.raises(CATError, match=r"'0\.frist' is no layer of Sequential; names like it are 0\.first"):
+        find_layer(model, "0.frist")
+
+
 def test_layers_inside_of_what_is_compiled():
     model = nn.Sequential(SmallNet(), torch.compile(SmallNet(), backend="eager"))
     names = ["0", "0.first", "1", "1._orig_mod", "1._orig_mod.first"]
