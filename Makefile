@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 INTEGRATION_BIN := $(abspath $(INTEGRATION_VENV))/bin
 INTEGRATION_STAMP := $(INTEGRATION_VENV)/.installed
 
-.PHONY: demo test integration zoo perf lint check bench clean
+.PHONY: demo test integration zoo perf lint check bench bench-usage clean
 
 demo: $(STAMP)  ## quantize a small network on real data and show what CAT wins back; ARGS="..." adds options
 	$(BIN)/python -m benchmarks compare $(ARGS)

@@ -104,8 +104,12 @@ def _batches_of(loader: object) -> Iterator[Tensor]:
         raise TypeError(
             f"calib_loader is a {type(loader).__name__}, which gives single inputs; wrap it in a DataLoader"
         )
+    if isinstance(loader, np.ndarray):
+        raise TypeError("calib_loader is a NumPy array; expected a tensor: torch.from_numpy(images)")
     try:
-        batches = iter(None if isinstance(loader, str | bytes | np.ndarray) else loader)
+        if isinstance(loader, str | bytes):  # which would give its letters
+            raise TypeError
+        batches = iter(loader)
     except TypeError:
         raise TypeError(
             f"calib_loader={loader!r} should be a tensor (N, ...) or an iterable of batches, such as a DataLoader"

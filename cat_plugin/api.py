@@ -66,7 +66,8 @@ def apply_cat(
         fp_model: the full-precision model, which gives logits of the same shape, in the same container or another.
         calib_loader: a DataLoader or list of batches, or one stacked tensor of images.
         config: `CATConfig()` by default.
-        eval_loader: labelled images; if given, the report holds top-1 and top-5 of FP, quantized, and corrected.
+        eval_loader: labelled images; if given, the report holds top-1 and top-5 of FP, quantized, and corrected. Of a
+            tensor, a list or a DataLoader of a dataset with indices, the first batch is looked at before all else.
         output: where the model's output holds the logits, if it is not obvious: a key or field, a position, or two
             functions `(get, set)`, see `cat_plugin.running.outputs`.
         forward_fn: called as `forward_fn(model, batch)` where the models take several inputs or keyword inputs; returns
@@ -106,15 +107,15 @@ def apply_cat(
             refuse_attached(quantized_model)
             count, found = inspect_models(quantized_model, fp_model)
             running = {"forward_fn": forward_fn, "batch_size": batch_size, "progress": progress}
+            looking = {"output": output, "class_axis": config.class_axis, "processes": processes}
+            looking |= {"forward_fn": forward_fn, "batch_size": batch_size}
+            if eval_loader is not None:
+                check_labels(fp_model, eval_loader, **looking)
             kept = KeptImages() if config.corrects_layers else None
             start = time.perf_counter()
             reused = _collect(store, kept, processes, quantized_model, fp_model, calib_loader, config, output, running)
             collected = time.perf_counter()
             store.match(processes)
-            looking = {"output": output, "class_axis": config.class_axis, "processes": processes}
-            looking |= {"forward_fn": forward_fn, "batch_size": batch_size}
-            if eval_loader is not None:
-                check_labels(fp_model, eval_loader, **looking)
             how = {"output": output, "forward_fn": forward_fn, "augment": augment, "progress": progress}
             fit, layers, fitted_on = fit_both_levels(quantized_model, fp_model, kept, store, config, processes, **how)
             fitted = time.perf_counter()

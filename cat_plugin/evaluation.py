@@ -1,7 +1,7 @@
 """Top-1 and top-5 of the full-precision, the quantized and the corrected model on labelled images."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from cat_plugin.correction.hook import uncorrected
 from cat_plugin.errors import CATError
@@ -141,9 +142,10 @@ def check_labels(
 ) -> None:
     """Raises what `measure_accuracy` will of the labels in the first batch, ahead of work that takes long.
 
-    A loader that can be iterated only once is left alone.
+    Only where a batch may be read twice: of a tensor, a list, or a `DataLoader` of a dataset that has indices.
     """
-    if isinstance(loader, Iterator):
+    indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    if not (indexed or isinstance(loader, Tensor | list)):
         return
     with inference({"fp_model": fp_model}):
         size = batch_size_for(loader, fp_model, batch_size)

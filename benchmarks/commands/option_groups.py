@@ -14,7 +14,7 @@ METHODS_BY_DEFAULT = "rtn", "qdrop"
 BITS = "2/2", "2/4", "4/2", "4/4"
 
 
-BY_DATASET = {
+DEFAULTS_SAID = {
     what: f" (default: {', '.join(f'{name} {getattr(each, what):,}' for name, each in DATASETS.items())})"
     for what in ("iters", "n_calib", "n_cat")
 }
@@ -90,12 +90,12 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("networks to quantize")
     what.add_argument("--dataset", choices=DATASETS, help="default: digits where there are no --logits")
     add_network_options(what)
-    what.add_argument("--iters", type=positive, help=f"iterations for each unit of the network{BY_DATASET['iters']}")
+    what.add_argument("--iters", type=positive, help=f"iterations for each unit of the network{DEFAULTS_SAID['iters']}")
     add_quantization_options(what)
 
 
 def add_quantization_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--n-calib", type=positive, help=f"training images for quantization{BY_DATASET['n_calib']}")
+    group.add_argument("--n-calib", type=positive, help=f"training images for quantization{DEFAULTS_SAID['n_calib']}")
     group.add_argument(
         "--batch-size", type=positive, help="of the reconstruction (default: 32, or all images of --n-calib)"
     )
@@ -116,7 +116,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, resumes: bool = True) ->
         type=Path,
         default=cache(),
         metavar="DIR",
-        help="trained networks and downloads (default: ~/.cache/cat-plugin)",
+        help=f"trained networks and downloads (default: {cache()})",
     )
     if resumes:
         where.add_argument("--run", metavar="NAME", help="folder in DIR; default: derived from the settings")

@@ -19,7 +19,7 @@ from benchmarks.commands.option_checks import (
     refuse_too_few,
 )
 from benchmarks.commands.option_groups import (
-    BY_DATASET,
+    DEFAULTS_SAID,
     add_network_options,
     add_quantization_options,
     add_run_options,
@@ -111,8 +111,40 @@ def _compare_parser() -> argparse.ArgumentParser:
     what.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the correction; default: all")
 
     how = parser.add_argument_group("how")
-    how.add_argument("--iters", type=positive, help=f"iterations for each unit of the network{BY_DATASET['iters']}")
-    how.add_argument("--n-cat", type=positive, help=f"other training images for the corrections{BY_DATASET['n_cat']}")
+    how.add_argument("--iters", type=positive, help=f"iterations for each unit of the network{DEFAULTS_SAID['iters']}")
+    how.add_argument(
+        "--n-cat",
+        type=positive,
+        help=f"other images for the corrections{DEFAULTS_SAID['n_cat']}; --test-folds: half of those for testing",
+    )
+    how.add_argument(
+        "--test-folds",
+        type=int,
+        choices=[2],
+        help="imagenet: correct on one half of the test images and test on the other, in turn",
+    )
+    add_quantization_options(how)
+    add_run_options(parser)
+    return parser
+
+
+def _ablate_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "ablate",
+        "Change one setting of a correction at a time, around paper mode and the default, on fresh images.",
+    )
+    add_source_options(parser)
+    how = parser.add_argument_group("what to change")
+    how.add_argument(
+        "--factors",
+        nargs="+",
+        type=factor,
+        default=[(name, FACTORS[name].values) for name in OF_OUTPUT],
+        metavar="NAME[=VALUE,VALUE...]",
+        help=f"of {', '.join(FACTORS)}; default: all of the output, with usual values; of layers only with --dataset",
+    )
+    others = f"other images for the corrections{DEFAULTS_SAID['n_cat']}; with --test-folds: half of those for testing"
+    how.add_argument("--n-cat", type=positive, help=others)
     how.add_argument(
         "--test-folds",
         type=int,

@@ -139,8 +139,8 @@ def run(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> An
     except Exception as error:
         if hasattr(error, "add_note"):  # of Python 3.11
             error.add_note(
-                f"{type(model).__name__} was run on a batch of shape {tuple(batch.shape)}, {batch.dtype}, whose first "
-                "axis counts images"
+                f"{type(model).__name__} was run on a batch of shape {tuple(placed.shape)}, {placed.dtype}, whose "
+                "first axis counts images"
             )
         raise
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import cat_plugin
 from cat_plugin import CATConfig, CATError, apply_cat, compare_accuracy, fit_cluster_affine
@@ -77,12 +77,13 @@ def test_labels_do_not_matter_for_the_fit():
     assert torch.equal(plain.scale, labelled.scale)
 
 
+WITHOUT_LABELS = r"accuracy needs class labels, .* take labels.long\(\) of floats, labels.argmax\(1\) of one-hot rows"
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (None, "accuracy needs class labels"),
-        (torch.rand(8), r"take labels.long\(\) of floats"),
-        (torch.eye(8, 10), r"labels.argmax\(1\) of one-hot rows"),
+        *((labels, WITHOUT_LABELS) for labels in (None, torch.rand(8), torch.eye(8, 10), torch.eye(8, 10).bool())),
         (torch.arange(8) + 5, "labels run from 5 to 12"),
     ],
 )
@@ -93,16 +94,31 @@ def test_labels_are_looked_at_before_the_fit(pair, labels, message, monkeypatch)
         apply_cat(*pair, images(), eval_loader=[batch])
 
 
-def test_labelled_images_that_can_be_read_once_are_all_evaluated(pair):
+class Once:
+    """Gives the same iterator every time that it is asked for one."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def __iter__(self):
+        return self.batches
+
+
+class Stream(Once, IterableDataset):
+    pass
+
+
+@pytest.mark.parametrize("kind", [iter, Once, lambda batches: DataLoader(Stream(batches), batch_size=None)])
+def test_labelled_images_that_can_be_read_once_are_all_evaluated(pair, kind):
     batches = [(images(8, seed=seed), torch.arange(8)) for seed in range(3)]
-    cat_model = apply_cat(*pair, images(), eval_loader=iter(batches), config=CATConfig(layers="none"))
+    cat_model = apply_cat(*pair, images(), eval_loader=kind(batches), config=CATConfig(layers="none"))
     assert cat_model.report.accuracy.images == 24
 
 
 def test_failing_evaluation_leaves_nothing_attached(pair):
     before = state_of(*pair)
     with pytest.raises(CATError, match="accuracy needs class labels"):
-        apply_cat(*pair, images(), eval_loader=images())
+        apply_cat(*pair, images(), eval_loader=[(images(8), torch.arange(8)), images(8)])
     assert state_of(*pair) == before
 
 

@@ -130,7 +130,9 @@ tell(**{name: getattr(cat_model.report.accuracy, name) for name in ("images", "q
 FAILURES = {
     "while collecting": "apply_cat(quantized, fp, x if rank == 0 else x / 0)",
     "before the first batch": "apply_cat(quantized, fp, x if rank == 0 else 5)",
-    "in evaluation": "apply_cat(quantized, fp, x[200 * rank:][:200], eval_loader=[(x, labels(x) + 100 * rank)])",
+    "at the first labels": "apply_cat(quantized, fp, x[200 * rank:][:200], eval_loader=[(x, labels(x) + 100 * rank)])",
+    "in evaluation": "apply_cat(quantized, fp, x[200 * rank:][:200], "
+    "eval_loader=[(x, labels(x)), (x, labels(x) + 100 * rank)])",
     "by the user's loader": "apply_cat(quantized, fp, x if rank == 0 else (1 / 0 for _ in range(3)))",
     "at the first look at the models": "apply_cat(quantized, fp if rank == 0 else quantized, x)",
     "before that": "apply_cat(quantized, fp if rank == 0 else 5, x)",

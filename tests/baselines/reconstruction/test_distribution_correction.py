@@ -85,6 +85,18 @@ def test_gradient_of_the_distance_is_that_of_its_definition(shape):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_adds_in_float32(dtype):
+    norm = nn.BatchNorm2d(4).eval()
+    value = 30 + torch.randn(32, 4, 56, 56, generator=torch.Generator().manual_seed(0))
+    halves, exact = value.to(dtype).requires_grad_(), value.to(dtype).float().requires_grad_()
+    found, expected = distance_to_statistics(norm, halves), distance_to_statistics(norm, exact)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+    (found,), (expected,) = torch.autograd.grad(1e4 * found, halves), torch.autograd.grad(1e4 * expected, exact)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, rtol=0.01, atol=1e-4 * expected.abs().max().item())
+
+
 def test_inputs_go_down_the_sum_of_both_losses():
     """Against autograd on the loss as it is written in the paper."""
     module, start = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), images(6, size=4)

@@ -174,6 +174,6 @@ def test_every_model_gets_a_copy_of_its_own(how):
 def test_error_of_a_model_tells_the_shape_of_the_batch():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     with pytest.raises(RuntimeError) as caught:
-        run(model, torch.zeros(3, 2, 2))  # one image, without the axis that counts images
+        run(model, torch.zeros(3, 2, 2, dtype=torch.float64))  # one image, without the axis that counts images
     (note,) = caught.value.__notes__
     assert note == ("Sequential was run on a batch of shape (3, 2, 2), torch.float32, whose first axis counts images")
