@@ -21,8 +21,8 @@ def top_k_correct(logits: Tensor, targets: Tensor, k: int = 1) -> Tensor:
 
 
 def decimals(value: float, sign: str = "") -> str:
-    """Four decimals, or two significant digits of what is too small for them; `sign` is that of a format."""
-    return f"{value:{sign}.4f}" if value == 0 or abs(value) >= 1e-3 or math.isnan(value) else f"{value:{sign}.2g}"
+    """Four decimals, or two significant digits of what they would show as 0; `sign` is that of a format."""
+    return f"{value:{sign}.4f}" if value == 0 or not abs(value) < 5e-5 else f"{value:{sign}.2g}"
 
 
 def agreement(f: Tensor, out: Tensor, kind: OutputKind = SOFTMAX) -> float:

@@ -25,8 +25,8 @@ def test_top_k_table():
 
 
 def test_small_numbers_are_not_shown_as_zeros():
-    assert [decimals(value) for value in (0.0, 0.5, 12.34567, 0.001)] == ["0.0000", "0.5000", "12.3457", "0.0010"]
-    assert [decimals(value, "+") for value in (3.14e-7, -0.00012345, math.nan)] == ["+3.1e-07", "-0.00012", "+nan"]
+    assert [decimals(value) for value in (0.0, 0.5, 12.34567, 5e-5)] == ["0.0000", "0.5000", "12.3457", "0.0001"]
+    assert [decimals(value, "+") for value in (3.14e-7, -4.98765e-5, math.nan)] == ["+3.1e-07", "-5e-05", "+nan"]
 
 
 def test_agreement_table():
