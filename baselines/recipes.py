@@ -188,9 +188,9 @@ PD_QUANT = replace(
     # KL to the FP predictions on 10,000 other training images: QDrop 83.9 and .362; without correction, weight 1
     # 83.8 and .362, 2.5 84.2 and .354, 5 83.9 and .365; weight 2.5 with correction 84.2 and .358.
     # The authors take the whole batch and 500 steps of correction. Half and 10 steps take 2.8 times as long as QDrop, a
-    # quarter and 4 steps twice. ResNet-20 at W2A2 on 10,000 other training images: 83.8 and .363 with the former, mean of
-    # three networks, 83.6 and .366 with the latter, of six; standard errors are .2 and .004. On test images 80.4 and
-    # 80.0, three each.
+    # quarter and 4 steps twice. ResNet-20 at W2A2 on 10,000 other training images: 83.8 and .363 with the former, mean
+    # of three networks, 83.6 and .366 with the latter, of six; standard errors are .2 and .004. On test images 80.4
+    # and 80.0, three each.
     prediction=Prediction(weight=10.0, classes=1000, temperature=4.0, share=0.25),
     # closeness is 1 / lamb_c of the same file. The authors' rate is constant, 0.001; 10 steps at 50 times the rate,
     # falling to zero, go as far as theirs and reach the same loss within 3 % (ResNet-20, training images, with
