@@ -25,7 +25,11 @@ FEWEST_LAYERS = 20
 """With fewer layers the rate is as with so many."""
 PULL = 1e-5
 """Towards the identity: weight of the summed squares of all deviations in the loss."""
+FIRST_SCALE = 2.0**10
+"""Of gradients in half precision."""
 SMALLEST_MICRO_BATCH = 1
+MANY = 10
+"""One step in so many that is left out is worth a warning."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Descent:
         self.micro_batch = micro_batch or network.at_once
         self._fitted = fitted
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in network.model.parameters())
-        self._scaler = torch.amp.GradScaler(network.device.type, enabled=half, init_scale=2.0**10)
+        self._scaler = torch.amp.GradScaler(network.device.type, enabled=half)
+        self._scaler.scale(torch.zeros(1, device=network.device))  # its scale is somewhere from here on
         self._recorded = Recorded(self._gradient_of, network.device)
 
     def fit(
@@ -89,17 +94,20 @@ class Descent:
         """The vector that is best for the given images (n,) int64 of this process, after `schedule`, with one of
         `RATES` that falls to 0 by a cosine. Steps whose gradient is not finite are left out.
         """
+        self._scaler.update(FIRST_SCALE)  # of a fit before it may be nothing that is left
         vector = torch.zeros(self._network.size, device=self._network.device, requires_grad=True)
         first = RATES[rate] / max(len(self._network.places), FEWEST_LAYERS)
         adam = torch.optim.Adam([vector], lr=first)
         generator = torch.Generator().manual_seed(seed)
-        step = 0
+        step = left_out = 0
         for _ in range(schedule.epochs):
             for part in self._kept.parts(images, schedule.steps, generator):
                 adam.param_groups[0]["lr"] = first * (1 + math.cos(math.pi * step / schedule.total)) / 2
                 gradient = self._gradient(vector, part)
-                if not self._scaler.is_enabled() and not gradient.isfinite().all():
-                    gradient = torch.zeros_like(gradient)  # of some images: the step is left out
+                if not gradient.isfinite().all():
+                    left_out += 1
+                    if not self._scaler.is_enabled():  # which leaves the step out by itself, and scales less
+                        gradient = torch.zeros_like(gradient)
                 vector.grad = gradient
                 self._scaler.step(adam)
                 self._scaler.update()
@@ -108,6 +116,9 @@ class Descent:
                     after_step()
             if after_epoch is not None:
                 after_epoch(vector.detach())
+        if left_out:  # a few are how a scale for half precision is found
+            level = logging.WARNING if MANY * left_out > step else logging.INFO
+            logger.log(level, "%d of %d steps were left out, since their gradients were not finite", left_out, step)
         return vector.detach()
 
     def _gradient(self, vector: Tensor, part: Part) -> Tensor:

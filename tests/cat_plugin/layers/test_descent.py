@@ -122,9 +122,30 @@ def test_seed_decides():
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
-def test_steps_that_are_not_finite_are_left_out():
+def test_steps_that_are_not_finite_are_left_out(caplog):
     vector, _ = fitted(Schedule(1, 2), divergence=lambda f, out: out.sum(1) * torch.nan)
     assert vector.abs().max() == 0
+    assert "2 of 2 steps were left out, since their gradients were not finite" in caplog.text
+
+
+def test_a_fit_in_half_precision_knows_nothing_of_one_that_failed_before():
+    """Whose steps were all left out, each of which halves what gradients are scaled by."""
+    model, fp = (each.half() for each in planted())
+    x = pictures(IMAGES).half()
+    network, broken = made(model, x)[0], [False]
+
+    def divergence(f, out):
+        return SOFTMAX.divergence(f, out) * (torch.nan if broken[0] else 1.0)
+
+    with fitting_through(model), network.attached(), torch.no_grad():
+        targets = fp(x)
+    with fitting_through(model), network.attached():
+        descent = Descent(network, kept_images([x]), lambda part: targets[part.images], divergence, ALONE)
+        found = []
+        for broken[0] in (False, True, False):
+            found.append(descent.fit(torch.arange(IMAGES), Schedule(20, 2), "far", seed=0))
+    assert found[1].abs().max() == 0 and torch.equal(found[0], found[2])
+    assert found[0].abs().max() > 0.1
 
 
 def test_callers_hear_of_steps_and_epochs():
