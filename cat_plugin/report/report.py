@@ -203,7 +203,7 @@ class CATReport:
             lines.append("  tried (fall of the held-out softened KL in nats, share of the weight):")
         for candidate in evidence.candidates:
             fall = f"{decimals(candidate.kl_gain, '+')} +- {decimals(candidate.kl_gain_error)}"
-            lines.append(f"    {candidate.name:<30}{fall:<20} {candidate.weight:5.0%}")
+            lines.append(f"    {candidate.name:<30}{fall:<17}  {candidate.weight:5.0%}")
         return lines
 
     def _held_out(self) -> str:
