@@ -106,11 +106,11 @@ def apply_cat(
             quantized_model, fp_model = unwrap(quantized_model, "quantized_model"), unwrap(fp_model, "fp_model")
             refuse_attached(quantized_model)
             count, found = inspect_models(quantized_model, fp_model)
-            running = {"forward_fn": forward_fn, "batch_size": batch_size, "progress": progress}
-            looking = {"output": output, "class_axis": config.class_axis, "processes": processes}
-            looking |= {"forward_fn": forward_fn, "batch_size": batch_size}
+            calls = {"forward_fn": forward_fn, "batch_size": batch_size}
+            running = {**calls, "progress": progress}
+            labelled = {**calls, "output": output, "class_axis": config.class_axis, "processes": processes}
             if eval_loader is not None:
-                check_labels(fp_model, eval_loader, **looking)
+                check_labels(fp_model, eval_loader, **labelled)
             kept = KeptImages() if config.corrects_layers else None
             start = time.perf_counter()
             reused = _collect(store, kept, processes, quantized_model, fp_model, calib_loader, config, output, running)
@@ -125,7 +125,7 @@ def apply_cat(
             accuracy = None
             if eval_loader is not None:
                 accuracy = measure_accuracy(
-                    fp_model, quantized_model, cat_model, eval_loader, **looking, progress=progress
+                    fp_model, quantized_model, cat_model, eval_loader, **labelled, progress=progress
                 )
             # Where nothing changes there is nothing to show.
             profiled = fit.out is not None and (fit.evidence is None or fit.evidence.accepted)

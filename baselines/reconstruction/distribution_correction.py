@@ -65,10 +65,11 @@ class Corrector:
                 output = unit(x.clone())  # a unit may write into its input
             if behind is not None:
                 reached.append((behind, output))
-            distance = sum(distance_to_statistics(norm, value) for norm, value in reached)
+            distances = (distance_to_statistics(norm, value) for norm, value in reached)
+            distance = sum(distances, start=x.new_zeros(()))
             # Of `closeness` times the squared way from the start, summed over channels and averaged over the rest.
             x.grad = (x.detach() - start).mul_(2 * correction.closeness * x.shape[1] / x.numel())
-            if isinstance(distance, Tensor) and distance.requires_grad:  # a norm may see nothing of the input
+            if distance.requires_grad:  # a norm may see nothing of the input
                 x.grad += torch.autograd.grad(distance, x)[0]
             optimizer.step()
             schedule.step()

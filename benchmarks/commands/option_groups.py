@@ -116,7 +116,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, resumes: bool = True) ->
         type=Path,
         default=cache(),
         metavar="DIR",
-        help=f"trained networks and downloads (default: {cache()})",
+        help="trained networks and downloads (default: %(default)s)",
     )
     if resumes:
         where.add_argument("--run", metavar="NAME", help="folder in DIR; default: derived from the settings")

@@ -143,34 +143,6 @@ def _ablate_parser() -> argparse.ArgumentParser:
         metavar="NAME[=VALUE,VALUE...]",
         help=f"of {', '.join(FACTORS)}; default: all of the output, with usual values; of layers only with --dataset",
     )
-    others = f"other images for the corrections{DEFAULTS_SAID['n_cat']}; with --test-folds: half of those for testing"
-    how.add_argument("--n-cat", type=positive, help=others)
-    how.add_argument(
-        "--test-folds",
-        type=int,
-        choices=[2],
-        help="imagenet: correct on one half of the test images and test on the other, in turn",
-    )
-    add_quantization_options(how)
-    add_run_options(parser)
-    return parser
-
-
-def _ablate_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "ablate",
-        "Change one setting of a correction at a time, around paper mode and the default, on fresh images.",
-    )
-    add_source_options(parser)
-    how = parser.add_argument_group("what to change")
-    how.add_argument(
-        "--factors",
-        nargs="+",
-        type=factor,
-        default=[(name, FACTORS[name].values) for name in OF_OUTPUT],
-        metavar="NAME[=VALUE,VALUE...]",
-        help=f"of {', '.join(FACTORS)}; default: all of the output, with usual values; of layers only with --dataset",
-    )
     how.add_argument("--n-cat", type=positive, default=1024, help="images for the corrections (default: 1024)")
     how.add_argument("--max-draws", type=positive, default=3, metavar="N", help="of as many images (default: 3)")
     add_run_options(parser)
