@@ -129,6 +129,18 @@ def test_half_precision(dtype):
     assert distance(outputs(cat_model.quantized_model, x), expected) < 0.7 * distance(plain, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mixed_precision_is_that_of_the_caller(dtype, caplog):
+    quantized, fp = on_device(*planted())
+    x = pictures(100, seed=9)
+    plain, expected = outputs(quantized, x), outputs(fp, x)
+    with torch.autocast(DEVICE.type, dtype), caplog.at_level(logging.INFO, logger="cat_plugin"):
+        cat_model = apply_cat(quantized, fp, pictures(64), config=ALL)
+    assert "cannot be recorded" not in caplog.text
+    assert cat_model.layers, cat_model.report.layers.reason
+    assert distance(outputs(cat_model.quantized_model, x), expected) < 0.7 * distance(plain, expected)
+
+
 @pytest.fixture(scope="module")
 def fitted():
     quantized, fp = on_device(*planted())

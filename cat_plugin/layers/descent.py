@@ -77,7 +77,7 @@ class Descent:
         self._processes, self._augment = processes, augment
         self.micro_batch = micro_batch or network.at_once
         self._fitted = fitted
-        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in network.model.parameters())
+        half = _in_half_precision(network)
         self._scaler = torch.amp.GradScaler(network.device.type, enabled=half)
         self._scaler.scale(torch.zeros(1, device=network.device))  # its scale is somewhere from here on
         self._recorded = Recorded(self._gradient_of, network.device)
@@ -153,3 +153,10 @@ class Descent:
         loss = self._divergence(targets.to(rows.device), rows.to(compute_dtype(rows))).sum() / (per_image * count)
         (gradient,) = torch.autograd.grad(self._scaler.scale(loss), vector)
         return gradient
+
+
+def _in_half_precision(network: CorrectedNetwork) -> bool:
+    """Whether the model has numbers of 16 bits, or the caller's `torch.autocast` makes them."""
+    kind = network.device.type
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return cast or any(p.dtype in (torch.float16, torch.bfloat16) for p in network.model.parameters())

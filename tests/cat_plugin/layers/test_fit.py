@@ -227,6 +227,19 @@ def test_types_of_models(dtype):
     assert distance(outputs(cat_model, x).double(), expected) < 0.6 * distance(plain, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_mixed_precision_is_that_of_the_caller(dtype):
+    (quantized, fp), x = planted(), pictures(100, seed=9)
+    with torch.autocast("cpu", dtype):
+        plain, expected = outputs(quantized, x).float(), outputs(fp, x).float()
+        cat_model = apply_cat(quantized, fp, pictures(IMAGES), config=ALL)
+        assert outputs(cat_model, x).dtype == dtype
+        assert distance(outputs(cat_model, x).float(), expected) < 0.6 * distance(plain, expected)
+    assert {correction.scale.dtype for correction in cat_model.layers.values()} == {torch.float32}
+    assert outputs(cat_model, x).dtype == torch.float32
+    assert distance(outputs(cat_model, x), outputs(fp, x)) < 0.7 * distance(plain, expected)
+
+
 def test_inside_of_inference_mode():
     quantized, fp = planted()
     with torch.inference_mode():
