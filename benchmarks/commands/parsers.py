@@ -169,11 +169,11 @@ def _robustness_parser() -> argparse.ArgumentParser:
 def _nulls_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "nulls",
-        "Fit the output's correction on generated logits where nothing can be gained, and count what is accepted.",
+        "Fit corrections on generated logits or networks where nothing can be gained, and count what is accepted.",
     )
     how = parser.add_argument_group("draws")
     how.add_argument(
-        "--cases", nargs="+", choices=CASES, default=list(NULLS), help=f"of logits (default: {' '.join(NULLS)})"
+        "--cases", nargs="+", choices=CASES, default=list(NULLS), help=f"what to fit on (default: {' '.join(NULLS)})"
     )
     how.add_argument(
         "--draws", type=positive, default=40, metavar="N", help="of each case and number of images (default: 40)"

@@ -4,17 +4,20 @@ The low-bit model's logits are what the full-precision model's are on average, a
 `q` tells how.
 """
 
+import copy
+import itertools
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.measure.accuracy import top1
 from benchmarks.measure.draws import CORRECTED
-from benchmarks.measure.leak_guard import LeakGuard, fit_positions_guarded, position_rows
+from benchmarks.measure.leak_guard import LeakGuard, fit_networks_guarded, fit_positions_guarded, position_rows
 from benchmarks.runs.files import digest_text
 from benchmarks.runs.row_files import LABELS, Record, change
 from cat_plugin import CATConfig
@@ -23,6 +26,8 @@ FRESH_IMAGES = 3000
 FRESH_POSITIONS = 4
 """Of a fresh image, at most."""
 WINNER = 3.0
+NUMBERS, WIDTH, LEVELS = 16, 32, 7
+"""What a low-bit network sees of an image, the channels of its hidden layers, and the steps of their outputs."""
 SPREAD, DEVIATION = (1.5, 0.3), (1.0, 0.2)
 """Standard deviations of the low-bit logits and of what the full-precision ones differ by: one value an image, and one
 more a position."""
@@ -37,6 +42,15 @@ class NullCase:
     images: tuple[int, ...]
     positions: int = 1
     classes: int = 10
+
+    def fit(self, images: int, seed: int, generator: torch.Generator) -> tuple[bool, dict[str, Tensor]]:
+        """Whether the default was accepted on so many images, and `(M, classes)` logits of fresh ones: those of FP as
+        `"labels"`, of the low-bit model as `"lq"`, and corrected."""
+        q, f = self.draw(images, self.positions, generator)
+        fresh = self.draw(FRESH_IMAGES, min(self.positions, FRESH_POSITIONS), generator)
+        fresh_q, fresh_f = (logits.flatten(0, 1) for logits in fresh)
+        fit = fit_positions_guarded(q, f, CATConfig(layers="none", seed=seed), LeakGuard(position_rows(*fresh)))
+        return fit.evidence.accepted, {LABELS: fresh_f, "lq": fresh_q, CORRECTED: fit.correction(fresh_q)}
 
     def draw(self, images: int, positions: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Logits `q` and `f`, both `(images, positions, classes)` float32, of the low-bit and the FP model."""
@@ -53,15 +67,69 @@ class NullCase:
         return shared * alike + own * torch.randn(images, positions, self.classes, generator=generator)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NetworkCase(NullCase):
+    """The same with networks, whose layers may be corrected, too: the full-precision one is the low-bit one, and adds
+    to its logits what the low-bit one does not see of an image."""
+
+    def fit(self, images: int, seed: int, generator: torch.Generator) -> tuple[bool, dict[str, Tensor]]:
+        """As of logits, by the default for networks; accepted where either level is."""
+        low_bit = LowBit(self.classes, generator)
+        full_precision = Deviating(low_bit, self.classes)
+        given, fresh = (torch.randn(n, NUMBERS + self.classes, generator=generator) for n in (images, FRESH_IMAGES))
+        with torch.no_grad():
+            logits = {LABELS: full_precision(fresh), "lq": low_bit(fresh)}
+            cat_model = fit_networks_guarded(low_bit, full_precision, given, CATConfig(seed=seed), LeakGuard(fresh))
+            logits[CORRECTED] = low_bit(fresh)
+        report = cat_model.report
+        return report.layers.accepted or report.evidence.accepted, logits
+
+
+class LowBit(nn.Module):
+    """Three linear layers with random weights and few steps of hidden outputs: images `(N, NUMBERS + ...)`, of which
+    it sees the first numbers, to logits `(N, classes)`."""
+
+    def __init__(self, classes: int, generator: torch.Generator) -> None:
+        super().__init__()
+        sizes = NUMBERS, WIDTH, WIDTH, classes
+        self.layers = nn.ModuleList(nn.utils.skip_init(nn.Linear, *each) for each in itertools.pairwise(sizes))
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.weight.normal_(std=math.sqrt(2 / layer.in_features), generator=generator)
+                layer.bias.zero_()
+            probe = self(torch.randn(FRESH_IMAGES, NUMBERS, generator=generator))
+            self.layers[-1].weight.mul_(WINNER / probe.std())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits."""
+        x = x[:, :NUMBERS]
+        for layer in self.layers[:-1]:
+            x = (2 * layer(x)).round().clamp(0, LEVELS) / 2
+        return self.layers[-1](x)
+
+
+class Deviating(nn.Module):
+    """A copy of a network whose logits deviate by the last `classes` numbers of an image, as those of `NullCase` do."""
+
+    def __init__(self, network: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.network, self.classes = copy.deepcopy(network), classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits."""
+        return self.network(x) + math.hypot(*DEVIATION) * x[:, -self.classes :]
+
+
 CASES = {
     case.name: case
     for case in (
         NullCase(name="positions", images=(25, 60, 200), positions=64),
         NullCase(name="plain", images=(256, 1024)),
         NullCase(name="plain-100", images=(256, 1024), classes=100),
+        NetworkCase(name="layers", images=(64, 256, 1024)),
     )
 }
-"""By name; the last one has more classes."""
+"""By name; `plain-100` has more classes, `layers` networks."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +188,12 @@ def null_cells(cases: Iterable[NullCase], draws: int, seed: int) -> list[NullCel
 
 
 def measure_null(cell: NullCell) -> NullDraw:
-    """Draw logits, fit the default for outputs on them, and compare classes with the FP model's on fresh images."""
+    """Fit the default on images or logits drawn anew, and compare classes with the FP model's on fresh ones."""
     started, case = time.perf_counter(), cell.case
     # Of the name: draws of other cases and sizes have nothing in common.
     generator = torch.Generator().manual_seed(int(digest_text(cell.name), 16))
-    q, f = case.draw(cell.images, case.positions, generator)
-    fresh = case.draw(FRESH_IMAGES, min(case.positions, FRESH_POSITIONS), generator)
-    fresh_q, fresh_f = (logits.flatten(0, 1) for logits in fresh)
-    fit = fit_positions_guarded(q, f, CATConfig(layers="none", seed=cell.draw), LeakGuard(position_rows(*fresh)))
-    networks = {LABELS: fresh_f, "lq": fresh_q, CORRECTED: fit.correction(fresh_q)}
+    accepted, networks = case.fit(cell.images, cell.draw, generator)
     predictions = {name: logits.argmax(1).to(torch.int16) for name, logits in networks.items()}
-    described = {"case": case.name, "images": cell.images, "draw": cell.draw, "accepted": fit.evidence.accepted}
+    described = {"case": case.name, "images": cell.images, "draw": cell.draw, "accepted": accepted}
     row = NullFit(**described, **NullDraw.figures(predictions))
     return NullDraw(row, predictions, time.perf_counter() - started)

@@ -9,7 +9,7 @@ from benchmarks.reports.tables import markdown_table, to_csv, write_texts
 from benchmarks.wording import signed
 
 TITLE = (
-    "Fits of the default for outputs where nothing can be gained, each on logits drawn anew: *accepted* are those that "
+    "Fits of the default where nothing can be gained, each on logits or networks drawn anew: *accepted* are those that "
     "were not left alone; *worst* and *mean change* are theirs in agreement with FP, in percentage points, on "
     f"{FRESH_IMAGES:,} fresh images."
 )

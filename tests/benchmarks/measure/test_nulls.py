@@ -5,7 +5,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from benchmarks.measure.nulls import CASES, NullCase, NullCell, measure_null, null_cells
+from benchmarks.measure import nulls
+from benchmarks.measure.nulls import (
+    CASES,
+    NUMBERS,
+    Deviating,
+    LowBit,
+    NetworkCase,
+    NullCase,
+    NullCell,
+    measure_null,
+    null_cells,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +57,43 @@ def test_sizes_are_those_that_the_page_promises():
         "positions": ((25, 60, 200), 64, 10),
         "plain": ((256, 1024), 1, 10),
         "plain-100": ((256, 1024), 1, 100),
+        "layers": ((64, 256, 1024), 1, 10),
     }
 
 
 def test_every_draw_has_a_name_and_logits_of_its_own():
     cells = [*null_cells(CASES.values(), 3, 0), *null_cells(CASES.values(), 3, 1)]
-    assert len({cell.name for cell in cells}) == len(cells) == 2 * 3 * 7
+    assert len({cell.name for cell in cells}) == len(cells) == 2 * 3 * 10
+
+
+def test_what_networks_differ_by_is_nothing_that_the_low_bit_one_sees():
+    low_bit = LowBit(5, generator())
+    full_precision = Deviating(low_bit, 5)
+    x = torch.randn(20_000, NUMBERS + 5, generator=generator(1))
+    with torch.no_grad():
+        q, f = low_bit(x), full_precision(x)
+        assert torch.equal(low_bit(x * (torch.arange(NUMBERS + 5) < NUMBERS)), q)
+    assert (f - q).std() == pytest.approx((1.0**2 + 0.2**2) ** 0.5, rel=0.02) and q.std() == pytest.approx(3, rel=0.1)
+    both = torch.cat([x[:, :NUMBERS], q, f - q], 1).T.corrcoef()
+    assert both[:-5, -5:].abs().max() < 0.04
+
+
+def test_layers_are_corrected_where_that_gains_and_not_where_it_cannot(monkeypatch):
+    cell = NullCell(NetworkCase(name="null", images=(128,), classes=4), 128, 0, 0)
+    null = measure_null(cell)
+
+    class Shifted(Deviating):
+        """Adds to a hidden layer instead."""
+
+        def forward(self, x):
+            self.network.layers[0].bias.data.fill_(1.0)
+            return self.network(x)
+
+    monkeypatch.setattr(nulls, "Deviating", Shifted)
+    gain = measure_null(cell)
+    assert (gain.row.accepted, null.row.accepted) == (True, False)
+    assert gain.row.change > 5 and null.row.change == 0 and null.row.n_eval == 3000
+    assert torch.equal(null.predictions["lq"], null.predictions["corrected"])
 
 
 @pytest.mark.parametrize(("positions", "expected"), [(1, 3000), (2, 6000), (6, 12_000)])
