@@ -45,6 +45,7 @@ WARM_STEPS = 4
 WARM_UP = 0.2  # share of the steps that are not counted; the recipes leave the rounding penalty out as long
 TYPICAL_ITERS = 1000
 TOTAL = "TOTAL"
+WITHIN = "TOTAL, FP with gradients of inputs, too"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ main = command_line("speed", parse_speed, _time, resumes=False)
 def measure(job: Job, steps: int) -> Timing:
     """Time every unit of every stage, then the other work; `job` has been prepared for `steps` iterations, warm-up
     included."""
-    lines, capture, mark = [], 0.0, time.perf_counter()
+    lines, within, capture, mark = [], 0.0, 0.0, time.perf_counter()
     several = len(job.recipe.stages) > 1
     seen: dict[str, int] = {}
     for run in unit_runs(job):
@@ -112,7 +113,8 @@ def measure(job: Job, steps: int) -> Timing:
         timed = _timed(run, steps, job.settings.batch_size)
         if timed is not None:
             name = f"{run.unit.name} (stage {stage})" if several else run.unit.name
-            lines.append(Line(unit=name, iter_ms=timed[0], fp_ms=timed[1], eager_ms=timed[2]))
+            lines.append(Line(unit=name, iter_ms=timed[0], fp_ms=timed[1], eager_ms=timed[3]))
+            within += timed[2]
         mark = time.perf_counter()
     capture += time.perf_counter() - mark
     if not lines:
@@ -128,14 +130,14 @@ def measure(job: Job, steps: int) -> Timing:
         lines=(*lines, total),
         range_seconds=job.range_seconds,
         capture_seconds=capture,
-        others=tuple(_others(job, capture)),
+        others=(Line(unit=WITHIN, iter_ms=total.iter_ms, fp_ms=within), *_others(job, capture)),
         peak_bytes=_peak_bytes(job.generator.device),
     )
 
 
-def _timed(run: UnitRun, steps: int, batch_size: int) -> tuple[float, float, float | None] | None:
-    """Median milliseconds of an iteration and of an FP step, taken in turns, and of an iteration that is not recorded
-    where the device records; None where nothing is learned."""
+def _timed(run: UnitRun, steps: int, batch_size: int) -> tuple[float, float, float, float | None] | None:
+    """Median milliseconds of an iteration, of an FP step, and of one with the gradient of the input, taken in turns,
+    and of an iteration that is not recorded where the device records; None where nothing is learned."""
     device = next(run.fp_module.parameters()).device
     eager = None
     if recorder_for(device) is not None:
@@ -143,14 +145,14 @@ def _timed(run: UnitRun, steps: int, batch_size: int) -> tuple[float, float, flo
         plainly = itertools.islice(run.steps(record=False), EAGER)
         times = list(iter(lambda: _milliseconds(lambda: next(plainly, None), device), None))
         eager = statistics.median(times[len(times) // 2 :]) if times else None
-    ours, theirs = run.steps(), _fp_steps(run, batch_size)
-    pairs: list[tuple[float, float]] = []
+    ours, theirs = run.steps(), [_fp_steps(run, batch_size, of_input) for of_input in (False, True)]
+    taken: list[tuple[float, ...]] = []
     while True:
         mine = _milliseconds(lambda: next(ours, None), device)
         if mine is None:
             break
-        pairs.append((mine, _milliseconds(lambda: next(theirs), device)))
-    counted = pairs[int(WARM_UP * steps) :]
+        taken.append((mine, *(_milliseconds(lambda fp=fp: next(fp), device) for fp in theirs)))
+    counted = taken[int(WARM_UP * steps) :]
     return (*map(statistics.median, zip(*counted, strict=True)), eager) if counted else None
 
 
@@ -209,14 +211,16 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _fp_steps(run: UnitRun, batch_size: int) -> Iterator[Tensor]:
+def _fp_steps(run: UnitRun, batch_size: int, of_input: bool) -> Iterator[Tensor]:
     """Forward and backward passes of the FP unit, as in training: gradients of all weights and biases.
 
-    Nothing else is in it: no loss (the gradient of the output is given), no optimiser, no choice of images, and no
-    gradient of the unit's input. The weights lie in memory as they do in the unit's own run.
+    Nothing else is in it: no loss (the gradient of the output is given), no optimiser, no choice of images; the
+    gradient of the unit's input with `of_input` only. The weights lie in memory as they do in the unit's own run.
     """
     unit = copy.deepcopy(run.fp_module).requires_grad_(True)
     batch = run.data.fp_input.batch(0, batch_size)
+    if of_input and batch.is_floating_point():
+        batch = batch.clone().requires_grad_(True)
     gradient: Tensor | None = None
     while True:
         output = unit(batch)
@@ -227,6 +231,7 @@ def _fp_steps(run: UnitRun, batch_size: int) -> Iterator[Tensor]:
         output.backward(gradient)
         yield output
         unit.zero_grad()
+        batch.grad = None
 
 
 def _milliseconds(work: Callable[[], object], device: torch.device) -> float | None:

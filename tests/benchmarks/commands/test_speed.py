@@ -13,7 +13,13 @@ from benchmarks.datasets.registry import DATASETS
 from tests.recorder import recorder
 
 TINY = ["--dataset", "digits", "--n-calib", "16", "--batch-size", "8", "--steps", "10"]
-OTHERS = ["search for ranges", "capturing", "fit of layers, a step", "selection of the output"]
+OTHERS = [
+    "TOTAL, FP with gradients of inputs, too",
+    "search for ranges",
+    "capturing",
+    "fit of layers, a step",
+    "selection of the output",
+]
 UNITS = ["conv1", "layer1.0", "layer2.0", "layer3.0", "fc"]
 
 
@@ -60,10 +66,12 @@ def test_fp_steps_are_a_training_pass_of_the_fp_unit(monkeypatch):
     checked = []
 
     def check(run, steps, batch_size):
-        theirs = speed._fp_steps(run, batch_size)
-        output = next(theirs)
-        unit = theirs.gi_frame.f_locals["unit"]
-        assert all(parameter.grad is not None for parameter in unit.parameters())
+        for of_input in (True, False):
+            theirs = speed._fp_steps(run, batch_size, of_input)
+            output = next(theirs)
+            unit, batch = (theirs.gi_frame.f_locals[name] for name in ("unit", "batch"))
+            assert all(parameter.grad is not None for parameter in unit.parameters())
+            assert (batch.grad is not None) == of_input
         assert len(output) == batch_size and output.requires_grad
         assert not any(p.requires_grad or p.grad is not None for p in run.fp_module.parameters())
         with torch.no_grad():
@@ -73,12 +81,13 @@ def test_fp_steps_are_a_training_pass_of_the_fp_unit(monkeypatch):
         checked.append(run.unit.name)
         for _ in run.steps():
             pass
-        return 2.0, 1.0, None
+        return 2.0, 1.0, 1.25, None
 
     monkeypatch.setattr(speed, "_timed", check)
     timing = speed.measure(speed._job(speed.parse_speed(TINY)), 10)
     assert checked == UNITS
     assert timing.lines[-1] == Line(unit="TOTAL", iter_ms=10.0, fp_ms=5.0)
+    assert timing.others[0] == Line(unit=OTHERS[0], iter_ms=10.0, fp_ms=6.25)
 
 
 def test_table_and_csv_by_hand():
