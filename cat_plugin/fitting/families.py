@@ -157,10 +157,7 @@ class Shared:
         tried = tuple(
             cluster(q.numpy(), basis.mean.numpy(), plain, count, config.seed) for count in counts if count > 1
         )
-        kind = config.kind
-        spread = f.std(dim=1).mean() if kind is SOFTMAX and q.shape[1] > 1 else f.std()
-        temperature = (1.0 if kind is VALUE else SOFTENING) * max(spread.item(), 1e-6)
-        return cls(basis, one_cluster(*q.shape), tried, temperature, share, kind)
+        return cls(basis, one_cluster(*q.shape), tried, temperature_for(f, config.kind), share, config.kind)
 
     def teacher(self, f: Tensor) -> Tensor:
         """(n, C) FP's predictions, softened, from its outputs `f`."""
@@ -184,6 +181,12 @@ class Shared:
         clusters = self.clusters if len(total.scale) > 1 else one_cluster(0, total.scale.shape[1])
         scale = 1 + alpha * (total.scale - 1)
         return ClusterAffine(clusters.weight, clusters.bias, scale, alpha * shift, **low_rank)
+
+
+def temperature_for(f: Tensor, kind: OutputKind) -> float:
+    """What predictions of full-precision outputs (n, C) are softened by; of values, their spread."""
+    spread = f.std(dim=1).mean() if kind is SOFTMAX and f.shape[1] > 1 else f.std()
+    return (1.0 if kind is VALUE else SOFTENING) * max(spread.item(), 1e-6)
 
 
 def fit_maps(

@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
-from cat_plugin.fitting.evidence import MIN_AGREEMENT, MIN_CHANGED
+from cat_plugin.fitting.divergence import softened_divergence
+from cat_plugin.fitting.evidence import LOSS_NAMES, MIN_AGREEMENT, MIN_CHANGED
 from cat_plugin.fitting.evidence import margin as margin_of
-from cat_plugin.kinds import OutputKind
+from cat_plugin.fitting.families import temperature_for
+from cat_plugin.kinds import VALUE, OutputKind
 from cat_plugin.metrics import agreement, decimals, kl_divergence, percent_changed, standard_error
 
 
@@ -84,17 +87,25 @@ def faults(
     kind: OutputKind, f: Tensor, out: Tensor, other: Tensor, owners: Tensor | None, *, margin: bool
 ) -> Sequence[str]:
     """What speaks against the outputs `out` (n, C) in place of the `other`: a divergence from `f` that does not fall,
-    or with `margin` not by more than that of `cat_plugin.fitting.evidence`; predictions that agree less, or with
-    `margin` hardly change.
+    as it is and between softened predictions, each side at the scale that suits it, or with `margin` not by more than
+    that of `cat_plugin.fitting.evidence`; predictions that agree less, or with `margin` hardly change.
+
+    As it is, the divergence may fall by a scale of all outputs alone, which changes no prediction.
 
     owners: (n,), the image of each row, where rows are positions.
     """
     found = []
     images = len(f) if owners is None else len(owners.unique())
-    fall = kind.divergence(f.double(), other.double()) - kind.divergence(f.double(), out.double())
-    gain, error = fall.mean().item(), standard_error(fall, owners)
-    if not gain > (margin_of(error, images) if margin else 0.0):
-        found.append(f"the divergence changes by {decimals(-gain, '+')} +- {decimals(error)}")
+    f, out, other = f.double(), out.double(), other.double()
+    temperature = temperature_for(f, kind)
+    softened = partial(softened_divergence, teacher=kind.means(f / temperature), temperature=temperature, kind=kind)
+    falls = {LOSS_NAMES[kind.name]: softened(other) - softened(out)}
+    if kind is not VALUE:  # whose scale is their own
+        falls["the divergence"] = kind.divergence(f, other) - kind.divergence(f, out)
+    for name, fall in falls.items():
+        gain, error = fall.mean().item(), standard_error(fall, owners)
+        if not gain > (margin_of(error, images) if margin else 0.0):
+            found.append(f"{name} changes by {decimals(0.0 - gain, '+')} +- {decimals(error)}")
     if kind.decisions:
         net = (kind.agreeing(f, out).double() - kind.agreeing(f, other).double()).mean(dim=1)
         if net.mean().item() < MIN_AGREEMENT * standard_error(net, owners):

@@ -5,7 +5,7 @@ from torch import nn
 from cat_plugin import CATConfig, apply_cat
 from cat_plugin.fitting.fit import fit_and_score
 from cat_plugin.fitting.store import LogitStore
-from cat_plugin.kinds import SOFTMAX
+from cat_plugin.kinds import SOFTMAX, VALUE
 from cat_plugin.layers.evidence import Closeness, faults
 from tests.cat_plugin.layers.networks import Net, pictures, planted
 
@@ -63,10 +63,32 @@ def test_evidence_speaks_for_what_is_nearer_alone():
     f, far, near = table()
     for margin in (True, False):
         assert faults(SOFTMAX, f, near, far, None, margin=margin) == []
-        (divergence, agreement) = faults(SOFTMAX, f, far, near, None, margin=margin)
-        assert divergence.startswith("the divergence changes by +") and "fewer predictions agree" in agreement
-    (same, unchanged) = faults(SOFTMAX, f, far, far, None, margin=True)
-    assert same.startswith("the divergence changes by ") and unchanged.startswith("corrections would change 0.00 %")
+        (softened, divergence, agreement) = faults(SOFTMAX, f, far, near, None, margin=margin)
+        assert softened.startswith("softened KL changes by +") and "fewer predictions agree" in agreement
+        assert divergence.startswith("the divergence changes by +")
+    (softened, same, unchanged) = faults(SOFTMAX, f, far, far, None, margin=True)
+    assert softened.startswith("softened KL changes by +0.0000")
+    assert same.startswith("the divergence changes by +0.0000") and unchanged.startswith(
+        "corrections would change 0.00 %"
+    )
+
+
+@pytest.mark.parametrize("margin", [True, False])
+def test_outputs_that_are_only_less_sure_are_no_gain(margin):
+    """The divergence falls where outputs that err are made smaller, though no prediction is nearer."""
+    f, far, _ = table(n=2000, errors=(3.0, 0.3))
+    smaller = 0.6 * far + 0.1 * torch.randn(far.shape, generator=torch.Generator().manual_seed(1))
+    fall = SOFTMAX.divergence(f, far) - SOFTMAX.divergence(f, smaller)
+    assert fall.mean() > 5 * fall.std() / len(f) ** 0.5
+    assert any(fault.startswith("softened KL") for fault in faults(SOFTMAX, f, smaller, far, None, margin=margin))
+
+
+def test_values_have_a_scale_of_their_own():
+    f, far, near = table()
+    assert faults(VALUE, f, near, far, None, margin=True) == []
+    (fault,) = faults(VALUE, f, far, near, None, margin=True)
+    assert fault.startswith("squared error (scaled) changes by +")
+    assert faults(VALUE, f, f, 0.5 * f, None, margin=True) == []
 
 
 def test_a_small_fall_is_enough_without_a_margin_alone():
