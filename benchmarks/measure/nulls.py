@@ -4,13 +4,14 @@ The low-bit model's logits are what the full-precision model's are on average, a
 `q` tells how.
 """
 
+import abc
 import copy
 import itertools
 import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,24 +34,41 @@ SPREAD, DEVIATION = (1.5, 0.3), (1.0, 0.2)
 more a position."""
 
 
+class Levels(NamedTuple):
+    """Which levels are corrected."""
+
+    output: bool
+    layers: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
-class NullCase:
-    """A kind of outputs where nothing can be gained, and the numbers of images that are fitted on; one position stands
-    for outputs that have none."""
+class NullCase(abc.ABC):
+    """Outputs of so many classes where nothing can be gained, and the numbers of images that are fitted on."""
 
     name: str
     images: tuple[int, ...]
-    positions: int = 1
     classes: int = 10
 
-    def fit(self, images: int, seed: int, generator: torch.Generator) -> tuple[bool, dict[str, Tensor]]:
-        """Whether the default was accepted on so many images, and `(M, classes)` logits of fresh ones: those of FP as
+    @abc.abstractmethod
+    def fit(self, images: int, seed: int, generator: torch.Generator) -> tuple[Levels, dict[str, Tensor]]:
+        """What the default corrects on so many images, and `(M, classes)` logits of fresh ones: those of FP as
         `"labels"`, of the low-bit model as `"lq"`, and corrected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsCase(NullCase):
+    """Pairs of logits; one position stands for outputs that have none."""
+
+    positions: int = 1
+
+    def fit(self, images: int, seed: int, generator: torch.Generator) -> tuple[Levels, dict[str, Tensor]]:
+        """By the default for outputs."""
         q, f = self.draw(images, self.positions, generator)
         fresh = self.draw(FRESH_IMAGES, min(self.positions, FRESH_POSITIONS), generator)
         fresh_q, fresh_f = (logits.flatten(0, 1) for logits in fresh)
         fit = fit_positions_guarded(q, f, CATConfig(layers="none", seed=seed), LeakGuard(position_rows(*fresh)))
-        return fit.evidence.accepted, {LABELS: fresh_f, "lq": fresh_q, CORRECTED: fit.correction(fresh_q)}
+        logits = {LABELS: fresh_f, "lq": fresh_q, CORRECTED: fit.correction(fresh_q)}
+        return Levels(output=fit.evidence.accepted), logits
 
     def draw(self, images: int, positions: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Logits `q` and `f`, both `(images, positions, classes)` float32, of the low-bit and the FP model."""
@@ -69,20 +87,22 @@ class NullCase:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkCase(NullCase):
-    """The same with networks, whose layers may be corrected, too: the full-precision one is the low-bit one, and adds
-    to its logits what the low-bit one does not see of an image."""
+    """Networks, whose layers may be corrected, too: the full-precision one is the low-bit one, and adds to its logits
+    what the low-bit one does not see of an image, numbers with a standard deviation of `deviation`."""
 
-    def fit(self, images: int, seed: int, generator: torch.Generator) -> tuple[bool, dict[str, Tensor]]:
-        """As of logits, by the default for networks; accepted where either level is."""
+    deviation: float
+
+    def fit(self, images: int, seed: int, generator: torch.Generator) -> tuple[Levels, dict[str, Tensor]]:
+        """By the default for networks."""
         low_bit = LowBit(self.classes, generator)
-        full_precision = Deviating(low_bit, self.classes)
+        full_precision = Deviating(low_bit, self.classes, self.deviation)
         given, fresh = (torch.randn(n, NUMBERS + self.classes, generator=generator) for n in (images, FRESH_IMAGES))
         with torch.no_grad():
             logits = {LABELS: full_precision(fresh), "lq": low_bit(fresh)}
             cat_model = fit_networks_guarded(low_bit, full_precision, given, CATConfig(seed=seed), LeakGuard(fresh))
             logits[CORRECTED] = low_bit(fresh)
         report = cat_model.report
-        return report.layers.accepted or report.evidence.accepted, logits
+        return Levels(output=report.evidence.accepted, layers=report.layers.accepted), logits
 
 
 class LowBit(nn.Module):
@@ -109,27 +129,28 @@ class LowBit(nn.Module):
 
 
 class Deviating(nn.Module):
-    """A copy of a network whose logits deviate by the last `classes` numbers of an image, as those of `NullCase` do."""
+    """A copy of a network, to whose logits it adds `deviation` times the last `classes` numbers of an image."""
 
-    def __init__(self, network: nn.Module, classes: int) -> None:
+    def __init__(self, network: nn.Module, classes: int, deviation: float) -> None:
         super().__init__()
-        self.network, self.classes = copy.deepcopy(network), classes
+        self.network, self.classes, self.deviation = copy.deepcopy(network), classes, deviation
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits."""
-        return self.network(x) + math.hypot(*DEVIATION) * x[:, -self.classes :]
+        return self.network(x) + self.deviation * x[:, -self.classes :]
 
 
 CASES = {
     case.name: case
     for case in (
-        NullCase(name="positions", images=(25, 60, 200), positions=64),
-        NullCase(name="plain", images=(256, 1024)),
-        NullCase(name="plain-100", images=(256, 1024), classes=100),
-        NetworkCase(name="layers", images=(64, 256, 1024)),
+        LogitsCase(name="positions", images=(25, 60, 200), positions=64),
+        LogitsCase(name="plain", images=(256, 1024)),
+        LogitsCase(name="plain-100", images=(256, 1024), classes=100),
+        NetworkCase(name="layers", images=(64, 256, 1024), deviation=1.0),
+        NetworkCase(name="layers-far", images=(64, 256, 1024), deviation=3.0),
     )
 }
-"""By name; `plain-100` has more classes, `layers` networks."""
+"""By name; `plain-100` has more classes."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +170,8 @@ class NullCell:
 
 @dataclass(frozen=True, kw_only=True)
 class NullFit:
-    """A line of `results.csv`: whether the default was `accepted`, and agreement with the FP model on fresh images.
+    """A line of `results.csv`: whether a correction was `accepted`, whether that is one of `layers`, too, and agreement
+    with the FP model on fresh images.
 
     `n_eval` counts fresh images, or their positions where outputs have such. Agreements of the low-bit model alone and
     with the correction are in percent, and `change` is their difference in percentage points.
@@ -159,6 +181,7 @@ class NullFit:
     images: int
     draw: int
     accepted: bool
+    layers: bool = False
     n_eval: int
     lq_agreement: float
     agreement: float
@@ -192,8 +215,8 @@ def measure_null(cell: NullCell) -> NullDraw:
     started, case = time.perf_counter(), cell.case
     # Of the name: draws of other cases and sizes have nothing in common.
     generator = torch.Generator().manual_seed(int(digest_text(cell.name), 16))
-    accepted, networks = case.fit(cell.images, cell.draw, generator)
+    levels, networks = case.fit(cell.images, cell.draw, generator)
     predictions = {name: logits.argmax(1).to(torch.int16) for name, logits in networks.items()}
-    described = {"case": case.name, "images": cell.images, "draw": cell.draw, "accepted": accepted}
-    row = NullFit(**described, **NullDraw.figures(predictions))
+    described = {"case": case.name, "images": cell.images, "draw": cell.draw}
+    row = NullFit(**described, accepted=any(levels), layers=levels.layers, **NullDraw.figures(predictions))
     return NullDraw(row, predictions, time.perf_counter() - started)

@@ -10,8 +10,8 @@ from benchmarks.wording import signed
 
 TITLE = (
     "Fits of the default where nothing can be gained, each on logits or networks drawn anew: *accepted* are those that "
-    "were not left alone; *worst* and *mean change* are theirs in agreement with FP, in percentage points, on "
-    f"{FRESH_IMAGES:,} fresh images."
+    "were not left alone, *of layers* those among them whose layers are corrected; *worst* and *mean change* are those "
+    f"in agreement with FP, in percentage points, on {FRESH_IMAGES:,} fresh images."
 )
 
 
@@ -30,10 +30,11 @@ def to_markdown(fits: Sequence[NullFit]) -> str:
 
 def nulls_table(fits: Sequence[NullFit]) -> str:
     """One line a case and number of images; "-" where nothing was accepted."""
-    lines = [("case", "images", "draws", "accepted", "worst change", "mean change")]
+    lines = [("case", "images", "draws", "accepted", "of layers", "worst change", "mean change")]
     for case, images in dict.fromkeys((fit.case, fit.images) for fit in fits):
         drawn = [fit for fit in fits if (fit.case, fit.images) == (case, images)]
         changes = [fit.change for fit in drawn if fit.accepted]
         figures = [signed(min(changes)), signed(statistics.fmean(changes))] if changes else ["-", "-"]
-        lines.append((case, f"{images:,}", str(len(drawn)), str(len(changes)), *figures))
+        of_layers = str(sum(fit.layers for fit in drawn))
+        lines.append((case, f"{images:,}", str(len(drawn)), str(len(changes)), of_layers, *figures))
     return markdown_table(lines, text_columns=1)

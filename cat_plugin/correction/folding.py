@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cat_plugin.correction.channel_affine import ChannelAffine, per_channel
+from cat_plugin.running.inference import without_autocast
 from cat_plugin.running.outputs import first_tensor
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def fold_into(layer: nn.Module, correction: ChannelAffine) -> nn.Module | None:
         return None
     if type(weight) not in (nn.Parameter, Tensor) or layer._parameters.get("bias", ...) is ...:
         return None
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(), without_autocast(weight):
         try:
             trial = copy.deepcopy(layer).eval()  # the passes leave no trace in the user's layer
             for with_scales in (True, False):

@@ -1,6 +1,5 @@
 """The correction as a module: matrix products, one argmax, one multiply-add."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from cat_plugin.correction.buffers import Buffers, outside_inference_mode
 from cat_plugin.errors import CATError
+from cat_plugin.running.inference import without_autocast
 
 BUFFERS = ("weight", "bias", "scale", "shift", "project", "mix")
 REQUIRED = BUFFERS[:4]
@@ -112,7 +112,7 @@ class ClusterAffine(Buffers):
         q = q.to(compute_dtype(q))
         if self.num_clusters == 1:
             return torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
-        with _full_precision(q):  # in half precision images near a border would change clusters
+        with without_autocast(q):  # in half precision images near a border would change clusters
             return self._scores(q).argmax(dim=1)
 
     def forward(self, q: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class ClusterAffine(Buffers):
         scale, shift = (self.scale, self.shift) if self.num_clusters == 1 else (self.scale[ids], self.shift[ids])
         out = q.to(dtype) * scale.to(dtype) + shift.to(dtype)
         if self.mix is not None:
-            with _full_precision(q):
+            with without_autocast(q):
                 out = out + (q.to(dtype) @ self.project.to(dtype)) @ self.mix.to(dtype)
         return out.to(q.dtype)
 
@@ -181,13 +181,6 @@ class ClusterAffine(Buffers):
         for name, buffer in rounded.items():
             setattr(self, name, buffer)
         return self
-
-
-def _full_precision(q: Tensor) -> AbstractContextManager[None]:
-    """Switches autocast off, which would round what matrix products take."""
-    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
-        return torch.autocast(q.device.type, enabled=False)
-    return nullcontext()
 
 
 def _balanced(buffers: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ FEWEST_LAYERS = 20
 PULL = 1e-5
 """Towards the identity: weight of the summed squares of all deviations in the loss."""
 FIRST_SCALE = 2.0**10
-"""Of gradients in half precision."""
+"""Of gradients, so that half precision has numbers for small ones, wherever the model computes in it."""
 SMALLEST_MICRO_BATCH = 1
 MANY = 10
 """One step in so many that is left out is worth a warning."""
@@ -77,9 +77,8 @@ class Descent:
         self._processes, self._augment = processes, augment
         self.micro_batch = micro_batch or network.at_once
         self._fitted = fitted
-        half = _in_half_precision(network)
-        self._scaler = torch.amp.GradScaler(network.device.type, enabled=half)
-        self._scaler.scale(torch.zeros(1, device=network.device))  # its scale is somewhere from here on
+        # In place of `GradScaler`, which not all devices have; a power of two changes no figure in float32.
+        self._scale = torch.empty((), dtype=torch.float32, device=network.device)
         self._recorded = Recorded(self._gradient_of, network.device)
 
     def fit(
@@ -94,7 +93,7 @@ class Descent:
         """The vector that is best for the given images (n,) int64 of this process, after `schedule`, with one of
         `RATES` that falls to 0 by a cosine. Steps whose gradient is not finite are left out.
         """
-        self._scaler.update(FIRST_SCALE)  # of a fit before it may be nothing that is left
+        self._scale.fill_(FIRST_SCALE)  # of a fit before it may be nothing that is left
         vector = torch.zeros(self._network.size, device=self._network.device, requires_grad=True)
         first = RATES[rate] / max(len(self._network.places), FEWEST_LAYERS)
         adam = torch.optim.Adam([vector], lr=first)
@@ -104,13 +103,12 @@ class Descent:
             for part in self._kept.parts(images, schedule.steps, generator):
                 adam.param_groups[0]["lr"] = first * (1 + math.cos(math.pi * step / schedule.total)) / 2
                 gradient = self._gradient(vector, part)
-                if not gradient.isfinite().all():
+                if gradient.isfinite().all():
+                    vector.grad = gradient
+                    adam.step()
+                else:
                     left_out += 1
-                    if not self._scaler.is_enabled():  # which leaves the step out by itself, and scales less
-                        gradient = torch.zeros_like(gradient)
-                vector.grad = gradient
-                self._scaler.step(adam)
-                self._scaler.update()
+                    self._scale.mul_(0.5)
                 step += 1
                 if after_step is not None:
                     after_step()
@@ -127,7 +125,7 @@ class Descent:
         total = self._whole(vector, part, max(rows.item(), 1.0)) if len(part.images) else torch.zeros_like(vector)
         if self._processes.several:
             total = self._processes.sum(total.cpu()).to(vector.device)
-        return self._fitted * (total + self._scaler.scale(2 * PULL * vector.detach()))
+        return self._fitted * (total + 2 * PULL * vector.detach())
 
     def _whole(self, vector: Tensor, part: Part, count: float) -> Tensor:
         """The gradient of the sum over the images of `part`, divided by `count`; in pieces where memory ends."""
@@ -151,12 +149,5 @@ class Descent:
         rows = self._network.rows(dataclasses.replace(part, batch=batch), vector)
         per_image = len(rows) / len(part.images)
         loss = self._divergence(targets.to(rows.device), rows.to(compute_dtype(rows))).sum() / (per_image * count)
-        (gradient,) = torch.autograd.grad(self._scaler.scale(loss), vector)
-        return gradient
-
-
-def _in_half_precision(network: CorrectedNetwork) -> bool:
-    """Whether the model has numbers of 16 bits, or the caller's `torch.autocast` makes them."""
-    kind = network.device.type
-    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return cast or any(p.dtype in (torch.float16, torch.bfloat16) for p in network.model.parameters())
+        (gradient,) = torch.autograd.grad(self._scale * loss, vector)
+        return gradient / self._scale

@@ -28,7 +28,7 @@ from cat_plugin.correction.channel_affine import ChannelAffine
 from cat_plugin.fitting.processes import Processes
 from cat_plugin.fitting.store import LogitStore, different_images, groups_of_alike
 from cat_plugin.kinds import VALUE, OutputKind
-from cat_plugin.layers.descent import NEAREST, RATES, Augment, Descent, Divergence, Schedule
+from cat_plugin.layers.descent import FIRST_SCALE, NEAREST, RATES, Augment, Descent, Divergence, Schedule
 from cat_plugin.layers.evidence import LayerChange, LayersEvidence
 from cat_plugin.layers.gradients import fitting_through
 from cat_plugin.layers.images import KeptImages, Part
@@ -54,6 +54,8 @@ WATCHED = 32
 """Held-out images whose divergence is followed from epoch to epoch."""
 PROBED = 8
 """Images that a gradient is tried on."""
+PROBED_SCALES = 1.0, FIRST_SCALE
+"""Of the gradient, where half precision has no numbers for small ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,8 +308,9 @@ class _Fit:
         with fitting_through(self.model), network.attached():
             try:
                 for part in self._probed():
-                    here = network.reached(self._gradient_at_identity(network, part))
-                    found = [a or b for a, b in zip(found, here, strict=True)]
+                    for scale in PROBED_SCALES:
+                        here = network.reached(self._gradient_at_identity(network, part, scale))
+                        found = [a or b for a, b in zip(found, here, strict=True)]
             except Exception as error:  # kernels without gradients raise anything
                 failure = f" ({_first_line(error)})"
                 logger.debug("no gradients through the quantized model", exc_info=True)
@@ -332,11 +335,12 @@ class _Fit:
         """A few images that the model is tried on, all of this process if there are no more."""
         return self.kept.parts(_indices(self.distinct)[:PROBED], size=PROBED)
 
-    def _gradient_at_identity(self, network: CorrectedNetwork, part: Part) -> Tensor | None:
-        """That of the summed divergence, where nothing is corrected; None if the outputs do not depend on layers."""
+    def _gradient_at_identity(self, network: CorrectedNetwork, part: Part, scale: float = 1.0) -> Tensor | None:
+        """That of the summed divergence times `scale`, where nothing is corrected; None if the outputs do not depend on
+        layers."""
         vector = torch.zeros(network.size, device=network.device, requires_grad=True)
         rows = network.rows(part, vector)
-        loss = self.divergence(self._targets(part).to(rows.device), rows.float()).sum()
+        loss = scale * self.divergence(self._targets(part).to(rows.device), rows.float()).sum()
         return torch.autograd.grad(loss, vector, allow_unused=True)[0]
 
     def _targets(self, part: Part) -> Tensor:

@@ -3,7 +3,7 @@
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -50,6 +50,13 @@ def inference(models: Mapping[str, nn.Module]) -> Iterator[None]:
             f"a forward pass in evaluation mode changed {'; '.join(changed)}; they have been restored. "
             "Freeze observers and range estimators of a quantized model before attaching CAT"
         )
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[None]:
+    """Switches off the caller's autocast, which would round what matrix products take, where `like` is."""
+    if not like.is_meta and torch.is_autocast_enabled(like.device.type):
+        return torch.autocast(like.device.type, enabled=False)
+    return nullcontext()
 
 
 def _set_evaluation(model: nn.Module, name: str) -> None:

@@ -6,15 +6,15 @@ import pytest
 
 from benchmarks.commands.nulls import main
 from benchmarks.measure import leak_guard
-from benchmarks.measure.nulls import CASES, NullCase
+from benchmarks.measure.nulls import CASES, LogitsCase
 
 
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     """Two cases of two classes."""
     cases = {
-        "positions": NullCase(name="positions", images=(20, 25), positions=3, classes=2),
-        "plain": NullCase(name="plain", images=(30,), classes=2),
+        "positions": LogitsCase(name="positions", images=(20, 25), positions=3, classes=2),
+        "plain": LogitsCase(name="plain", images=(30,), classes=2),
     }
     for name, case in cases.items():
         monkeypatch.setitem(CASES, name, case)

@@ -10,9 +10,9 @@ from benchmarks.measure.nulls import (
     CASES,
     NUMBERS,
     Deviating,
+    LogitsCase,
     LowBit,
     NetworkCase,
-    NullCase,
     NullCell,
     measure_null,
     null_cells,
@@ -20,7 +20,7 @@ from benchmarks.measure.nulls import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class GainCase(NullCase):
+class GainCase(LogitsCase):
     """FP's logits of the first class are two more than the low-bit model's."""
 
     def draw(self, images, positions, generator):
@@ -52,34 +52,38 @@ def test_nothing_in_the_low_bit_logits_tells_how_the_full_precision_ones_differ(
 
 
 def test_sizes_are_those_that_the_page_promises():
-    sizes = {name: (case.images, case.positions, case.classes) for name, case in CASES.items()}
-    assert sizes == {
+    logits = [case for case in CASES.values() if isinstance(case, LogitsCase)]
+    assert {case.name: (case.images, case.positions, case.classes) for case in logits} == {
         "positions": ((25, 60, 200), 64, 10),
         "plain": ((256, 1024), 1, 10),
         "plain-100": ((256, 1024), 1, 100),
-        "layers": ((64, 256, 1024), 1, 10),
+    }
+    networks = [case for case in CASES.values() if isinstance(case, NetworkCase)]
+    assert {case.name: (case.images, case.deviation, case.classes) for case in networks} == {
+        "layers": ((64, 256, 1024), 1.0, 10),
+        "layers-far": ((64, 256, 1024), 3.0, 10),
     }
 
 
 def test_every_draw_has_a_name_and_logits_of_its_own():
     cells = [*null_cells(CASES.values(), 3, 0), *null_cells(CASES.values(), 3, 1)]
-    assert len({cell.name for cell in cells}) == len(cells) == 2 * 3 * 10
+    assert len({cell.name for cell in cells}) == len(cells) == 2 * 3 * 13
 
 
 def test_what_networks_differ_by_is_nothing_that_the_low_bit_one_sees():
     low_bit = LowBit(5, generator())
-    full_precision = Deviating(low_bit, 5)
+    full_precision = Deviating(low_bit, 5, 1.5)
     x = torch.randn(20_000, NUMBERS + 5, generator=generator(1))
     with torch.no_grad():
         q, f = low_bit(x), full_precision(x)
         assert torch.equal(low_bit(x * (torch.arange(NUMBERS + 5) < NUMBERS)), q)
-    assert (f - q).std() == pytest.approx((1.0**2 + 0.2**2) ** 0.5, rel=0.02) and q.std() == pytest.approx(3, rel=0.1)
+    assert (f - q).std() == pytest.approx(1.5, rel=0.02) and q.std() == pytest.approx(3, rel=0.1)
     both = torch.cat([x[:, :NUMBERS], q, f - q], 1).T.corrcoef()
     assert both[:-5, -5:].abs().max() < 0.04
 
 
 def test_layers_are_corrected_where_that_gains_and_not_where_it_cannot(monkeypatch):
-    cell = NullCell(NetworkCase(name="null", images=(128,), classes=4), 128, 0, 0)
+    cell = NullCell(NetworkCase(name="null", images=(256,), classes=4, deviation=1.0), 256, 0, 0)
     null = measure_null(cell)
 
     class Shifted(Deviating):
@@ -91,7 +95,7 @@ def test_layers_are_corrected_where_that_gains_and_not_where_it_cannot(monkeypat
 
     monkeypatch.setattr(nulls, "Deviating", Shifted)
     gain = measure_null(cell)
-    assert (gain.row.accepted, null.row.accepted) == (True, False)
+    assert (gain.row.layers, gain.row.accepted, null.row.layers, null.row.accepted) == (True, True, False, False)
     assert gain.row.change > 5 and null.row.change == 0 and null.row.n_eval == 3000
     assert torch.equal(null.predictions["lq"], null.predictions["corrected"])
 
@@ -100,7 +104,7 @@ def test_layers_are_corrected_where_that_gains_and_not_where_it_cannot(monkeypat
 def test_planted_gain_is_accepted_and_a_null_is_not(positions, expected):
     sizes = {"images": (100,), "positions": positions, "classes": 4}
     gain = measure_null(NullCell(GainCase(name="gain", **sizes), 100, 0, 0))
-    null = measure_null(NullCell(NullCase(name="null", **sizes), 100, 0, 0))
+    null = measure_null(NullCell(LogitsCase(name="null", **sizes), 100, 0, 0))
     assert (gain.row.accepted, null.row.accepted) == (True, False)
     assert gain.row.change > 5 and null.row.change == 0
     assert gain.row.n_eval == null.row.n_eval == expected
@@ -118,7 +122,7 @@ def test_figures_are_those_of_the_predictions():
 
 
 def test_draw_is_the_same_again_and_another_with_another_number_or_seed():
-    case = NullCase(name="null", images=(20,), classes=3)
+    case = LogitsCase(name="null", images=(20,), classes=3)
 
     def labels(draw, seed):
         return measure_null(NullCell(case, 20, draw, seed)).predictions["labels"]

@@ -108,6 +108,15 @@ def test_folded_layers_give_what_hooked_ones_do(make):
     assert not {p.data_ptr() for p in folded.parameters() if p.numel() > 1} & {p.data_ptr() for p in layer.parameters()}
 
 
+@pytest.mark.parametrize("name", ["linear", "conv", "baselines conv"])
+def test_what_folds_folds_in_mixed_precision(name):
+    layer = FOLDED[name]().eval()
+    expected = fold_into(layer, change(layer))
+    with torch.autocast("cpu", torch.bfloat16):
+        folded = fold_into(layer, change(layer))
+    assert torch.equal(folded.weight, expected.weight) and torch.equal(folded.bias, expected.bias)
+
+
 @pytest.mark.parametrize("make", [FOLDED[name] for name in FOLDED if name.startswith("fake")])
 def test_integers_of_plain_fake_quantizers_stay(make):
     layer = make()

@@ -148,17 +148,24 @@ def test_a_fit_in_half_precision_knows_nothing_of_one_that_failed_before():
     assert found[0].abs().max() > 0.1
 
 
-def test_small_gradients_are_not_lost_in_mixed_precision():
+class CastsItself(torch.nn.Sequential):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.float16):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["caller", "model"])
+def test_small_gradients_are_not_lost_in_mixed_precision(own):
     """Of the first layer they are some 1e-8, for which half precision has no number."""
     first, second, x = torch.nn.Linear(8, 8), torch.nn.Linear(8, 5), torch.randn(IMAGES, 8)
     with torch.no_grad():
         first.weight.mul_(1e4)
         second.weight.mul_(1e-4)
-    model = torch.nn.Sequential(first, second)
+    model = (CastsItself if own else torch.nn.Sequential)(first, second)
     network = made(model, x)[0]
     with torch.no_grad():
         f = model(x) + 1e-4 * torch.randn(IMAGES, 5)
-    with fitting_through(model), network.attached(), torch.autocast("cpu", torch.float16):
+    with fitting_through(model), network.attached(), torch.autocast("cpu", torch.float16, enabled=not own):
         descent = Descent(network, kept_images([x]), lambda part: f[part.images], SOFTMAX.divergence, ALONE)
         vector = descent.fit(torch.arange(IMAGES), Schedule(1, 1), "far", seed=0)
     scales = vector[: len(first.bias)]

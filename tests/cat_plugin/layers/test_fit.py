@@ -240,6 +240,20 @@ def test_mixed_precision_is_that_of_the_caller(dtype):
     assert distance(outputs(cat_model, x), outputs(fp, x)) < 0.7 * distance(plain, expected)
 
 
+def test_layers_whose_gradient_is_small_in_half_precision_are_reached():
+    generator = torch.Generator().manual_seed(0)
+    fp = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 5))
+    with torch.no_grad():
+        for layer, size in zip(fp, (3e3, 1e-6), strict=True):
+            layer.weight.copy_(size * torch.randn(layer.weight.shape, generator=generator))
+            layer.bias.zero_()
+        quantized = copy.deepcopy(fp)
+        quantized[0].weight.mul_(1 + 0.3 * torch.randn(8, 1, generator=generator))
+    with torch.autocast("cpu", torch.float16):
+        cat_model = apply_cat(quantized, fp, torch.randn(128, 8, generator=generator), config=ALL)
+    assert cat_model.report.layers.unreached == ()
+
+
 def test_inside_of_inference_mode():
     quantized, fp = planted()
     with torch.inference_mode():
