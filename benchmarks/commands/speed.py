@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ WARM_STEPS = 4
 WARM_UP = 0.2  # share of the steps that are not counted; the recipes leave the rounding penalty out as long
 TYPICAL_ITERS = 1000
 TOTAL = "TOTAL"
-WITHIN = "TOTAL, FP with gradients of inputs, too"
+WITH_INPUTS = "TOTAL, FP with gradients of inputs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +69,14 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Lines of all units, the total last, those of the other work, the seconds that the search for ranges and all
+    """Lines of all units, the total last, the same total against FP steps that give gradients of the units' inputs, as
+    scales that are learned need them; lines of the other work, the seconds that the search for ranges and all
     capturing passes took, and the most memory in bytes."""
 
     lines: tuple[Line, ...]
     range_seconds: float
     capture_seconds: float
+    with_inputs: Line | None = None
     others: tuple[Line, ...] = ()
     peak_bytes: int = 0
 
@@ -103,8 +105,8 @@ main = command_line("speed", parse_speed, _time, resumes=False)
 def measure(job: Job, steps: int) -> Timing:
     """Time every unit of every stage, then the other work; `job` has been prepared for `steps` iterations, warm-up
     included."""
-    lines, within, capture, mark = [], 0.0, 0.0, time.perf_counter()
-    several = len(job.recipe.stages) > 1
+    lines, with_inputs, capture, mark = [], 0.0, 0.0, time.perf_counter()
+    several, learns_scales = len(job.recipe.stages) > 1, any(stage.learns_scales for stage in job.recipe.stages)
     seen: dict[str, int] = {}
     for run in unit_runs(job):
         _synchronize(job.generator.device)
@@ -114,7 +116,7 @@ def measure(job: Job, steps: int) -> Timing:
         if timed is not None:
             name = f"{run.unit.name} (stage {stage})" if several else run.unit.name
             lines.append(Line(unit=name, iter_ms=timed[0], fp_ms=timed[1], eager_ms=timed[3]))
-            within += timed[2]
+            with_inputs += timed[2]
         mark = time.perf_counter()
     capture += time.perf_counter() - mark
     if not lines:
@@ -130,7 +132,8 @@ def measure(job: Job, steps: int) -> Timing:
         lines=(*lines, total),
         range_seconds=job.range_seconds,
         capture_seconds=capture,
-        others=(Line(unit=WITHIN, iter_ms=total.iter_ms, fp_ms=within), *_others(job, capture)),
+        with_inputs=replace(total, unit=WITH_INPUTS, fp_ms=with_inputs) if learns_scales else None,
+        others=tuple(_others(job, capture)),
         peak_bytes=_peak_bytes(job.generator.device),
     )
 
@@ -145,13 +148,13 @@ def _timed(run: UnitRun, steps: int, batch_size: int) -> tuple[float, float, flo
         plainly = itertools.islice(run.steps(record=False), EAGER)
         times = list(iter(lambda: _milliseconds(lambda: next(plainly, None), device), None))
         eager = statistics.median(times[len(times) // 2 :]) if times else None
-    ours, theirs = run.steps(), [_fp_steps(run, batch_size, of_input) for of_input in (False, True)]
+    ours, theirs = run.steps(), _fp_steps(run, batch_size)
     taken: list[tuple[float, ...]] = []
     while True:
         mine = _milliseconds(lambda: next(ours, None), device)
         if mine is None:
             break
-        taken.append((mine, *(_milliseconds(lambda fp=fp: next(fp), device) for fp in theirs)))
+        taken.append((mine, *(_milliseconds(lambda: next(theirs), device) for _ in range(2))))
     counted = taken[int(WARM_UP * steps) :]
     return (*map(statistics.median, zip(*counted, strict=True)), eager) if counted else None
 
@@ -211,19 +214,19 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _fp_steps(run: UnitRun, batch_size: int, of_input: bool) -> Iterator[Tensor]:
-    """Forward and backward passes of the FP unit, as in training: gradients of all weights and biases.
+def _fp_steps(run: UnitRun, batch_size: int) -> Iterator[Tensor]:
+    """Forward and backward passes of the FP unit, as in training: gradients of all weights and biases, in every second
+    pass also of the unit's input.
 
-    Nothing else is in it: no loss (the gradient of the output is given), no optimiser, no choice of images; the
-    gradient of the unit's input with `of_input` only. The weights lie in memory as they do in the unit's own run.
+    Nothing else is in it: no loss (the gradient of the output is given), no optimiser, no choice of images. The weights
+    lie in memory as they do in the unit's own run.
     """
     unit = copy.deepcopy(run.fp_module).requires_grad_(True)
     batch = run.data.fp_input.batch(0, batch_size)
-    if of_input and batch.is_floating_point():
-        batch = batch.clone().requires_grad_(True)
+    with_gradient = batch.detach().requires_grad_(batch.is_floating_point())
     gradient: Tensor | None = None
-    while True:
-        output = unit(batch)
+    for given in itertools.cycle((batch, with_gradient)):
+        output = unit(given)
         if run.activation is not None:
             output = run.activation(output)
         if gradient is None:
@@ -231,7 +234,7 @@ def _fp_steps(run: UnitRun, batch_size: int, of_input: bool) -> Iterator[Tensor]
         output.backward(gradient)
         yield output
         unit.zero_grad()
-        batch.grad = None
+        given.grad = None
 
 
 def _milliseconds(work: Callable[[], object], device: torch.device) -> float | None:
@@ -247,12 +250,16 @@ def _synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
+def _units(timing: Timing) -> tuple[Line, ...]:
+    return timing.lines if timing.with_inputs is None else (*timing.lines, timing.with_inputs)
+
+
 def to_csv(timing: Timing) -> str:
-    """`unit,iter_ms,eager_ms,fp_ms,ratio`: units, their total, and the other work."""
+    """`unit,iter_ms,eager_ms,fp_ms,ratio`: units, their totals, and the other work."""
     names = ("iter_ms", "eager_ms", "fp_ms", "ratio")
     lines = [
         [line.unit, *("" if (value := getattr(line, name)) is None else f"{value:.4f}" for name in names)]
-        for line in (*timing.lines, *timing.others)
+        for line in (*_units(timing), *timing.others)
     ]
     return csv_table([["unit", *names], *lines])
 
@@ -266,7 +273,7 @@ def to_table(timing: Timing) -> str:
             line.unit,
             *(f"{each:.2f}" for each in (line.iter_ms, line.eager_ms, line.fp_ms, line.ratio) if each is not None),
         )
-        for line in timing.lines
+        for line in _units(timing)
     ]
     others = [(line.unit, f"{line.iter_ms:.1f}", f"{line.fp_ms:.1f}", f"{line.ratio:.2f}") for line in timing.others]
     whole = timing.seconds_at(TYPICAL_ITERS)
