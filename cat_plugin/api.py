@@ -57,8 +57,9 @@ def apply_cat(
     Nothing has to be chosen: maps of several families are weighed on held-out parts of the images, and
     where these show no gain the model is left as it is (the report says so). Where `torch.distributed` is initialised
     (torchrun), every process feeds its own share of the images, labelled ones included; all fit the same correction on
-    all of them and report the same accuracy, and where one raises, all do. Inside of `torch.autocast`, models run in its
-    precision, and the correction is one of what they give there. Weights, buffers, modes and random states of both models stay as they were.
+    all of them and report the same accuracy, and where one raises, all do. Inside of `torch.autocast`, models run in
+    its precision, and the correction is one of what they give there. Weights, buffers, modes and random states of both
+    models stay as they were.
 
     Args:
         quantized_model: gives logits (N, C), alone or in a tuple, dict or dataclass; it is hooked in place. A wrapper
