@@ -9,7 +9,7 @@ import pytest
 from benchmarks.commands import ablate, compare, nulls, report, robustness
 from benchmarks.commands.report import main
 from benchmarks.datasets.registry import DATASETS
-from benchmarks.measure.nulls import CASES, NullCase
+from benchmarks.measure.nulls import CASES, LogitsCase
 from benchmarks.measure.protocol import Setting
 from benchmarks.reports.comparison_report import to_markdown
 from tests.benchmarks.logits import write_npz
@@ -26,7 +26,7 @@ def tables(run):
 def runs(tiny, tmp_path, monkeypatch):
     """Folders of a run of each command, by its name; no figures are drawn."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setitem(CASES, "plain", NullCase(name="plain", images=(20,), classes=3))
+    monkeypatch.setitem(CASES, "plain", LogitsCase(name="plain", images=(20,), classes=3))
     write_npz(tmp_path / "in" / "a.npz", 150)
     files = ["--logits", str(tmp_path / "in"), "--skip", "20", "--cache", str(tmp_path / "cache"), "--no-progress"]
     results = ["--results", str(tmp_path / "runs")]
