@@ -7,6 +7,7 @@ somewhere around its best, and their mean nearer to it.
 """
 
 import dataclasses
+import itertools
 import logging
 import math
 import time
@@ -55,7 +56,7 @@ WATCHED = 32
 PROBED = 8
 """Images that a gradient is tried on."""
 PROBED_SCALES = 1.0, FIRST_SCALE
-"""Of the gradient, where half precision has no numbers for small ones."""
+"""Of the gradient: half precision has no numbers for small ones, so layers that none reaches are tried again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,8 +308,8 @@ class _Fit:
         failure, found = "", [False] * len(placed)
         with fitting_through(self.model), network.attached():
             try:
-                for part in self._probed():
-                    for scale in PROBED_SCALES:
+                for part, scale in itertools.product(self._probed(), PROBED_SCALES):
+                    if not all(found):
                         here = network.reached(self._gradient_at_identity(network, part, scale))
                         found = [a or b for a, b in zip(found, here, strict=True)]
             except Exception as error:  # kernels without gradients raise anything
