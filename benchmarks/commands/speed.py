@@ -112,11 +112,12 @@ def measure(job: Job, steps: int) -> Timing:
         _synchronize(job.generator.device)
         capture += time.perf_counter() - mark
         seen[run.unit.name] = stage = seen.get(run.unit.name, 0) + 1
-        timed = _timed(run, steps, job.settings.batch_size)
+        timed = _timed(run, steps, job.settings.batch_size, learns_scales)
         if timed is not None:
             name = f"{run.unit.name} (stage {stage})" if several else run.unit.name
-            lines.append(Line(unit=name, iter_ms=timed[0], fp_ms=timed[1], eager_ms=timed[3]))
-            with_inputs += timed[2]
+            iter_ms, fp_ms, *fp_with_inputs = timed[0]
+            lines.append(Line(unit=name, iter_ms=iter_ms, fp_ms=fp_ms, eager_ms=timed[1]))
+            with_inputs += sum(fp_with_inputs)
         mark = time.perf_counter()
     capture += time.perf_counter() - mark
     if not lines:
@@ -138,9 +139,11 @@ def measure(job: Job, steps: int) -> Timing:
     )
 
 
-def _timed(run: UnitRun, steps: int, batch_size: int) -> tuple[float, float, float, float | None] | None:
-    """Median milliseconds of an iteration, of an FP step, and of one with the gradient of the input, taken in turns,
-    and of an iteration that is not recorded where the device records; None where nothing is learned."""
+def _timed(
+    run: UnitRun, steps: int, batch_size: int, with_inputs: bool
+) -> tuple[tuple[float, ...], float | None] | None:
+    """Median milliseconds of an iteration, of an FP step and, where asked for, of one with the gradient of the input,
+    taken in turns; and of an iteration that is not recorded where the device records. None where nothing is learned."""
     device = next(run.fp_module.parameters()).device
     eager = None
     if recorder_for(device) is not None:
@@ -148,15 +151,17 @@ def _timed(run: UnitRun, steps: int, batch_size: int) -> tuple[float, float, flo
         plainly = itertools.islice(run.steps(record=False), EAGER)
         times = list(iter(lambda: _milliseconds(lambda: next(plainly, None), device), None))
         eager = statistics.median(times[len(times) // 2 :]) if times else None
-    ours, theirs = run.steps(), _fp_steps(run, batch_size)
+    ours, theirs = run.steps(), [_fp_steps(run, batch_size, False)]
+    if with_inputs:
+        theirs.append(_fp_steps(run, batch_size, True))
     taken: list[tuple[float, ...]] = []
     while True:
         mine = _milliseconds(lambda: next(ours, None), device)
         if mine is None:
             break
-        taken.append((mine, *(_milliseconds(lambda: next(theirs), device) for _ in range(2))))
+        taken.append((mine, *(_milliseconds(lambda passes=passes: next(passes), device) for passes in theirs)))
     counted = taken[int(WARM_UP * steps) :]
-    return (*map(statistics.median, zip(*counted, strict=True)), eager) if counted else None
+    return (tuple(map(statistics.median, zip(*counted, strict=True))), eager) if counted else None
 
 
 @torch.no_grad()
@@ -214,19 +219,19 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _fp_steps(run: UnitRun, batch_size: int) -> Iterator[Tensor]:
-    """Forward and backward passes of the FP unit, as in training: gradients of all weights and biases, in every second
-    pass also of the unit's input.
+def _fp_steps(run: UnitRun, batch_size: int, with_inputs: bool) -> Iterator[Tensor]:
+    """Forward and backward passes of the FP unit, as in training: gradients of all weights and biases, and of the
+    unit's input where asked for.
 
     Nothing else is in it: no loss (the gradient of the output is given), no optimiser, no choice of images. The weights
     lie in memory as they do in the unit's own run.
     """
     unit = copy.deepcopy(run.fp_module).requires_grad_(True)
     batch = run.data.fp_input.batch(0, batch_size)
-    with_gradient = batch.detach().requires_grad_(batch.is_floating_point())
+    batch = batch.detach().requires_grad_(with_inputs and batch.is_floating_point())
     gradient: Tensor | None = None
-    for given in itertools.cycle((batch, with_gradient)):
-        output = unit(given)
+    while True:
+        output = unit(batch)
         if run.activation is not None:
             output = run.activation(output)
         if gradient is None:
@@ -234,7 +239,7 @@ def _fp_steps(run: UnitRun, batch_size: int) -> Iterator[Tensor]:
         output.backward(gradient)
         yield output
         unit.zero_grad()
-        given.grad = None
+        batch.grad = None
 
 
 def _milliseconds(work: Callable[[], object], device: torch.device) -> float | None:
