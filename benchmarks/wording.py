@@ -26,6 +26,11 @@ def some(names: Iterable[object], most: int) -> str:
     return ", ".join(shown[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """Such as `1 image` and `1,300 images`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def reason(error: BaseException) -> str:
     """The first line of what an error says, or its type where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -32,7 +32,7 @@ def _measure_grid(args: argparse.Namespace) -> None:
     process = this_process()
     _refuse_fresh(args, process)
     progress = not args.no_progress and process.first
-    loaded = load_network(args)
+    loaded = load_network(args, lambda dataset: dataset.split(args.n_calib, args.n_cat or 1, seed=0))
     dataset, model = loaded.dataset, loaded.model
     if args.n_cat is None:
         args.n_cat = len(dataset.test_images) // dataset.test_folds
@@ -47,7 +47,8 @@ def _measure_grid(args: argparse.Namespace) -> None:
     )
     rows = rows_of(folder)
     if process.first and (done := len(rows.finished([setting.name for setting in grid]))):
-        print(f"resuming {folder}: {done} of {len(grid)} rows are finished already")
+        again = "; --fresh measures them again" if done == len(grid) else ""
+        print(f"resuming {folder}: {done} of {len(grid)} rows are finished already{again}")
 
     def work(setting: Setting) -> Measurement:
         kept = {"cache": loaded.cache, "cache_device": args.cache_device}

@@ -1,14 +1,13 @@
 """The data set and the full-precision network that the options ask for."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from benchmarks import BenchmarkError
 from benchmarks.datasets.dataset import Dataset
 from benchmarks.datasets.description import Request
 from benchmarks.datasets.imagenet import VAL_IMAGES
@@ -19,7 +18,7 @@ from benchmarks.measure.leak_guard import LeakGuard
 from benchmarks.networks.model_functions import load_from_function
 from benchmarks.networks.models import check_outputs, count_outputs
 from benchmarks.networks.training import trained_model
-from benchmarks.networks.weights_and_transforms import Pretrained, load_pretrained
+from benchmarks.networks.weights_and_transforms import RANDOM, Pretrained, load_pretrained, named_outputs
 from benchmarks.runs.files import digest_text
 from benchmarks.runs.processes import this_process
 from benchmarks.wording import lasting
@@ -59,11 +58,11 @@ def request(args: argparse.Namespace) -> Request:
     )
 
 
-def load_network(args: argparse.Namespace) -> Loaded:
+def load_network(args: argparse.Namespace, needs: Callable[[Dataset], object] | None = None) -> Loaded:
     """The data set and the network that the options ask for.
 
-    Where there are published networks for the data set, this one has been found as accurate as published, as far as
-    that is known.
+    `needs` may look at the data, and raise `BenchmarkError`, before the network is run on many of them. Where there are
+    published networks for the data set, this one has been found as accurate as published, as far as that is known.
 
     Raises:
         BenchmarkError: there are none, or they do not fit; or several processes would download images at once.
@@ -75,9 +74,11 @@ def load_network(args: argparse.Namespace) -> Loaded:
         model = trained_model(args.model, dataset, args.cache, device=args.device, progress=asked.progress)
         weights, digest = "trained here", digest_text(lasting(model))
         return Loaded(dataset=dataset, model=model, weights=weights, cache=args.cache, digest=digest)
-    found = _network(args, description.output_counts(asked))
+    found = _network(args, partial(description.output_count, asked))
     outputs = partial(count_outputs, found.model)
     dataset = description.load(replace(asked, transform=found.transform, outputs=outputs))
+    if needs is not None:
+        needs(dataset)
     check_outputs(found.model, stacked(dataset.test_images[:1]), dataset.classes)
     model = found.model.to(args.device)
     is_file = args.weights is not None and found.source == str(args.weights) and args.weights.is_file()
@@ -93,16 +94,12 @@ def load_network(args: argparse.Namespace) -> Loaded:
     )
 
 
-def _network(args: argparse.Namespace, counts: Sequence[int]) -> Pretrained:
-    """With as many outputs as the data may have classes; the first of `counts` that fits."""
+def _network(args: argparse.Namespace, output_count: Callable[[int | None], int]) -> Pretrained:
+    """Whether labels fit weights that have a name is seen before these are downloaded."""
     if args.model_fn is not None:
         return load_from_function(args.model_fn, args.weights)
-    for count in counts[:-1]:
-        try:
-            return load_pretrained(args.model, str(args.weights), count)
-        except BenchmarkError:
-            continue  # with the next number; what is wrong with the last one is an error
-    return load_pretrained(args.model, str(args.weights), counts[-1])
+    weights = str(args.weights)
+    return load_pretrained(args.model, weights, output_count(named_outputs(args.model, weights)))
 
 
 def _fp_check(args: argparse.Namespace, found: Pretrained, dataset: Dataset, cache: Path, progress: bool) -> str:
@@ -110,7 +107,9 @@ def _fp_check(args: argparse.Namespace, found: Pretrained, dataset: Dataset, cac
     expected, source, images = found.published, found.source, VAL_IMAGES
     if args.fp_top1 is not None:
         expected, source, images = args.fp_top1, "--fp-top1", None
-    if expected is None:
+    if expected is None and found.source == RANDOM:
+        told = "full-precision top-1 is not checked: weights are random, so that no accuracy here is a result"
+    elif expected is None:
         told = (
             f"full-precision top-1 is not checked: no published top-1 is stored here for {source}; --fp-top1 says what "
             "to expect"

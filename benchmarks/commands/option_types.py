@@ -1,11 +1,13 @@
 """Types of the values of options: what a text on the command line stands for, or why it is refused."""
 
 import argparse
+from difflib import get_close_matches
 
 import torch
 
 from benchmarks.measure.factors import FACTORS, Value
 from benchmarks.networks.catalogue import ALL_NETWORKS, PREFIXES, TIMM_FAMILIES, one_name
+from benchmarks.networks.weights_and_transforms import names_in_libraries
 from benchmarks.runs.processes import this_process, use_device
 from benchmarks.wording import reason
 
@@ -15,7 +17,9 @@ FLOAT_BITS = 32
 def network(text: str) -> str:
     if text not in ALL_NETWORKS and not text.startswith((*PREFIXES, *TIMM_FAMILIES)):
         others = " or ".join(f"{prefix}NAME" for prefix in PREFIXES)
-        raise argparse.ArgumentTypeError(f"{text!r} should be one of {', '.join(ALL_NETWORKS)}, or {others}")
+        alike = names_in_libraries(text) or get_close_matches(text, ALL_NETWORKS, 1)
+        advice = f"; did you mean {' or '.join(alike)}?" if alike else ""
+        raise argparse.ArgumentTypeError(f"{text!r} should be one of {', '.join(ALL_NETWORKS)}, or {others}{advice}")
     return one_name(text)
 
 

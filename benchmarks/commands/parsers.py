@@ -5,7 +5,9 @@ refuses by themselves, when it has printed why.
 """
 
 import argparse
+from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
 from baselines import METHODS
 from benchmarks import BenchmarkError
@@ -96,8 +98,19 @@ def parse_speed(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without all the options."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        alike = [match for word in unknown for match in get_close_matches(word.partition("=")[0], known, 1)]
+        advice = f"did you mean {' or '.join(alike)}? " if alike else ""
+        self.exit(2, f"error: {message}; {advice}{self.prog} --help lists all options\n")
+
+
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"python -m benchmarks {command}", description=description)
+    return _Parser(prog=f"python -m benchmarks {command}", description=description)
 
 
 def _compare_parser() -> argparse.ArgumentParser:

@@ -304,7 +304,7 @@ def _title(args: argparse.Namespace) -> str:
 
 def _job(args: argparse.Namespace) -> Job:
     device = torch.device(args.device)
-    model = untrained(args.model, DATASETS[args.dataset].output_counts(Request(data=None, cache=args.cache))[0])
+    model = untrained(args.model, DATASETS[args.dataset].output_count(Request(data=None, cache=args.cache), None))
     if args.weights is not None:
         load_weights(model, args.weights)
     plan = CachePlan(device if args.cache_device == "model" else torch.device("cpu"), None, device)

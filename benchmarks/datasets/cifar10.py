@@ -139,7 +139,7 @@ CIFAR10 = Description(
     name="cifar10",
     title="CIFAR-10",
     load=lambda asked: load_cifar10(asked.data, asked.cache, download=asked.download, progress=asked.progress),
-    output_counts=lambda request: (len(CIFAR10_CLASSES),),
+    output_count=lambda request, known: len(CIFAR10_CLASSES),
     image_shape=(3, CIFAR10_SIZE, CIFAR10_SIZE),
     iters=1000,
     n_calib=1024,

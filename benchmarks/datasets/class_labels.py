@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks import BenchmarkError
 from benchmarks.datasets.image_places import Files, Place
-from benchmarks.wording import some
+from benchmarks.wording import counted, some
 
 CLASSES_SHOWN = 3
 MOST_CLASSES = 10**6
@@ -54,6 +54,9 @@ def possible_classes(
     """
     names = _names(test)
     known = frozenset().union(*(place.classes for place in train))
+    for place in test:
+        if not place.class_names <= (known if given is None else set(given)):
+            _refuse_mixture(place)
     numbers = are_numbers(test)
     if numbers:
         _refuse_ids(test)
@@ -93,7 +96,7 @@ def chosen_classes(lists: Sequence[tuple[str, ...]], test: Sequence[Place], outp
         numbers = " or ".join(f"{length:,}" for length in sorted(found))
         raise BenchmarkError(
             f"the model has {outputs:,} outputs, the data {numbers} classes: {some(lists[0], CLASSES_SHOWN)}; "
-            "--classes FILE lists them in the order of the outputs, one a line"
+            "--classes FILE lists those of all outputs in their order, one a line; or give a network for these classes"
         )
     return found[outputs]
 
@@ -130,6 +133,18 @@ def _names(places: Sequence[Place]) -> frozenset[str]:
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
+
+
+def _refuse_mixture(place: Place) -> None:
+    """Raise `BenchmarkError` where some labels of a file are numbers and others are not."""
+    names = sorted(name for name in place.class_names if not _is_number(name))
+    if place.labels is None or not 0 < len(names) < len(place.class_names):
+        return
+    image = next(path for path, label in place.listed if label == names[0])
+    raise BenchmarkError(
+        f"{place.shown}: some labels are numbers, others are not: {some(names, CLASSES_SHOWN)} ({names[0]} is that of "
+        f"{image}); expected numbers of outputs, from 0, or names of classes, for all"
+    )
 
 
 def _refuse_ids(places: Sequence[Place]) -> None:
@@ -171,6 +186,7 @@ def _outside(
         if "0" not in names and len(strange) == 1:
             known += " (labels count from 0, and none of these is 0)"
     return BenchmarkError(
-        f"{shown}: {len(strange):,} labels of test images are not among the classes: {some(strange, CLASSES_SHOWN)}; "
+        f"{shown}: {counted(len(strange), 'label')} of test images not among the classes: "
+        f"{some(strange, CLASSES_SHOWN)}; "
         f"expected those of {known}"
     )

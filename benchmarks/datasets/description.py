@@ -42,7 +42,8 @@ class Request:
 class Description:
     """A data set, called `title` in messages, and what it means for options that are not given.
 
-    `load` gives its images and `output_counts` how many outputs a network for these may have, the likeliest first.
+    `load` gives its images, and `output_count` how many outputs a network for these has: as many as it is known to
+    have, where labels fit these (else that is an error), or the likeliest number.
     `image_shape` is `(channels, height, width)`; `iters` are iterations a unit of the network.
 
     Three qualities decide which options it takes: it comes with the library `bundled_with` and has no `--data`; it is
@@ -54,7 +55,7 @@ class Description:
     name: str
     title: str
     load: Callable[[Request], Dataset]
-    output_counts: Callable[[Request], tuple[int, ...]]
+    output_count: Callable[[Request, int | None], int]
     image_shape: tuple[int, int, int]
     iters: int
     n_calib: int

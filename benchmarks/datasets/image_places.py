@@ -11,8 +11,10 @@ from torchvision.datasets import ImageFolder
 from benchmarks import BenchmarkError
 from benchmarks.datasets.label_files import ENDINGS, EXPECTED, is_image, is_label_file, names_one_of, read_labels
 from benchmarks.datasets.shards import is_shards, unpacked, without_ending
+from benchmarks.wording import counted
 
 LAYOUT = "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
+OTHERWISE = "a flat folder with a file of labels, or tar files"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class Place:
         missing = [name for name, _ in listed if not os.path.isfile(root / name)]
         if missing:
             raise BenchmarkError(
-                f"{path} names {len(missing):,} images of {len(listed):,} that are not there, such as {missing[0]}; "
+                f"{path} names {counted(len(missing), 'image')} of {len(listed):,} not there, such as {missing[0]}; "
                 f"looked in {' and '.join(map(str, folders if len(missing) == len(listed) else [root]))}"
             )
         names, labels = zip(*listed, strict=True)
@@ -117,7 +119,7 @@ def place_of(text: str, cache: Path, labels_needed: bool = True) -> Place:
             )
         return Place(folder=path.parent, shown=text, labels=path)
     if not path.is_dir():
-        raise BenchmarkError(f"{path} is no folder; {LAYOUT}")
+        raise BenchmarkError(f"{path} does not exist; {LAYOUT}, {OTHERWISE}")
     return _folder(path, text, labels_needed)
 
 

@@ -68,11 +68,16 @@ def find_places(request: Request) -> Places:
     return Places(**found)
 
 
-def output_counts(request: Request) -> tuple[int, ...]:
-    """How many outputs a network for these images may have, the likeliest number first."""
+def output_count(request: Request, known: int | None = None) -> int:
+    """How many outputs a network for these images has: as many as are `known`, else the likeliest number.
+
+    Raises:
+        BenchmarkError: labels that do not fit these, see `chosen_classes`; or as of `find_places`.
+    """
     if request.data is None and not request.test_data:
-        return (CLASSES,)
-    return tuple(len(classes) for classes in find_places(request).class_lists(request))
+        return CLASSES if known is None else known
+    places = find_places(request)
+    return len(chosen_classes(places.class_lists(request), places.test, known))
 
 
 def load_imagenet(request: Request) -> Dataset:
@@ -149,7 +154,7 @@ IMAGENET = Description(
     name="imagenet",
     title="ImageNet",
     load=load_imagenet,
-    output_counts=output_counts,
+    output_count=output_count,
     image_shape=(3, 224, 224),
     iters=20_000,
     n_calib=1024,

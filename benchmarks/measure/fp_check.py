@@ -88,7 +88,7 @@ def _causes(dataset: Dataset) -> list[str]:
     """What goes wrong most often, with what is known about these data."""
     images, classes = len(dataset.test_images), dataset.classes
     wnids = sum(re.fullmatch(r"n\d{8}", name) is not None for name in classes)
-    named = f"{wnids:,} of {len(classes):,} class folders are called like n01440764, the first is {classes[0]}"
+    named = f"{wnids:,} of {len(classes):,} classes are called like n01440764, the first is {classes[0]}"
     prepared = repr(getattr(dataset.test_images, "transform", None)).replace("\n", " ")
     sizes = dataset.test_labels.bincount(minlength=len(classes))
     return [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks import BenchmarkError
 from benchmarks.networks.named_objects import called, is_named, named_object
-from benchmarks.wording import reason, some
+from benchmarks.wording import some
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ HOLDERS = "state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_
 """Keys under which checkpoints keep weights, a moving average of them first: it is what is evaluated."""
 PREFIXES = "module.", "_orig_mod.", "model."
 """Of names, as `DataParallel`, `torch.compile` and Lightning leave them."""
-KEYS_SHOWN = 5
+KEYS_SHOWN = 3
 
 
 def read_state(source: Path) -> Mapping[str, Tensor]:
@@ -79,7 +79,8 @@ def _read(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the two readers raise many types for damaged and for hostile files
-        raise BenchmarkError(
-            f"{path} is not a readable weights file that holds tensors only: {reason(error)}; where it is a checkpoint "
-            "with more than that, save its state_dict alone"
-        ) from error
+        if "GLOBAL" in str(error):  # what pickle calls a class or a function
+            why = "it holds Python objects, none of which is made; save the state_dict alone"
+        else:
+            why = "it is damaged, or neither safetensors nor written by torch.save"
+        raise BenchmarkError(f"{path} is not a readable weights file that holds tensors only: {why}") from error

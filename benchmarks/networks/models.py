@@ -88,13 +88,34 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         BenchmarkError: see `read_state`; or keys or shapes do not fit the network: the message lists the first of them.
     """
-    state = read_state(path)
+    load_read(model, read_state(path), path)
+
+
+def load_read(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """`load_weights` of a state that was read from `path`."""
     versions, state = getattr(state, "_metadata", None), without_prefixes(state, model.state_dict())
     # Files from before torch 0.4.1 lack these counters, which only training uses.
     counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
     whole = OrderedDict({**counters, **state})
     _refuse_misfit(model, whole, path)
     load_state(model, whole, versions)
+
+
+def outputs_in(state: Mapping[str, Tensor], model: nn.Module, classes: int) -> int:
+    """How many outputs the network had whose weights these are, where `model` is that network with `classes` outputs.
+
+    That is where the two differ; where they differ in something else, it is `classes`.
+    """
+    wanted = model.state_dict()
+    state = without_prefixes(state, wanted)
+    differing = [
+        (state[key].shape, wanted[key].shape)
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    outputs = {theirs[0] for theirs, ours in differing if theirs[1:] == ours[1:] and ours[:1] == (classes,)}
+    alike = len(outputs) == 1 and all(theirs[1:] == ours[1:] and ours[:1] == (classes,) for theirs, ours in differing)
+    return outputs.pop() if alike else classes
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[str, Any] | None = None) -> None:
@@ -147,4 +168,5 @@ def _refuse_misfit(model: nn.Module, state: Mapping[str, Tensor], path: Path) ->
     }
     found = [f"{problem}: {some(keys, KEYS_SHOWN)}" for problem, keys in problems.items() if keys]
     if found:
-        raise BenchmarkError(f"{path} does not fit the {type(model).__name__}; " + "; ".join(found))
+        advice = "; are these weights of another network?" if len(problems["missing"]) > KEYS_SHOWN else ""
+        raise BenchmarkError(f"{path} does not fit the {type(model).__name__}; {'; '.join(found)}{advice}")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 
 from benchmarks import BenchmarkError
-from benchmarks.networks.catalogue import is_timm, without_library
-from benchmarks.networks.models import MODELS, load_weights
+from benchmarks.networks.catalogue import PREFIXES, is_timm, without_library
+from benchmarks.networks.checkpoints import read_state
+from benchmarks.networks.models import MODELS, load_read, outputs_in
 from benchmarks.networks.named_objects import is_named
 from benchmarks.wording import reason
 
@@ -49,19 +50,18 @@ class Pretrained:
 
 
 def load_pretrained(name: str, weights: str, classes: int, seed: int = 0) -> Pretrained:
-    """The named network with `classes` outputs.
+    """The named network; with random weights, it has `classes` outputs, else as many as its weights.
 
     Args:
         name: of `ALL_NETWORKS`, or of timm or torchvision, after its name and a slash.
         weights: `DEFAULT` or another name that torchvision or timm gives to weights, which are downloaded where
             their cache does not hold them; `random` ones; else what `read_state` takes, such as a file. With these,
             images are prepared as for torchvision's first weights (V1) or timm's default ones.
-        classes: of the data; named weights have theirs.
+        classes: of the data, as far as is known.
         seed: of the initial weights, which those of a file replace.
 
     Raises:
-        BenchmarkError: no such network or weights, weights for another number of classes, a download that failed, or
-            a file that does not fit.
+        BenchmarkError: no such network or weights, a download that failed, or a file that does not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -69,6 +69,22 @@ def load_pretrained(name: str, weights: str, classes: int, seed: int = 0) -> Pre
         found = load(name, weights, classes)
     found.model.eval()
     return found
+
+
+def named_outputs(name: str, weights: str) -> int | None:
+    """How many outputs the network has with weights that have a name, without downloading them; None of others.
+
+    Raises:
+        BenchmarkError: no such network.
+    """
+    if name in MODELS:
+        return None
+    bare = without_library(name)
+    if is_timm(name):
+        full = _tagged(bare, weights)
+        return None if full is None else _timm(f"--model {name}").get_pretrained_cfg(full).num_classes
+    known = get_model_weights(_known_to_torchvision(bare))
+    return len(known[weights].meta["categories"]) if weights in known.__members__ else None
 
 
 def untrained(name: str, classes: int, seed: int = 0) -> nn.Module:
@@ -102,7 +118,6 @@ def _from_torchvision(name: str, weights: str, classes: int) -> Pretrained:
         model = _with_file(name, weights, classes, [DEFAULT, *known.__members__])
         return Pretrained(model=model, transform=next(iter(known)).transforms(), source=weights)
     chosen = known[weights]
-    _refuse_other_classes(f"{bare} {chosen.name}", len(chosen.meta["categories"]), classes)
     return Pretrained(
         model=_with_state(bare, chosen),
         transform=chosen.transforms(),
@@ -123,6 +138,17 @@ def _with_state(name: str, weights: WeightsEnum) -> nn.Module:
     return model
 
 
+def names_in_libraries(bare: str) -> list[str]:
+    """What `--model` calls the networks that torchvision or timm, where it is installed, calls so."""
+    timm, torchvisions = PREFIXES
+    found = [f"{torchvisions}{bare}"] if bare in list_models(module=torchvision.models) else []
+    try:
+        import timm as library
+    except ImportError:
+        return found
+    return [*found, f"{timm}{bare}"] if library.is_model(bare) else found
+
+
 def _known_to_torchvision(name: str) -> str:
     known = list_models(module=torchvision.models)
     if name not in known:
@@ -132,17 +158,10 @@ def _known_to_torchvision(name: str) -> str:
 
 def _from_timm(name: str, weights: str, classes: int) -> Pretrained:
     bare = without_library(name)
-    timm = _known_to_timm(bare)
-    architecture, _, tag = bare.partition(".")
-    weights = tag if tag and weights == DEFAULT else weights
-    tags = [each.partition(".")[2] for each in timm.list_pretrained(f"{architecture}.*")]
-    if weights != DEFAULT and weights not in tags:
-        model = _with_file(name, weights, classes, [DEFAULT, *tags])
+    timm, full = _known_to_timm(bare), _tagged(bare, weights)
+    if full is None:
+        model = _with_file(name, weights, classes, [DEFAULT, *_tags(bare)])
         return Pretrained(model=model, transform=timm_transform(f"--model {name}", model), source=weights)
-    if not tags:
-        raise BenchmarkError(f"timm has no weights of {bare}; give them by --weights FILE, or try {RANDOM} ones")
-    full = f"{architecture}.{timm.get_pretrained_cfg(architecture).tag if weights == DEFAULT else weights}"
-    _refuse_other_classes(full, timm.get_pretrained_cfg(full).num_classes, classes)
     try:
         model = timm.create_model(full, pretrained=True)
     except Exception as error:  # whatever the hub's client raises
@@ -153,6 +172,23 @@ def _from_timm(name: str, weights: str, classes: int) -> Pretrained:
         source=f"timm's {full}",
         published=TIMM_TOP1.get(full),
     )
+
+
+def _tags(bare: str) -> list[str]:
+    """Those of the weights that timm has for a network of its own."""
+    architecture = bare.partition(".")[0]
+    return [each.partition(".")[2] for each in _known_to_timm(bare).list_pretrained(f"{architecture}.*")]
+
+
+def _tagged(bare: str, weights: str) -> str | None:
+    """What timm calls the network with weights that it has; None where they are not timm's."""
+    architecture, _, tag = bare.partition(".")
+    tags, weights = _tags(bare), tag if tag and weights == DEFAULT else weights
+    if weights == DEFAULT:
+        if not tags:
+            raise BenchmarkError(f"timm has no weights of {bare}; give them by --weights FILE, or try {RANDOM} ones")
+        weights = _known_to_timm(bare).get_pretrained_cfg(architecture).tag
+    return f"{architecture}.{weights}" if weights in tags else None
 
 
 def own_config(model: nn.Module) -> Any:
@@ -203,18 +239,17 @@ def _with_file(name: str, weights: str, classes: int, known: Sequence[str] = ())
     path, model = Path(weights), _random(name, classes)
     if weights == RANDOM:
         return model
-    if known and not path.is_file() and not is_named(weights):
-        raise BenchmarkError(f"no such weights file: {path}; weights of {name} that have names: {', '.join(known)}")
-    load_weights(model, path)
-    return model
-
-
-def _refuse_other_classes(weights: str, outputs: int, classes: int) -> None:
-    if outputs != classes:
+    if not path.is_file() and not is_named(weights):
+        names = f"weights of {name} that have names: {', '.join(known)}; " if known else ""
         raise BenchmarkError(
-            f"the weights {weights} have {outputs:,} outputs, the data {classes:,} class folders; give all of "
-            "ImageNet's, or --weights FILE of a network for these classes"
+            f"no such weights file: {path}; {names}else expected a file, PACKAGE:ATTRIBUTE, or {RANDOM} for random ones"
         )
+    state = read_state(path)
+    outputs = outputs_in(state, model, classes)
+    if outputs != classes:
+        model = _random(name, outputs)
+    load_read(model, state, path)
+    return model
 
 
 def _failed_download(weights: str, error: Exception) -> BenchmarkError:

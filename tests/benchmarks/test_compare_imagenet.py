@@ -122,18 +122,33 @@ def test_published_weights_that_are_not_as_accurate_stop_the_run(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     (tmp_path / "torch" / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(resnet18(num_classes=1000).state_dict(), tmp_path / "torch/hub/checkpoints/resnet18-f37072fd.pth")
-    options = [*tiny_imagenet, "--data", str(thousand), "--weights", "DEFAULT", "--preset", "paper"]
+    options = [*tiny_imagenet, *N_CAT, "--data", str(thousand), "--weights", "DEFAULT", "--preset", "paper"]
     assert compare.main(options) == 2
     error = capsys.readouterr().err
     assert "on 1,000 images, torchvision's IMAGENET1K_V1 of resnet18 says 69.758 %: -69." in error
     assert "it holds 1,000 images, ImageNet's 50,000" in error
-    assert "1,000 of 1,000 class folders are called like n01440764, the first is n00000000" in error
+    assert "1,000 of 1,000 classes are called like n01440764, the first is n00000000" in error
     assert not (tmp_path / "results").exists()
 
 
 def test_small_folder_is_not_for_published_weights(tiny_imagenet, capsys):
     assert compare.main([*tiny_imagenet, "--weights", "DEFAULT"]) == 2
-    assert "resnet18 IMAGENET1K_V1 have 1,000 outputs, the data 3 class folders" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the model has 1,000 outputs, the data 3 classes" in error and "or give a network for these classes" in error
+
+
+def test_too_few_images_are_told_before_the_network_runs(tiny_imagenet, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "check_accuracy", lambda *_, **__: pytest.fail("the network was run first"))
+    options = [*tiny_imagenet, "--fp-top1", "50", "--n-calib", "20", "--n-cat", "900"]
+    assert compare.main(options) == 2
+    assert "n_calib=20 plus n_cat=900 needs 920 training images" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_random_weights_are_no_result(tiny_imagenet, capsys):
+    assert compare.main([*tiny_imagenet, *N_CAT, "--weights", "random"]) == 0
+    printed = capsys.readouterr().out
+    assert "weights are random, so that no accuracy here is a result" in printed and "--fp-top1" not in printed
 
 
 def test_damaged_image_ends_with_one_line(tiny_imagenet, imagenet_folder, capsys):
@@ -257,7 +272,7 @@ def test_broken_image_and_label_outside_the_outputs_end_with_one_line(own_networ
     table.write_text(table.read_text() + table.read_text().splitlines()[0].rsplit(" ", 1)[0] + " 3\n")
     assert compare.main([*own_network, "--n-cat", "12"]) == 2
     error = capsys.readouterr().err
-    assert "1 labels of test images are not among the classes: 3; expected those of 0 to 2" in error
+    assert "1 label of test images not among the classes: 3; expected those of 0 to 2" in error
     assert error.startswith("error: ") and error.count("\n") == 1
 
 

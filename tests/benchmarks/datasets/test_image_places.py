@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks import BenchmarkError
 from benchmarks.datasets.class_labels import wnids
 from benchmarks.datasets.description import Request
-from benchmarks.datasets.imagenet import load_imagenet, output_counts
+from benchmarks.datasets.imagenet import load_imagenet, output_count
 from tests.benchmarks.conftest import SMALL
 
 REAL = "n01440764", "n01443537", "n02056570"  # outputs 0, 1 and 145 of every network for ImageNet
@@ -133,28 +133,42 @@ def test_val_that_lacks_classes_goes_by_those_of_train(tmp_path):
     classes(tmp_path / "val", ("bee", "dog"))
     found = load(tmp_path, 4, data=tmp_path)
     assert found.classes == ("ant", "bee", "cat", "dog") and found.test_labels.tolist() == [1, 3]
-    assert output_counts(Request(data=tmp_path, cache=tmp_path)) == (4,)
+    assert output_count(Request(data=tmp_path, cache=tmp_path)) == 4
 
 
 def test_val_of_wnids_goes_by_imagenets_or_by_those_of_train_as_the_network_has_outputs(tmp_path):
     classes(tmp_path / "train", REAL)
     classes(tmp_path / "val", REAL[1:])
-    assert output_counts(Request(data=tmp_path, cache=tmp_path)) == (3, 1000)
+    request = Request(data=tmp_path, cache=tmp_path)
+    assert [output_count(request, known) for known in (None, 3, 1000)] == [3, 3, 1000]
     assert load(tmp_path, 3, data=tmp_path).test_labels.tolist() == [1, 2]
     assert load(tmp_path, 1000, data=tmp_path).test_labels.tolist() == [1, 145]
-    with pytest.raises(
-        BenchmarkError, match="the model has 7 outputs, the data 3 or 1,000 classes: n01440764, n01443537"
-    ):
-        load(tmp_path, 7, data=tmp_path)
+    for call in (lambda: load(tmp_path, 7, data=tmp_path), lambda: output_count(request, 7)):
+        with pytest.raises(
+            BenchmarkError, match="the model has 7 outputs, the data 3 or 1,000 classes: n01440764, n01443537"
+        ):
+            call()
 
 
 def test_numbers_go_by_the_class_folders_of_train_first(tmp_path):
     classes(tmp_path / "train", REAL)
     listed("0.png 0\n1.png 2\n")(tmp_path)
     asked = {"calib_data": (str(tmp_path / "train"),), "test_data": (str(tmp_path / "images"),)}
-    assert output_counts(Request(data=None, cache=tmp_path, **asked)) == (3, 1000)
+    request = Request(data=None, cache=tmp_path, **asked)
+    assert [output_count(request, known) for known in (None, 3, 5, 1000)] == [3, 3, 5, 1000]
+    with pytest.raises(
+        BenchmarkError, match="1 label of test images not among the classes: 2; expected those of 0 to 1"
+    ):
+        output_count(request, 2)
     assert load(tmp_path, 3, data=None, **asked).classes == REAL
     assert load(tmp_path, 5, data=None, **asked).classes == ("0", "1", "2", "3", "4")
+
+
+def test_names_that_look_like_numbers_go_by_a_list_that_has_them(tmp_path):
+    listed("0.png 7\n1.png zebra\n")(tmp_path)
+    (tmp_path / "classes.txt").write_text("zebra\n7\n8\n")
+    found = load(tmp_path, 3, data=tmp_path / "images", classes=tmp_path / "classes.txt", n_calib=1, test_folds=2)
+    assert found.classes == ("zebra", "7", "8")
 
 
 def test_folders_of_images_for_quantization_need_be_no_classes(tmp_path):
@@ -344,17 +358,22 @@ def numbers_and_names(root):
     [
         (
             listed("0.png 1\n1.png 1000\n"),
-            r"1 labels of test images are not among the classes: 1000; .* 0 to 999, the out",
+            r"1 label of test images not among the classes: 1000; .* 0 to 999, the out",
         ),
         (
+            listed("0.png 1\n1.png -1\n"),
+            r"images: some labels are numbers, others are not: -1 \(-1 is that of 1\.png\); expected numbers",
+        ),
+        (listed("0.png 1.5\n1.png 2\n"), r"others are not: 1\.5 .*, or names of classes, for all"),
+        (
             listed("0.png 1\n9.png 2\n"),
-            r"val\.txt names 1 images of 2 that are not there, such as 9\.png; looked in \S+s$",
+            r"val\.txt names 1 image of 2 not there, such as 9\.png; looked in \S+s$",
         ),
         (
             listed("0.png n01440764\n1.png n99999999\n"),
             r"not among the classes: n99999999; expected .* ImageNet's wnids",
         ),
-        (strange_wnid, r"images: 1 labels of test images are not among the classes: n99999999"),
+        (strange_wnid, r"images: 1 label of test images not among the classes: n99999999"),
         (listed("0.png 1\n1.png\n"), r"val\.txt, line 2: '1\.png' has no label; expected `path label` a line"),
         (listed("\n"), r"val\.txt holds no labels; expected"),
         (listed("0.png,1\n1.png,2\n", "val.csv"), r"val\.csv has no header, its first line is an image"),
@@ -376,11 +395,11 @@ def numbers_and_names(root):
             listed(f'path,label\n0.png,"{"a" * 200_000}"\n', "val.csv"),
             r"val\.csv cannot be read as a table: field larger than field limit \(131072\); expected",
         ),
-        (listed(f"{'a' * 5000}.png 1\n1.png 2\n"), r"val\.txt names 1 images of 2 that are not there, such as aaa"),
+        (listed(f"{'a' * 5000}.png 1\n1.png 2\n"), r"val\.txt names 1 image of 2 not there, such as aaa"),
         (two_files, r"holds several files that may be of labels \(a\.txt, b\.csv\); give one of them itself"),
         (lambda root: flat(root / "images", 2), r"images/ holds 2 images that are not sorted into class folders"),
         (lambda root: (root / "images").mkdir(), r"images/ is empty"),
-        (lambda root: None, r"images is no folder"),
+        (lambda root: None, r"images does not exist; expected .* or tar files"),
     ],
 )
 def test_places_that_cannot_be_used_are_refused(tmp_path, damage, message):

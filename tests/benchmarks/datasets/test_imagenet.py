@@ -78,11 +78,11 @@ def archive(root):
         (flatten_val, r"imagenet/val/ holds 15 images that are not sorted into class folders and have no file"),
         (
             rename_class,
-            r"imagenet/val: 1 labels of test images are not among the classes: zebra; expected those of the class fol",
+            r"imagenet/val: 1 label of test images not among the classes: zebra; expected those of the class fol",
         ),
         (empty_class, r"imagenet/train/ has classes without images: .*n00000100"),
         (archive, r"imagenet is a file, and none of labels \(\.txt, \.csv, \.tsv\) nor a tar file; expected train"),
-        (shutil.rmtree, r"imagenet is no folder; expected train"),
+        (shutil.rmtree, r"imagenet does not exist; expected train"),
     ],
 )
 def test_damaged_folders_are_refused(imagenet_folder, damage, message):

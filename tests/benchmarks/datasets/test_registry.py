@@ -23,20 +23,20 @@ def test_images_and_classes_are_as_described(name, data, request, tmp_path):
     dataset = DATASETS[name].load(asked)
     assert dataset.name == name
     assert dataset.train_images.shape[1:] == dataset.test_images.shape[1:] == DATASETS[name].image_shape
-    assert len(dataset.classes) == DATASETS[name].output_counts(asked)[0]
+    assert len(dataset.classes) == DATASETS[name].output_count(asked, None)
 
 
 def test_files_are_transformed_and_classes_are_those_of_the_folder(shared_imagenet, tmp_path):
     asked = Request(data=shared_imagenet, cache=tmp_path, transform=SMALL, workers=3)
     dataset = IMAGENET.load(asked)
     assert (dataset.train_images.transform, dataset.test_images.workers) == (SMALL, 3)
-    assert IMAGENET.output_counts(asked) == (len(WNIDS),) == (len(dataset.classes),)
-    assert IMAGENET.output_counts(Request(data=None, cache=tmp_path)) == (1000,)
+    assert IMAGENET.output_count(asked, None) == len(WNIDS) == len(dataset.classes)
+    assert IMAGENET.output_count(Request(data=None, cache=tmp_path), None) == 1000
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_first_network_takes_the_images_and_tells_the_classes(name, tmp_path):
-    classes, network = DATASETS[name].output_counts(Request(data=None, cache=tmp_path))[0], NETWORKS[name][0]
+    classes, network = DATASETS[name].output_count(Request(data=None, cache=tmp_path), None), NETWORKS[name][0]
     model = untrained(network, classes)
     assert model(torch.zeros(1, *DATASETS[name].image_shape)).shape == (1, classes)
     assert is_for(network, DATASETS[name]) and not any(

@@ -97,7 +97,7 @@ def test_more_stops_with_both_figures_and_the_causes(model, dataset, tmp_path, o
     assert f"top-1 is {found:.3f} % on 15 images, torchvision's V1 says {found + off:.3f} %: {-off:+.3f} points" in text
     for cause in (
         "an incomplete val folder: it holds 15 images, ImageNet's 50,000",
-        "3 of 3 class folders are called like n01440764, the first is n00000003",
+        "3 of 3 classes are called like n01440764, the first is n00000003",
         "there are 5 to 5 a class, ImageNet has 50",
         "another transform or image size than the weights were made for: ImageClassification",
         "IMAGENET1K_V1 and V2",

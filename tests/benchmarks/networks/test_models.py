@@ -54,8 +54,11 @@ class Marker:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"fc.weight": Marker()}, "not a readable weights file that holds tensors only"),
-        (nn.Linear(2, 2), "not a readable weights file that holds tensors only"),
+        (
+            {"fc.weight": Marker()},
+            "tensors only: it holds Python objects, none of which is made; save the state_dict alone$",
+        ),
+        (nn.Linear(2, 2), "tensors only: it holds Python objects, none of which is made; save the state_dict alone$"),
         ([torch.zeros(1)], "not a state_dict, that is names with tensors; it holds list"),
         ({"state_dict": {}, "epoch": 3}, "it holds a mapping with the keys state_dict, epoch"),
         ({"model": {"fc.weight": 3}}, "it holds a mapping with the keys model"),
@@ -73,7 +76,10 @@ def test_files_with_more_than_tensors_are_refused(tmp_path, content, message):
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
 def test_files_that_are_no_weights_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"no weights")
-    with pytest.raises(BenchmarkError, match="not a readable weights file"):
+    with pytest.raises(
+        BenchmarkError,
+        match=r"not a readable weights file .*: it is damaged, or neither safetensors nor written by torch.save$",
+    ):
         load_weights(untrained("resnet8", 10), tmp_path / name)
 
 
@@ -152,7 +158,7 @@ def test_counters_that_only_training_uses_may_be_missing(tmp_path):
 
 def test_long_lists_of_keys_are_cut(tmp_path):
     torch.save(untrained("resnet20", 10).state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(BenchmarkError, match=r"unexpected: (layer1\S+ ){5}and \d+ more"):
+    with pytest.raises(BenchmarkError, match=r"unexpected: (layer1\S+ ){3}and \d+ more"):
         load_weights(untrained("resnet8", 10, seed=0), tmp_path / "weights.pt")
 
 

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from benchmarks import BenchmarkError
 from benchmarks.datasets.imagenet import IMAGENET
 from benchmarks.networks.catalogue import NETWORKS, TIMM, TORCHVISION, is_timm, one_name
-from benchmarks.networks.weights_and_transforms import TIMM_TOP1, load_pretrained, untrained
+from benchmarks.networks.weights_and_transforms import TIMM_TOP1, load_pretrained, named_outputs, untrained
 
 RESNET18 = "resnet18-f37072fd.pth"  # as torchvision calls the file of IMAGENET1K_V1
 
@@ -76,11 +76,13 @@ def test_failed_download_says_what_to_do(hub):
     assert "\n" not in str(error.value)
 
 
-def test_named_weights_are_for_all_classes(hub):
-    with pytest.raises(BenchmarkError, match="resnet18 IMAGENET1K_V1 have 1,000 outputs, the data 3 class folders"):
-        load_pretrained("resnet18", "DEFAULT", 3)
-    with pytest.raises(BenchmarkError, match=r"deit_tiny_patch16_224\.fb_in1k have 1,000 outputs, the data 3 class"):
-        load_pretrained("deit_tiny_patch16_224", "DEFAULT", 3)
+def test_outputs_of_named_weights_are_known_before_they_are_there(hub):
+    pytest.importorskip("timm")
+    named = [("resnet18", "DEFAULT"), ("deit_tiny_patch16_224", "DEFAULT"), ("deit_tiny_patch16_224", "fb_in1k")]
+    assert [named_outputs(*each) for each in named] == [1000] * 3
+    assert named_outputs("timm/vit_base_patch16_224.augreg_in21k", "DEFAULT") == 21843
+    others = [("resnet18", "random"), ("resnet18", "a.pt"), ("deit_tiny_patch16_224", "a.pt"), ("resnet20", "DEFAULT")]
+    assert [named_outputs(*each) for each in others] == [None] * 4
 
 
 @pytest.mark.parametrize(
@@ -108,11 +110,28 @@ def test_file_gives_weights_and_the_network_its_transform(tmp_path, name, resize
         assert (found.transform.resize_size, found.transform.mean[0]) == ([resize], mean)
 
 
-def test_file_of_another_number_of_classes_is_refused(tmp_path):
-    save_file(untrained("resnet18", 5).state_dict(), tmp_path / "weights.safetensors")
+@pytest.mark.parametrize("name", ["resnet18", "deit_tiny_patch16_224"])
+def test_file_says_how_many_outputs_its_network_has(tmp_path, name):
+    if is_timm(name):
+        pytest.importorskip("timm")
+    state = untrained(name, 5).state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    model = load_pretrained(name, str(tmp_path / "weights.safetensors"), 4).model
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "parallel.pt")
+    assert load_pretrained(name, str(tmp_path / "parallel.pt"), 1000).model(torch.zeros(1, 3, 224, 224)).shape == (1, 5)
+
+
+def test_file_that_differs_in_more_than_outputs_is_refused(tmp_path):
+    state = untrained("resnet18", 5).state_dict()
+    save_file(state | {"bn1.bias": torch.zeros(9)}, tmp_path / "weights.safetensors")
     with pytest.raises(
-        BenchmarkError, match=r"does not fit the ResNet; wrong shape: fc.weight \(5, 512\) instead of \(4"
+        BenchmarkError,
+        match=r"does not fit the ResNet; wrong shape: bn1.bias \(9,\) .*, fc.weight \(5, 512\) instead of",
     ):
+        load_pretrained("resnet18", str(tmp_path / "weights.safetensors"), 4)
+    save_file(untrained("resnet20", 4).state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(BenchmarkError, match=r"missing: .* more; unexpected: .* weights of another network\?"):
         load_pretrained("resnet18", str(tmp_path / "weights.safetensors"), 4)
 
 
@@ -121,7 +140,10 @@ def test_file_of_another_number_of_classes_is_refused(tmp_path):
     [("resnet50", "DEFAULT, IMAGENET1K_V1, IMAGENET1K_V2"), ("deit_tiny_patch16_224", "DEFAULT, fb_in1k")],
 )
 def test_unknown_weights_are_refused_with_those_that_there_are(name, known):
-    with pytest.raises(BenchmarkError, match=f"no such weights file: IMAGENET1K_V3; weights of {name} .*: {known}"):
+    with pytest.raises(
+        BenchmarkError,
+        match=f"no such weights file: IMAGENET1K_V3; weights of {name} .*: {known}.*; else expected .*, or random",
+    ):
         load_pretrained(name, "IMAGENET1K_V3", 1000)
 
 
