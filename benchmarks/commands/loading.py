@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from benchmarks.datasets.dataset import Dataset
@@ -54,6 +55,7 @@ def request(args: argparse.Namespace) -> Request:
         n_calib=args.n_calib,
         download=process.alone,
         workers=args.workers,
+        accelerated=torch.device(args.device).type != "cpu",
         progress=not args.no_progress and process.first,
     )
 

@@ -16,7 +16,8 @@ class Request:
 
     `data` is a folder or an archive, None where the original comes with a library or is downloaded to `cache`, which
     `download` may forbid. Of images in files, `transform` makes an RGB image what the network takes, and `workers`
-    processes decode; `outputs` says how many the network has for an image `(1, C, H, W)`.
+    processes decode; networks are `accelerated` where they do not run on a CPU. `outputs` says how many the network has
+    for an image `(1, C, H, W)`.
 
     Images in files may also lie elsewhere than in `data`, those for quantization, for corrections and for testing
     (`*_data`), and `classes` is a file that lists the classes. See `Dataset` for `test_folds`; `n_calib` is how many
@@ -35,6 +36,7 @@ class Request:
     transform: Callable[[Any], Tensor] | None = None
     outputs: Callable[[Tensor], int] | None = None
     workers: int = 0
+    accelerated: bool = False
     progress: bool = False
 
 

@@ -13,7 +13,7 @@ from benchmarks.datasets.class_labels import are_numbers, chosen_classes, indice
 from benchmarks.datasets.dataset import Dataset
 from benchmarks.datasets.description import Description, Request
 from benchmarks.datasets.image_places import LAYOUT, Files, Place, joined, place_of, unlabelled
-from benchmarks.datasets.images import ImageFiles
+from benchmarks.datasets.images import CPU_BATCH, FILES_BATCH, ImageFiles
 from benchmarks.wording import some
 
 CLASSES, VAL_IMAGES = 1000, 50_000
@@ -134,7 +134,13 @@ def _files(places: Sequence[Place]) -> Files | None:
 
 
 def _images(files: Files, request: Request) -> ImageFiles:
-    return ImageFiles(root=files.root, names=files.names, transform=request.transform, workers=request.workers)
+    return ImageFiles(
+        root=files.root,
+        names=files.names,
+        transform=request.transform,
+        workers=request.workers,
+        at_once=FILES_BATCH if request.accelerated else CPU_BATCH,
+    )
 
 
 def _held_out(images: int, request: Request) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,9 @@ from benchmarks.wording import lasting, reason
 from cat_plugin.running.digests import image_digests
 
 FILES_BATCH = 64  # decoded together; 256 of ImageNet's in flight for every worker would be gigabytes
+CPU_BATCH = 16
+"""Memory for the outputs of layers for more large images than these is asked from the system every time, and networks
+take twice as long."""
 DIGESTS_KEPT = 200_000
 READING_THREADS = 4
 
@@ -32,13 +35,14 @@ READING_THREADS = 4
 class ImageFiles:
     """Image files under `root`, by name; `transform` makes an RGB image a float32 tensor `(C, H, W)`.
 
-    `workers` processes decode them; with 0, this one does.
+    `workers` processes decode them, `at_once` in a batch; with 0, this one does.
     """
 
     root: Path
     names: tuple[str, ...]
     transform: Callable[[Any], Tensor]
     workers: int = 0
+    at_once: int = FILES_BATCH
 
     def __len__(self) -> int:
         return len(self.names)
@@ -120,12 +124,12 @@ class _FileBatches:
     title: str | None
 
     def __len__(self) -> int:
-        return -(-len(self.images) // FILES_BATCH)
+        return -(-len(self.images) // self.images.at_once)
 
     def __iter__(self) -> Iterator[Tensor]:
         loader = DataLoader(
             _Decoded(self.images),
-            FILES_BATCH,
+            self.images.at_once,
             num_workers=min(self.images.workers, len(self)),
             collate_fn=_collate,
             generator=torch.Generator().manual_seed(0),  # else a loader draws from the global one

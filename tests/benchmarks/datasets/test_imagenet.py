@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ def test_labels_are_those_of_the_folders(shared_imagenet):
         folders = [name.split("/") for name in images.names]
         assert [folder[0] for folder in folders] == [part] * len(images)
         assert [WNIDS.index(folder[1]) for folder in folders] == labels.tolist()
+
+
+def test_a_cpu_gets_fewer_images_at_a_time(shared_imagenet, tmp_path):
+    asked = Request(data=shared_imagenet, cache=tmp_path, transform=SMALL)
+    for accelerated, expected in ((False, [16, 16, 10]), (True, [42])):
+        dataset = load_imagenet(replace(asked, accelerated=accelerated))
+        assert [len(batch) for batch in batches(dataset.train_images)] == expected
 
 
 def remove_part(root):

@@ -56,6 +56,7 @@ def test_workers_give_the_same_and_draw_nothing_from_the_global_generator(files)
     alone, shared = stacked(many), stacked(replace(many, workers=2))
     assert torch.equal(alone, shared)
     assert [len(batch) for batch in batches(many)] == [FILES_BATCH, len(many) - FILES_BATCH]
+    assert [len(batch) for batch in batches(replace(files[:40], at_once=16))] == [16, 16, 8]
     assert torch.equal(torch.get_rng_state(), before)
 
 
