@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from benchmarks.commands.exit_codes import command_line
 from benchmarks.commands.loading import Loaded, load_network
 from benchmarks.commands.option_checks import refuse_too_few
 from benchmarks.commands.parsers import parse_compare
+from benchmarks.datasets.dataset import Dataset
 from benchmarks.datasets.registry import DATASETS
 from benchmarks.measure.accuracy import Measurement, measure
 from benchmarks.measure.protocol import Protocol, Setting, settings_grid
@@ -32,11 +34,8 @@ def _measure_grid(args: argparse.Namespace) -> None:
     process = this_process()
     _refuse_fresh(args, process)
     progress = not args.no_progress and process.first
-    loaded = load_network(args, lambda dataset: dataset.split(args.n_calib, args.n_cat or 1, seed=0))
+    loaded = load_network(args, partial(_count_images, args))
     dataset, model = loaded.dataset, loaded.model
-    if args.n_cat is None:
-        args.n_cat = len(dataset.test_images) // dataset.test_folds
-        refuse_too_few(args)
     protocol = Protocol(
         iters=args.iters, n_calib=args.n_calib, n_cat=args.n_cat, batch_size=args.batch_size, device=args.device
     )
@@ -71,6 +70,14 @@ def _measure_grid(args: argparse.Namespace) -> None:
 
 
 main = command_line(NAME, parse_compare, _measure_grid, resumes=True)
+
+
+def _count_images(args: argparse.Namespace, dataset: Dataset) -> None:
+    """Complete `--n-cat`, and raise `BenchmarkError` where there are too few images."""
+    if args.n_cat is None:
+        args.n_cat = len(dataset.test_images) // dataset.test_folds
+        refuse_too_few(args)
+    dataset.split(args.n_calib, args.n_cat, seed=0)
 
 
 def _refuse_fresh(args: argparse.Namespace, process: Process) -> None:

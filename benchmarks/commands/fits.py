@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import BenchmarkError
 from benchmarks.commands.loading import load_network
+from benchmarks.datasets.dataset import Dataset
 from benchmarks.measure.draws import Cell, Draw, measure
 from benchmarks.measure.logit_files import file_sources
 from benchmarks.measure.network_logits import network_sources
@@ -25,6 +26,13 @@ Report = Callable[[Path, dict[str, Any]], tuple[str, dict[str, bool]]]
 """Makes the tables and the files of a run from its folder and settings: the text, and which files there are."""
 
 
+def _refuse_none_left(n_calib: int, dataset: Dataset) -> None:
+    if dataset.fresh(n_calib) < 1:
+        raise BenchmarkError(
+            f"--n-calib {n_calib} leaves none of the {len(dataset.train_images):,} training images to draw"
+        )
+
+
 def load_sources(args: argparse.Namespace, most: int | None = None) -> list[Source]:
     """Files of logits, then networks that are quantized here, with up to `most` fresh images to draw from each.
 
@@ -35,13 +43,9 @@ def load_sources(args: argparse.Namespace, most: int | None = None) -> list[Sour
     refuse_several("a command that fits many corrections", this_process())
     sources = file_sources(args.logits, args.skip)
     if args.dataset is not None:
-        loaded = load_network(args)
+        loaded = load_network(args, partial(_refuse_none_left, args.n_calib))
         dataset = loaded.dataset
         rest = dataset.fresh(args.n_calib)
-        if rest < 1:
-            raise BenchmarkError(
-                f"--n-calib {args.n_calib} leaves none of the {len(dataset.train_images):,} training images to draw"
-            )
         protocol = Protocol(
             iters=args.iters,
             n_calib=args.n_calib,

@@ -72,6 +72,8 @@ def load_network(args: argparse.Namespace, needs: Callable[[Dataset], object] | 
     asked, description = request(args), DATASETS[args.dataset]
     if args.weights is None and args.model_fn is None:
         dataset = description.load(asked)
+        if needs is not None:
+            needs(dataset)
         LeakGuard(dataset.test_images).check(dataset.train_images, "images to train on")
         model = trained_model(args.model, dataset, args.cache, device=args.device, progress=asked.progress)
         weights, digest = "trained here", digest_text(lasting(model))
@@ -97,8 +99,10 @@ def load_network(args: argparse.Namespace, needs: Callable[[Dataset], object] | 
 
 
 def _network(args: argparse.Namespace, output_count: Callable[[int | None], int]) -> Pretrained:
-    """Whether labels fit weights that have a name is seen before these are downloaded."""
+    """The network that the options name. What can be wrong with labels is seen before weights that have a name are
+    downloaded, or a function of the user's is called."""
     if args.model_fn is not None:
+        output_count(None)
         return load_from_function(args.model_fn, args.weights)
     weights = str(args.weights)
     return load_pretrained(args.model, weights, output_count(named_outputs(args.model, weights)))

@@ -19,7 +19,9 @@ def network(text: str) -> str:
         others = " or ".join(f"{prefix}NAME" for prefix in PREFIXES)
         alike = names_in_libraries(text) or get_close_matches(text, ALL_NETWORKS, 1)
         advice = f"; did you mean {' or '.join(alike)}?" if alike else ""
-        raise argparse.ArgumentTypeError(f"{text!r} should be one of {', '.join(ALL_NETWORKS)}, or {others}{advice}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} should be one of {', '.join(ALL_NETWORKS)}, or for imagenet {others}{advice}"
+        )
     return one_name(text)
 
 

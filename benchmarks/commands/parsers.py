@@ -104,9 +104,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.partition("unrecognized arguments: ")[2].split()
         known = [option for option in self._option_string_actions if option.startswith("--")]
-        alike = [match for word in unknown for match in get_close_matches(word.partition("=")[0], known, 1)]
-        advice = f"did you mean {' or '.join(alike)}? " if alike else ""
-        self.exit(2, f"error: {message}; {advice}{self.prog} --help lists all options\n")
+        alike = dict.fromkeys(m for word in unknown for m in get_close_matches(word.partition("=")[0], known, 1))
+        advice = f"; did you mean {' or '.join(alike)}?" if alike else ""
+        self.exit(2, f"error: {message}{advice} ({self.prog} --help lists all options)\n")
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:

@@ -151,15 +151,13 @@ def _timed(
         plainly = itertools.islice(run.steps(record=False), EAGER)
         times = list(iter(lambda: _milliseconds(lambda: next(plainly, None), device), None))
         eager = statistics.median(times[len(times) // 2 :]) if times else None
-    ours, theirs = run.steps(), [_fp_steps(run, batch_size, False)]
-    if with_inputs:
-        theirs.append(_fp_steps(run, batch_size, True))
+    ours, theirs = run.steps(), _fp_steps(run, batch_size, with_inputs)
     taken: list[tuple[float, ...]] = []
     while True:
         mine = _milliseconds(lambda: next(ours, None), device)
         if mine is None:
             break
-        taken.append((mine, *(_milliseconds(lambda passes=passes: next(passes), device) for passes in theirs)))
+        taken.append((mine, *(_milliseconds(lambda: next(theirs), device) for _ in range(1 + with_inputs))))
     counted = taken[int(WARM_UP * steps) :]
     return (tuple(map(statistics.median, zip(*counted, strict=True))), eager) if counted else None
 
@@ -220,18 +218,18 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def _fp_steps(run: UnitRun, batch_size: int, with_inputs: bool) -> Iterator[Tensor]:
-    """Forward and backward passes of the FP unit, as in training: gradients of all weights and biases, and of the
-    unit's input where asked for.
+    """Forward and backward passes of the FP unit, as in training: gradients of all weights and biases; where asked
+    for, in every second pass also of the unit's input.
 
     Nothing else is in it: no loss (the gradient of the output is given), no optimiser, no choice of images. The weights
     lie in memory as they do in the unit's own run.
     """
     unit = copy.deepcopy(run.fp_module).requires_grad_(True)
     batch = run.data.fp_input.batch(0, batch_size)
-    batch = batch.detach().requires_grad_(with_inputs and batch.is_floating_point())
+    with_gradient = batch.detach().requires_grad_(batch.is_floating_point())
     gradient: Tensor | None = None
-    while True:
-        output = unit(batch)
+    for given in itertools.cycle((batch, with_gradient) if with_inputs else (batch,)):
+        output = unit(given)
         if run.activation is not None:
             output = run.activation(output)
         if gradient is None:
@@ -239,7 +237,7 @@ def _fp_steps(run: UnitRun, batch_size: int, with_inputs: bool) -> Iterator[Tens
         output.backward(gradient)
         yield output
         unit.zero_grad()
-        batch.grad = None
+        given.grad = None
 
 
 def _milliseconds(work: Callable[[], object], device: torch.device) -> float | None:

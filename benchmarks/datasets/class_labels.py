@@ -54,9 +54,9 @@ def possible_classes(
     """
     names = _names(test)
     known = frozenset().union(*(place.classes for place in train))
-    for place in test:
-        if not place.class_names <= (known if given is None else set(given)):
-            _refuse_mixture(place)
+    if given is None:
+        for place in test:
+            _refuse_mixture(place, known)
     numbers = are_numbers(test)
     if numbers:
         _refuse_ids(test)
@@ -76,10 +76,12 @@ def possible_classes(
     return [each for index, each in enumerate(fitting) if len(each) not in map(len, fitting[:index])]
 
 
-def chosen_classes(lists: Sequence[tuple[str, ...]], test: Sequence[Place], outputs: int | None) -> tuple[str, ...]:
+def chosen_classes(
+    lists: Sequence[tuple[str, ...]], test: Sequence[Place], outputs: int | None, *, others: bool
+) -> tuple[str, ...]:
     """The one of `possible_classes` for a network with so many `outputs`, or the first one where that is None.
 
-    Numbers fit a network of more outputs, too: not every class need have an image.
+    With `others`, numbers fit a network of more outputs than any of these has, too: not every class need have an image.
 
     Raises:
         BenchmarkError: none does.
@@ -91,7 +93,8 @@ def chosen_classes(lists: Sequence[tuple[str, ...]], test: Sequence[Place], outp
         names, classes = _names(test), _numbered(outputs)
         if _strange(names, classes, True):
             raise _outside(test, names, classes, True, False)
-        return classes
+        if others:
+            return classes
     if outputs not in found:
         numbers = " or ".join(f"{length:,}" for length in sorted(found))
         raise BenchmarkError(
@@ -135,15 +138,15 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def _refuse_mixture(place: Place) -> None:
-    """Raise `BenchmarkError` where some labels of a file are numbers and others are not."""
-    names = sorted(name for name in place.class_names if not _is_number(name))
-    if place.labels is None or not 0 < len(names) < len(place.class_names):
+def _refuse_mixture(place: Place, known: frozenset[str]) -> None:
+    """Raise `BenchmarkError` where some labels of a file are numbers, and others are neither that nor `known`."""
+    names = sorted(name for name in place.class_names - known if not _is_number(name))
+    if place.labels is None or not names or not any(map(_is_number, place.class_names)):
         return
     image = next(path for path, label in place.listed if label == names[0])
     raise BenchmarkError(
         f"{place.shown}: some labels are numbers, others are not: {some(names, CLASSES_SHOWN)} ({names[0]} is that of "
-        f"{image}); expected numbers of outputs, from 0, or names of classes, for all"
+        f"{image}); expected numbers of outputs, from 0, or names of classes, for all, or --classes FILE"
     )
 
 
@@ -187,6 +190,5 @@ def _outside(
             known += " (labels count from 0, and none of these is 0)"
     return BenchmarkError(
         f"{shown}: {counted(len(strange), 'label')} of test images not among the classes: "
-        f"{some(strange, CLASSES_SHOWN)}; "
-        f"expected those of {known}"
+        f"{some(strange, CLASSES_SHOWN)}; expected those of {known}"
     )

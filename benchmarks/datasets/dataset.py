@@ -44,6 +44,12 @@ class Dataset:
             BenchmarkError: there are too few.
         """
         if self.test_folds > 1:
+            fewest = min(len(fit) for fit, _ in self.folds())
+            if not 0 < n_cat <= fewest:
+                raise BenchmarkError(
+                    f"--n-cat {n_cat:,} asks for more than the {fewest:,} images of a fold of "
+                    f"{len(self.test_images):,}; lower it, or leave it out for all of them"
+                )
             return self.train_images[_drawn(len(self.train_images), n_calib, seed)], self.train_images[:0]
         if self.cat_images is not None:
             cat = self.cat_images[_drawn(len(self.cat_images), n_cat, seed)]

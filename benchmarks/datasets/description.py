@@ -45,7 +45,7 @@ class Description:
     """A data set, called `title` in messages, and what it means for options that are not given.
 
     `load` gives its images, and `output_count` how many outputs a network for these has: as many as it is known to
-    have, where labels fit these (else that is an error), or the likeliest number.
+    have, which it refuses where labels do not go by so many, or the likeliest number.
     `image_shape` is `(channels, height, width)`; `iters` are iterations a unit of the network.
 
     Three qualities decide which options it takes: it comes with the library `bundled_with` and has no `--data`; it is

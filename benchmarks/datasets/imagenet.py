@@ -77,7 +77,7 @@ def output_count(request: Request, known: int | None = None) -> int:
     if request.data is None and not request.test_data:
         return CLASSES if known is None else known
     places = find_places(request)
-    return len(chosen_classes(places.class_lists(request), places.test, known))
+    return len(chosen_classes(places.class_lists(request), places.test, known, others=False))
 
 
 def load_imagenet(request: Request) -> Dataset:
@@ -93,7 +93,7 @@ def load_imagenet(request: Request) -> Dataset:
         name: _images(files, request) for name, files in (("calib", calib), ("cat", cat), ("test", test)) if files
     }
     outputs = None if request.outputs is None else request.outputs(images["test"].first())
-    classes = chosen_classes(lists, places.test, outputs)
+    classes = chosen_classes(lists, places.test, outputs, others=request.classes is None)
     test_labels = indices(test, classes, numbers)
     rest, held = torch.arange(len(test.names)), None
     if calib is None:

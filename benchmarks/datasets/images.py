@@ -25,8 +25,7 @@ from cat_plugin.running.digests import image_digests
 
 FILES_BATCH = 64  # decoded together; 256 of ImageNet's in flight for every worker would be gigabytes
 CPU_BATCH = 16
-"""Memory for the outputs of layers for more large images than these is asked from the system every time, and networks
-take twice as long."""
+"""For the outputs of layers for more images of 224 pixels, memory is asked from the system every time."""
 DIGESTS_KEPT = 200_000
 READING_THREADS = 4
 

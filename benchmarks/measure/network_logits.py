@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from baselines.files import atomic_path
-from benchmarks import BenchmarkError
 from benchmarks.datasets.dataset import FOLDS_SEED, Dataset
 from benchmarks.datasets.images import Images, batches, digests, stacked
 from benchmarks.measure.leak_guard import FITTED, LeakGuard, fit_networks_guarded
@@ -223,13 +222,8 @@ class Fold(Networks):
         """Fitted on `n_cat` of `fit_rows`, drawn at random.
 
         Raises:
-            BenchmarkError: there are fewer, or one of the images is among those to score on.
+            BenchmarkError: one of the images is among those to score on.
         """
-        if not 0 < n_cat <= len(fit_rows):
-            raise BenchmarkError(
-                f"--n-cat {n_cat:,} asks for more than the {len(fit_rows):,} images of a fold of "
-                f"{len(whole.dataset.test_images):,}; lower it, or leave it out for all of them"
-            )
         drawn = torch.randperm(len(fit_rows), generator=torch.Generator().manual_seed(FOLDS_SEED))[:n_cat]
         data, rows = whole.dataset, fit_rows[drawn]
         tested = replace(data, test_images=data.test_images[test_rows], test_labels=data.test_labels[test_rows])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks import BenchmarkError
 from benchmarks.networks.named_objects import called, is_named, named_object
-from benchmarks.wording import some
+from benchmarks.wording import reason, some
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,12 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise BenchmarkError(f"{path} cannot be read: {reason(error)}") from error
     except Exception as error:  # the two readers raise many types for damaged and for hostile files
-        if "GLOBAL" in str(error):  # what pickle calls a class or a function
+        if "TorchScript" in str(error):
+            why = "it is a TorchScript program; save the state_dict alone"
+        elif "GLOBAL" in str(error):  # what pickle calls a class or a function
             why = "it holds Python objects, none of which is made; save the state_dict alone"
         else:
             why = "it is damaged, or neither safetensors nor written by torch.save"

@@ -113,9 +113,11 @@ def outputs_in(state: Mapping[str, Tensor], model: nn.Module, classes: int) -> i
         for key in wanted
         if key in state and state[key].shape != wanted[key].shape
     ]
-    outputs = {theirs[0] for theirs, ours in differing if theirs[1:] == ours[1:] and ours[:1] == (classes,)}
-    alike = len(outputs) == 1 and all(theirs[1:] == ours[1:] and ours[:1] == (classes,) for theirs, ours in differing)
-    return outputs.pop() if alike else classes
+    ours_first = all(
+        len(theirs) == len(ours) and theirs[1:] == ours[1:] and ours[0] == classes for theirs, ours in differing
+    )
+    outputs = {theirs[0] for theirs, _ in differing} if ours_first else set()
+    return outputs.pop() if len(outputs) == 1 else classes
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[str, Any] | None = None) -> None:
@@ -168,5 +170,6 @@ def _refuse_misfit(model: nn.Module, state: Mapping[str, Tensor], path: Path) ->
     }
     found = [f"{problem}: {some(keys, KEYS_SHOWN)}" for problem, keys in problems.items() if keys]
     if found:
-        advice = "; are these weights of another network?" if len(problems["missing"]) > KEYS_SHOWN else ""
+        most = 2 * sum(map(len, problems.values())) > len(wanted)
+        advice = "; are these weights of another network?" if most else ""
         raise BenchmarkError(f"{path} does not fit the {type(model).__name__}; {'; '.join(found)}{advice}")

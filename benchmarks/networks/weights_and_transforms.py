@@ -1,6 +1,6 @@
 """Networks with torchvision's and timm's own weights and transforms of images, or with weights from a file."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -75,14 +75,19 @@ def named_outputs(name: str, weights: str) -> int | None:
     """How many outputs the network has with weights that have a name, without downloading them; None of others.
 
     Raises:
-        BenchmarkError: no such network.
+        BenchmarkError: no such network or weights, weights that classify nothing, or timm cannot be imported.
     """
     if name in MODELS:
         return None
     bare = without_library(name)
     if is_timm(name):
         full = _tagged(bare, weights)
-        return None if full is None else _timm(f"--model {name}").get_pretrained_cfg(full).num_classes
+        if full is None:
+            return None
+        outputs = _known_to_timm(bare).get_pretrained_cfg(full).num_classes
+        if not outputs:
+            raise BenchmarkError(f"timm's {full} has no outputs for classes; give weights of a network that classifies")
+        return outputs
     known = get_model_weights(_known_to_torchvision(bare))
     return len(known[weights].meta["categories"]) if weights in known.__members__ else None
 
@@ -115,7 +120,7 @@ def _from_torchvision(name: str, weights: str, classes: int) -> Pretrained:
     bare = _known_to_torchvision(without_library(name))
     known = get_model_weights(bare)
     if weights not in known.__members__:
-        model = _with_file(name, weights, classes, [DEFAULT, *known.__members__])
+        model = _with_file(name, weights, classes, dict.fromkeys([DEFAULT, *known.__members__]))
         return Pretrained(model=model, transform=next(iter(known)).transforms(), source=weights)
     chosen = known[weights]
     return Pretrained(
@@ -136,17 +141,6 @@ def _with_state(name: str, weights: WeightsEnum) -> nn.Module:
         raise _failed_download(f"torchvision's {weights.name} of {name}", error) from error
     model.load_state_dict(state)
     return model
-
-
-def names_in_libraries(bare: str) -> list[str]:
-    """What `--model` calls the networks that torchvision or timm, where it is installed, calls so."""
-    timm, torchvisions = PREFIXES
-    found = [f"{torchvisions}{bare}"] if bare in list_models(module=torchvision.models) else []
-    try:
-        import timm as library
-    except ImportError:
-        return found
-    return [*found, f"{timm}{bare}"] if library.is_model(bare) else found
 
 
 def _known_to_torchvision(name: str) -> str:
@@ -184,6 +178,8 @@ def _tagged(bare: str, weights: str) -> str | None:
     """What timm calls the network with weights that it has; None where they are not timm's."""
     architecture, _, tag = bare.partition(".")
     tags, weights = _tags(bare), tag if tag and weights == DEFAULT else weights
+    if tag and tag not in tags:
+        raise BenchmarkError(f"timm has no weights {tag!r} of {architecture}; it has {', '.join(tags) or 'none'}")
     if weights == DEFAULT:
         if not tags:
             raise BenchmarkError(f"timm has no weights of {bare}; give them by --weights FILE, or try {RANDOM} ones")
@@ -220,6 +216,17 @@ def _timm(shown: str) -> Any:
     return timm
 
 
+def names_in_libraries(bare: str) -> list[str]:
+    """What `--model` calls the networks that torchvision, or timm where it is installed, calls so."""
+    of_timm, of_torchvision = PREFIXES
+    found = [f"{of_torchvision}{bare}"] if bare in list_models(module=torchvision.models) else []
+    try:
+        known = _timm(bare).is_model(bare) and "." not in bare  # any tag is a model to it
+    except Exception:  # this is for advice alone
+        known = False
+    return [*found, f"{of_timm}{bare}"] if known else found
+
+
 def _known_to_timm(name: str) -> Any:
     """timm itself, which knows the name."""
     timm = _timm(f"--model {name}")
@@ -234,16 +241,17 @@ def _like(name: str, known: Sequence[str]) -> str:
     return f"did you mean {' or '.join(found)}?" if found else f"it has {len(known):,} others, such as {known[0]}"
 
 
-def _with_file(name: str, weights: str, classes: int, known: Sequence[str] = ()) -> nn.Module:
+def _with_file(name: str, weights: str, classes: int, known: Iterable[str] = ()) -> nn.Module:
     """The network with the weights of a file; `known` are the weights that have names."""
-    path, model = Path(weights), _random(name, classes)
+    path = Path(weights)
+    if weights != RANDOM and not path.is_file() and not is_named(weights):
+        names = f"weights of {name} that have names: {', '.join(known)}; else " if known else ""
+        raise BenchmarkError(
+            f"no such weights file: {path}; {names}expected a file, PACKAGE:ATTRIBUTE, or {RANDOM} for random ones"
+        )
+    model = _random(name, classes)
     if weights == RANDOM:
         return model
-    if not path.is_file() and not is_named(weights):
-        names = f"weights of {name} that have names: {', '.join(known)}; " if known else ""
-        raise BenchmarkError(
-            f"no such weights file: {path}; {names}else expected a file, PACKAGE:ATTRIBUTE, or {RANDOM} for random ones"
-        )
     state = read_state(path)
     outputs = outputs_in(state, model, classes)
     if outputs != classes:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.models import resnet18
 
 from benchmarks.commands import ablate, compare, loading, report, robustness
+from benchmarks.datasets.class_labels import wnids
 from benchmarks.datasets.description import Request
 from benchmarks.datasets.imagenet import load_imagenet
 from benchmarks.datasets.images import stacked
@@ -131,18 +132,52 @@ def test_published_weights_that_are_not_as_accurate_stop_the_run(
     assert not (tmp_path / "results").exists()
 
 
-def test_small_folder_is_not_for_published_weights(tiny_imagenet, capsys):
+def test_small_folder_is_not_for_published_weights(tiny_imagenet, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "load_pretrained", lambda *_: pytest.fail("weights were downloaded first"))
     assert compare.main([*tiny_imagenet, "--weights", "DEFAULT"]) == 2
     error = capsys.readouterr().err
     assert "the model has 1,000 outputs, the data 3 classes" in error and "or give a network for these classes" in error
 
 
-def test_too_few_images_are_told_before_the_network_runs(tiny_imagenet, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        (compare, ["--n-calib", "20", "--n-cat", "900"], "n_calib=20 plus n_cat=900 needs 920 training images"),
+        (compare, ["--n-cat", "8", "--test-folds", "2"], "--n-cat 8 asks for more than the 7 images of a fold of 15"),
+        (robustness, ["--n-calib", "42"], "--n-calib 42 leaves none of the 42 training images to draw"),
+    ],
+)
+def test_too_few_images_are_told_before_the_network_runs(
+    tiny_imagenet, tmp_path, monkeypatch, capsys, command, options, message
+):
     monkeypatch.setattr(loading, "check_accuracy", lambda *_, **__: pytest.fail("the network was run first"))
-    options = [*tiny_imagenet, "--fp-top1", "50", "--n-calib", "20", "--n-cat", "900"]
-    assert compare.main(options) == 2
-    assert "n_calib=20 plus n_cat=900 needs 920 training images" in capsys.readouterr().err
+    assert command.main([*tiny_imagenet, "--fp-top1", "50", *options]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+
+
+def test_too_few_images_are_told_before_a_network_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "trained_model", lambda *_, **__: pytest.fail("the network was trained first"))
+    assert compare.main(["--n-cat", "5000", "--results", str(tmp_path), "--cache", str(tmp_path)]) == 2
+    assert "n_cat=5000 needs 5256 training images, there are 1297" in capsys.readouterr().err
+
+
+def test_failed_download_is_told_whatever_classes_the_data_may_have(tiny_imagenet, tmp_path, monkeypatch, capsys):
+    for part in ("train", "val"):
+        for index, name in enumerate(wnids()[:3]):
+            (tmp_path / "real" / part / name).mkdir(parents=True)
+            for image in range(12):
+                color = 20 * index + image, image, 100 * (part == "val")
+                Image.new("RGB", (36, 36), color).save(tmp_path / "real" / part / name / f"{image}.png")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+    def fail(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "urlopen", fail)
+    options = [*tiny_imagenet, "--data", str(tmp_path / "real"), "--weights", "DEFAULT", "--n-cat", "8"]
+    assert compare.main(options) == 2
+    assert "IMAGENET1K_V1 of resnet18 could not be downloaded or read (no network)" in capsys.readouterr().err
 
 
 def test_random_weights_are_no_result(tiny_imagenet, capsys):

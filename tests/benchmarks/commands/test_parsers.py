@@ -85,9 +85,10 @@ def test_options_that_do_not_go_together_are_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "alexnet"], "or timm/NAME or torchvision/NAME; did you mean torchvision/alexnet?"),
+        (["--model", "alexnet"], "or for imagenet timm/NAME or torchvision/NAME; did you mean torchvision/alexnet?"),
         (["--model", "resnet81"], "'resnet81' should be one of resnet8, resnet20"),
-        (["--iterations", "3"], "unrecognized arguments: --iterations 3; did you mean --iters? "),
+        (["--model", "resnet81"], "; did you mean resnet8? ("),
+        (["--iterations", "3"], "unrecognized arguments: --iterations 3; did you mean --iters? ("),
         (["--bits", "4-4"], "'4-4' should be WEIGHT_BITS/ACTIVATION_BITS"),
         (["--fp-top1", "101"], "'101' should be a number from 0 to 100"),
         (["--fp-top1", "high"], "'high' should be a number from 0 to 100"),
@@ -102,7 +103,7 @@ def test_wrong_values_end_with_code_2(options, message, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
-    assert error.endswith("python -m benchmarks compare --help lists all options\n")
+    assert error.endswith(" (python -m benchmarks compare --help lists all options)\n")
 
 
 @pytest.mark.parametrize("options", [["--n-cat", "63"], ["--n-cat", "1"]])

@@ -59,15 +59,17 @@ def test_random_images_stand_in_where_no_data_are_given(tmp_path):
 
 def test_fp_steps_are_a_training_pass_of_the_fp_unit(monkeypatch):
     """The gradients of all weights and biases, and nothing left behind in the network that is reconstructed."""
-    checked = []
+    checked, asked = [], []
 
     def check(run, steps, batch_size, with_inputs):
-        for of_input in (False, True):
-            theirs = speed._fp_steps(run, batch_size, of_input)
-            output = next(theirs)
-            unit, batch = (theirs.gi_frame.f_locals[name] for name in ("unit", "batch"))
-            assert all(parameter.grad is not None for parameter in unit.parameters())
-            assert (batch.grad is not None) == of_input
+        asked.append(with_inputs)
+        for inputs, turns in ((True, (False, True)), (False, (False, False))):
+            theirs = speed._fp_steps(run, batch_size, inputs)
+            for of_input in turns:
+                output = next(theirs)
+                unit, given = (theirs.gi_frame.f_locals[name] for name in ("unit", "given"))
+                assert all(parameter.grad is not None for parameter in unit.parameters())
+                assert (given.grad is not None) == of_input
         assert len(output) == batch_size and output.requires_grad
         assert not any(p.requires_grad or p.grad is not None for p in run.fp_module.parameters())
         with torch.no_grad():
@@ -81,12 +83,13 @@ def test_fp_steps_are_a_training_pass_of_the_fp_unit(monkeypatch):
 
     monkeypatch.setattr(speed, "_timed", check)
     timing = speed.measure(speed._job(speed.parse_speed(TINY)), 10)
-    assert checked == UNITS
+    assert checked == UNITS and asked == [True] * len(UNITS)
     assert timing.lines[-1] == Line(unit="TOTAL", iter_ms=10.0, fp_ms=5.0)
     assert timing.with_inputs == Line(unit=WITH_INPUTS, iter_ms=10.0, fp_ms=6.25)
     without = speed.measure(speed._job(speed.parse_speed([*TINY, "--method", "adaround"])), 10)
-    assert without.with_inputs is None  # nothing there needs them, and nothing times them
-    assert {line.fp_ms for line in without.lines[:-1]} == {1.0}
+    assert without.with_inputs is None and asked[len(UNITS) :] == [False] * len(
+        without.lines[:-1]
+    )  # nothing needs them
 
 
 def test_table_and_csv_by_hand():

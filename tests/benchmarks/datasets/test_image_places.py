@@ -155,7 +155,9 @@ def test_numbers_go_by_the_class_folders_of_train_first(tmp_path):
     listed("0.png 0\n1.png 2\n")(tmp_path)
     asked = {"calib_data": (str(tmp_path / "train"),), "test_data": (str(tmp_path / "images"),)}
     request = Request(data=None, cache=tmp_path, **asked)
-    assert [output_count(request, known) for known in (None, 3, 5, 1000)] == [3, 3, 5, 1000]
+    assert [output_count(request, known) for known in (None, 3, 1000)] == [3, 3, 1000]
+    with pytest.raises(BenchmarkError, match="the model has 21,843 outputs, the data 3 or 1,000 classes"):
+        output_count(request, 21843)  # of other classes, if their number is known before
     with pytest.raises(
         BenchmarkError, match="1 label of test images not among the classes: 2; expected those of 0 to 1"
     ):
@@ -169,6 +171,22 @@ def test_names_that_look_like_numbers_go_by_a_list_that_has_them(tmp_path):
     (tmp_path / "classes.txt").write_text("zebra\n7\n8\n")
     found = load(tmp_path, 3, data=tmp_path / "images", classes=tmp_path / "classes.txt", n_calib=1, test_folds=2)
     assert found.classes == ("zebra", "7", "8")
+    (tmp_path / "images" / "val.txt").write_text("0.png 9\n1.png zebra\n")
+    with pytest.raises(BenchmarkError, match="not among the classes: 9; expected those of the list of --classes"):
+        load(tmp_path, 3, data=tmp_path / "images", classes=tmp_path / "classes.txt", n_calib=1, test_folds=2)
+
+
+def test_a_list_of_classes_is_for_as_many_outputs_though_labels_are_numbers(tmp_path):
+    listed("0.png 0\n1.png 2\n")(tmp_path)
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncat\n")
+    given = {"data": tmp_path / "images", "classes": tmp_path / "classes.txt", "n_calib": 1, "test_folds": 2}
+    assert load(tmp_path, 3, **given).classes == ("ant", "bee", "cat")
+    for call in (
+        lambda: load(tmp_path, 1000, **given),
+        lambda: output_count(Request(cache=tmp_path, **given), 1000),
+    ):
+        with pytest.raises(BenchmarkError, match="the model has 1,000 outputs, the data 3 classes: ant, bee, cat"):
+            call()
 
 
 def test_folders_of_images_for_quantization_need_be_no_classes(tmp_path):

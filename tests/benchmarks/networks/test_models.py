@@ -124,6 +124,19 @@ def test_weights_are_found_in_packages(tmp_path, monkeypatch, attribute):
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
+def test_programs_and_files_that_cannot_be_read_are_told(tmp_path, monkeypatch):
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "program.pt")
+    with pytest.raises(BenchmarkError, match="tensors only: it is a TorchScript program; save the state_dict alone"):
+        load_weights(untrained("resnet8", 10), tmp_path / "program.pt")
+
+    def fail(*_, **__):
+        raise PermissionError("not for you")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(BenchmarkError, match=r"program\.pt cannot be read: not for you"):
+        load_weights(untrained("resnet8", 10), tmp_path / "program.pt")
+
+
 def test_missing_weights_are_refused(tmp_path):
     with pytest.raises(BenchmarkError, match=r"no such weights file: .*none\.pt"):
         load_weights(untrained("resnet8", 10), tmp_path / "none.pt")

@@ -81,6 +81,11 @@ def test_outputs_of_named_weights_are_known_before_they_are_there(hub):
     named = [("resnet18", "DEFAULT"), ("deit_tiny_patch16_224", "DEFAULT"), ("deit_tiny_patch16_224", "fb_in1k")]
     assert [named_outputs(*each) for each in named] == [1000] * 3
     assert named_outputs("timm/vit_base_patch16_224.augreg_in21k", "DEFAULT") == 21843
+    with pytest.raises(BenchmarkError, match=r"dinov2.* has no outputs for classes; give weights of a network that"):
+        named_outputs("timm/vit_base_patch14_dinov2", "DEFAULT")
+    for call in (named_outputs, lambda *names: load_pretrained(*names, 1000)):
+        with pytest.raises(BenchmarkError, match=r"timm has no weights 'foo' of resnet18; it has .*a1_in1k"):
+            call("timm/resnet18.foo", "DEFAULT")
     others = [("resnet18", "random"), ("resnet18", "a.pt"), ("deit_tiny_patch16_224", "a.pt"), ("resnet20", "DEFAULT")]
     assert [named_outputs(*each) for each in others] == [None] * 4
 
@@ -129,6 +134,9 @@ def test_file_that_differs_in_more_than_outputs_is_refused(tmp_path):
         BenchmarkError,
         match=r"does not fit the ResNet; wrong shape: bn1.bias \(9,\) .*, fc.weight \(5, 512\) instead of",
     ):
+        load_pretrained("resnet18", str(tmp_path / "weights.safetensors"), 4)
+    save_file(state | {"fc.bias": torch.tensor(0.0)}, tmp_path / "weights.safetensors")
+    with pytest.raises(BenchmarkError, match=r"fc.bias \(\) instead of \(4,\)"):
         load_pretrained("resnet18", str(tmp_path / "weights.safetensors"), 4)
     save_file(untrained("resnet20", 4).state_dict(), tmp_path / "weights.safetensors")
     with pytest.raises(BenchmarkError, match=r"missing: .* more; unexpected: .* weights of another network\?"):
