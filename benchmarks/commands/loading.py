@@ -72,9 +72,9 @@ def load_network(args: argparse.Namespace, needs: Callable[[Dataset], object] | 
     asked, description = request(args), DATASETS[args.dataset]
     if args.weights is None and args.model_fn is None:
         dataset = description.load(asked)
+        LeakGuard(dataset.test_images).check(dataset.train_images, "images to train on")
         if needs is not None:
             needs(dataset)
-        LeakGuard(dataset.test_images).check(dataset.train_images, "images to train on")
         model = trained_model(args.model, dataset, args.cache, device=args.device, progress=asked.progress)
         weights, digest = "trained here", digest_text(lasting(model))
         return Loaded(dataset=dataset, model=model, weights=weights, cache=args.cache, digest=digest)

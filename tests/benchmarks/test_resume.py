@@ -36,7 +36,7 @@ def tables(folder: Path) -> dict[str, str]:
 def comparison(tiny, monkeypatch):
     """A comparison whose rows cost nothing."""
     loaded = compare.load_network(parse_compare(tiny))
-    monkeypatch.setattr(compare, "load_network", lambda args: loaded)
+    monkeypatch.setattr(compare, "load_network", lambda args, needs: loaded)
     monkeypatch.setattr(
         compare, "measure", lambda setting, *args, **kwargs: make_measurement(setting, won=setting.seed)
     )
