@@ -31,6 +31,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def did_you_mean(names: Iterable[str]) -> str:
+    """The question, of names that are like what was given."""
+    return f"did you mean {' or '.join(names)}?"
+
+
 def reason(error: BaseException) -> str:
     """The first line of what an error says, or its type where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -9,7 +9,7 @@ from benchmarks.measure.factors import FACTORS, Value
 from benchmarks.networks.catalogue import ALL_NETWORKS, PREFIXES, TIMM_FAMILIES, one_name
 from benchmarks.networks.weights_and_transforms import names_in_libraries
 from benchmarks.runs.processes import this_process, use_device
-from benchmarks.wording import reason
+from benchmarks.wording import did_you_mean, reason
 
 FLOAT_BITS = 32
 
@@ -18,7 +18,7 @@ def network(text: str) -> str:
     if text not in ALL_NETWORKS and not text.startswith((*PREFIXES, *TIMM_FAMILIES)):
         others = " or ".join(f"{prefix}NAME" for prefix in PREFIXES)
         alike = names_in_libraries(text) or get_close_matches(text, ALL_NETWORKS, 1)
-        advice = f"; did you mean {' or '.join(alike)}?" if alike else ""
+        advice = f"; {did_you_mean(alike)}" if alike else ""
         raise argparse.ArgumentTypeError(
             f"{text!r} should be one of {', '.join(ALL_NETWORKS)}, or for imagenet {others}{advice}"
         )

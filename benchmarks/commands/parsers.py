@@ -34,6 +34,7 @@ from benchmarks.measure.corrections import MODES
 from benchmarks.measure.factors import FACTORS, OF_OUTPUT
 from benchmarks.measure.nulls import CASES
 from benchmarks.networks.catalogue import ALL_NETWORKS
+from benchmarks.wording import did_you_mean
 
 IMAGES = 256, 512, 1024, 4096
 MAX_DRAWS = 5
@@ -105,7 +106,7 @@ class _Parser(argparse.ArgumentParser):
         unknown = message.partition("unrecognized arguments: ")[2].split()
         known = [option for option in self._option_string_actions if option.startswith("--")]
         alike = dict.fromkeys(m for word in unknown for m in get_close_matches(word.partition("=")[0], known, 1))
-        advice = f"; did you mean {' or '.join(alike)}?" if alike else ""
+        advice = f"; {did_you_mean(alike)}" if alike else ""
         self.exit(2, f"error: {message}{advice} ({self.prog} --help lists all options)\n")
 
 

@@ -107,12 +107,7 @@ def outputs_in(state: Mapping[str, Tensor], model: nn.Module, classes: int) -> i
     That is where the two differ; where they differ in something else, it is `classes`.
     """
     wanted = model.state_dict()
-    state = without_prefixes(state, wanted)
-    differing = [
-        (state[key].shape, wanted[key].shape)
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
+    differing = _other_shapes(without_prefixes(state, wanted), wanted).values()
     ours_first = all(
         len(theirs) == len(ours) and theirs[1:] == ours[1:] and ours[0] == classes for theirs, ours in differing
     )
@@ -156,13 +151,17 @@ def check_outputs(model: nn.Module, images: Tensor, classes: tuple[str, ...]) ->
         raise BenchmarkError(f"the model has {outputs} outputs, the data {len(classes)} classes")
 
 
+def _other_shapes(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes in `state`, and those `wanted`, where both have a tensor and the two differ."""
+    shapes = {key: (tuple(state[key].shape), tuple(wanted[key].shape)) for key in wanted if key in state}
+    return {key: (theirs, ours) for key, (theirs, ours) in shapes.items() if theirs != ours}
+
+
 def _refuse_misfit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     wanted = model.state_dict()
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
+    shapes = [f"{key} {theirs} instead of {ours}" for key, (theirs, ours) in _other_shapes(state, wanted).items()]
     problems = {
         "missing": [key for key in wanted if key not in state],
         "unexpected": [key for key in state if key not in wanted],

@@ -1,6 +1,6 @@
 """Networks with torchvision's and timm's own weights and transforms of images, or with weights from a file."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +16,7 @@ from benchmarks.networks.catalogue import PREFIXES, is_timm, without_library
 from benchmarks.networks.checkpoints import read_state
 from benchmarks.networks.models import MODELS, load_read, outputs_in
 from benchmarks.networks.named_objects import is_named
-from benchmarks.wording import reason
+from benchmarks.wording import did_you_mean, reason
 
 DEFAULT, RANDOM = "DEFAULT", "random"
 NAMES_SHOWN = 3
@@ -238,10 +238,10 @@ def _known_to_timm(name: str) -> Any:
 def _like(name: str, known: Sequence[str]) -> str:
     """Those of the known names that are most alike."""
     found = get_close_matches(name, known, NAMES_SHOWN)
-    return f"did you mean {' or '.join(found)}?" if found else f"it has {len(known):,} others, such as {known[0]}"
+    return did_you_mean(found) if found else f"it has {len(known):,} others, such as {known[0]}"
 
 
-def _with_file(name: str, weights: str, classes: int, known: Iterable[str] = ()) -> nn.Module:
+def _with_file(name: str, weights: str, classes: int, known: Collection[str] = ()) -> nn.Module:
     """The network with the weights of a file; `known` are the weights that have names."""
     path = Path(weights)
     if weights != RANDOM and not path.is_file() and not is_named(weights):
