@@ -185,7 +185,9 @@ def prepare(
     _say_tied(fp_model)
     folded = folded_copy(fp_model, example, inputs.batch(0, _CHECK_IMAGES))
     _set_layout(folded, layout)
-    record = trace(folded, example)
+    larger = torch.cat([inputs.batch(EXAMPLES, 2 * EXAMPLES), example, example])[: 2 * EXAMPLES]
+    larger_record = trace(folded, larger)
+    record = trace(folded, example).confirmed_by(larger_record)
     record.unseen = unseen_products(folded, example)
     blocks = find_blocks(folded, record) if blocks is None else named_blocks(folded, record, blocks)
     if recipe.unit == "block" and not blocks and any(isinstance(module, GraphNetwork) for module in folded.modules()):
@@ -202,9 +204,9 @@ def prepare(
     units = find_units(folded, record, blocks, recipe.unit)
     if recipe.stages:
         warn_of_repeated(folded, record, units)
-        larger = torch.cat([example, example[:1]])
-        passes = (len(example), record), (len(larger), trace(folded, larger))
+        passes = (len(example), record), (len(larger), larger_record)
         units = per_image(units, *passes, one_row=recipe.looks_ahead)
+        logger.info("%d units, %d of them blocks", len(units), len({unit.name for unit in units} & set(blocks)))
         log_cache_size(units, record, len(inputs), inputs.plan, recipe)
     corrector = None
     if recipe.correction is not None:

@@ -2,7 +2,7 @@
 
 from baselines.recipes import RECIPES
 
-ENGINE_VERSION = 4
+ENGINE_VERSION = 5
 """Of what all methods share: tracing, folding, ranges, quantizers and reconstruction."""
 
 

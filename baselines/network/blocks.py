@@ -15,8 +15,8 @@ _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd_
 def find_blocks(model: nn.Module, record: Trace) -> list[str]:
     """Names of the blocks of `model` (residual blocks, inverted residuals, transformer blocks...), in calling order.
 
-    A block is a user-defined module with at least two layers to quantize, called once, from one tensor to one
-    tensor. Elements of a `Sequential` or `ModuleList` are preferred; one that itself holds two or more such
+    A block is a user-defined module with at least two layers to quantize, called once, from one tensor and constants
+    to one tensor. Elements of a `Sequential` or `ModuleList` are preferred; one that itself holds two or more such
     elements is a stage, not a block. Outside of these, the innermost candidate that adds two activations (a residual
     block, with whatever blocks are on its branches) or else the innermost candidate is the block.
     """
@@ -42,7 +42,7 @@ def named_blocks(model: nn.Module, record: Trace, names: Sequence[str]) -> list[
     Raises:
         TypeError: not a list of strings.
         ValueError: a name that `model` does not have, one inside of another, no layer to quantize in one, or one
-            that is not called once, from one tensor to one tensor.
+            that is not called once, from one tensor (and constants) to one tensor.
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"blocks={names!r} should be a list of module names, such as ['layer1.0', 'layer1.1']")
@@ -65,7 +65,7 @@ def named_blocks(model: nn.Module, record: Trace, names: Sequence[str]) -> list[
                 "leave it out: a layer that is in no block is a unit of its own"
             )
         calls = record.of(name)
-        if len(calls) != 1 or not calls[0].simple or calls[0].output is None:
+        if len(calls) != 1 or not calls[0].one_to_one:
             raise ValueError(
                 f"blocks names {name!r} ({type(modules[name]).__name__}), which is {_called_how(calls)}; a block is "
                 "called once, from one tensor to one tensor: name a module inside of it or around it"
@@ -76,8 +76,10 @@ def named_blocks(model: nn.Module, record: Trace, names: Sequence[str]) -> list[
 def _called_how(calls: list[Call]) -> str:
     if len(calls) != 1:
         return f"called {len(calls)} times"
-    if not calls[0].simple:
-        return f"called with {len(calls[0].inputs)} tensors or further arguments"
+    if len(calls[0].inputs) != 1:
+        return f"called with {len(calls[0].inputs)} tensors"
+    if calls[0].arguments is None:
+        return "called with arguments that are no constants, or not the same for all images"
     return "giving something else than one tensor"
 
 
@@ -91,7 +93,7 @@ def _adds_activations(operation: Operation) -> bool:
 
 def _may_be_block(module: nn.Module, calls: list[Call], layers: set[int]) -> bool:
     """`layers` are the identities of all layers that are called."""
-    if len(calls) != 1 or not calls[0].simple or calls[0].output is None or id(module) in layers:
+    if len(calls) != 1 or not calls[0].one_to_one or id(module) in layers:
         return False
     if type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.TransformerEncoderLayer):
         return False

@@ -7,17 +7,20 @@ no symbolic tracing is needed, and any control flow will do.
 
 import contextlib
 import dataclasses
+import functools
 import inspect
+import numbers
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 EXAMPLES = 2
 """So many images are enough to see how a network computes."""
@@ -38,13 +41,46 @@ class Value(NamedTuple):
         return other is not None and self.tensor is other.tensor and self.version == other.version
 
 
+_CONSTANTS = (type(None), numbers.Number, str, bytes, torch.Size, torch.dtype, torch.device, Enum)
+
+
+class Arguments:
+    """How a module was called with one tensor, beside which there were only constants: numbers, names and the like."""
+
+    def __init__(self, args: tuple, kwargs: dict[str, object]) -> None:
+        self._leaves, self._structure = tree_flatten((args, kwargs))
+        self._place = next(index for index, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor))
+        self._leaves[self._place] = None
+        self._alone = self._structure == tree_flatten(((None,), {}))[1]
+
+    def call(self, module: nn.Module, x: Tensor) -> object:
+        """What `module` gives where it is called with `x` instead of that tensor."""
+        if self._alone:
+            return module(x)
+        leaves = list(self._leaves)
+        leaves[self._place] = x
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        return module(*args, **kwargs)
+
+    def of(self, module: nn.Module) -> Callable[[Tensor], object]:
+        """`module` as a function of the one tensor."""
+        return module if self._alone else functools.partial(self.call, module)
+
+    def same(self, other: "Arguments | None") -> bool:
+        """Whether tensors and constants are in the same places, and the constants are the same."""
+        if other is None or (self._structure, self._place) != (other._structure, other._place):
+            return False
+        pairs = zip(self._leaves, other._leaves, strict=True)
+        return all(one is two or (type(one) is type(two) and bool(one == two)) for one, two in pairs)
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of one module.
 
     Attributes:
         inputs: all tensors among the arguments; `output` is `None` unless it is one tensor.
-        simple: whether the call was `module(tensor)`, with nothing else but defaults spelled out.
+        arguments: how to make the call with another tensor; `None` unless it was made with one tensor and constants.
         parents: names of the modules that were running.
     """
 
@@ -52,8 +88,13 @@ class Call:
     module: nn.Module
     inputs: tuple[Value, ...]
     output: Value | None
-    simple: bool
+    arguments: Arguments | None
     parents: tuple[str, ...]
+
+    @property
+    def one_to_one(self) -> bool:
+        """Whether the call made one tensor of one tensor and constants."""
+        return self.arguments is not None and self.output is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +142,19 @@ class Trace:
     def of(self, name: str) -> list[Call]:
         """The calls of the module called `name`."""
         return [call for call in self.calls if call.name == name]
+
+    def confirmed_by(self, other: "Trace") -> "Trace":
+        """This trace, in which nothing counts as a constant that the pass `other`, of other images and another number
+        of them, does otherwise: it comes from the images, or is the number of them."""
+        others: dict[str, list[Call]] = {}
+        for call in reversed(other.calls):
+            others.setdefault(call.name, []).append(call)
+        calls = []
+        for call in self.calls:
+            same = others[call.name].pop() if others.get(call.name) else None
+            varies = call.arguments is not None and same is not None and not call.arguments.same(same.arguments)
+            calls.append(dataclasses.replace(call, arguments=None) if varies else call)
+        return dataclasses.replace(self, calls=calls)
 
     def order(self, names: list[str]) -> list[str]:
         """`names` in the order in which the modules were first called; those never called are left out."""
@@ -161,7 +215,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
     def enter(name: str):
         def hook(module, args, kwargs):
             values = tuple(map(Value.of, tensors_in(args, by_signature(module.forward, kwargs))))
-            running.append(_Running(name, len(record.started), values, _is_simple(module, args, kwargs)))
+            running.append(_Running(name, len(record.started), values, _arguments(module, args, kwargs)))
             record.started.append(name)
 
         return hook
@@ -170,7 +224,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         this = running.pop()
         value = Value.of(output) if isinstance(output, Tensor) else None
         parents = tuple(parent.name for parent in running)
-        record.calls.append(Call(this.name, module, this.inputs, value, this.simple, parents))
+        record.calls.append(Call(this.name, module, this.inputs, value, this.arguments, parents))
 
     with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
@@ -237,7 +291,7 @@ class _Running(NamedTuple):
     name: str
     call: int
     inputs: tuple[Value, ...]
-    simple: bool
+    arguments: Arguments | None
 
 
 class _Watch(TorchFunctionMode):
@@ -261,15 +315,20 @@ class _Watch(TorchFunctionMode):
         return result
 
 
-def _is_simple(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> bool:
-    """Whether `module(args[0])` is the same call, since everything else has its default value."""
-    if not args or not isinstance(args[0], Tensor) or len(tensors_in(args, kwargs)) != 1:
-        return False
-    if len(args) == 1 and not kwargs:
+def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> Arguments | None:
+    """Those of a call with one tensor and constants, to which every default belongs that is spelled out."""
+    leaves = tree_leaves((args, kwargs))
+    odd = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_CONSTANTS))]
+    if sum(isinstance(leaf, Tensor) for leaf in leaves) != 1 or not _are_defaults(odd, module.forward):
+        return None
+    return Arguments(args, kwargs)
+
+
+def _are_defaults(values: list[object], forward: Callable[..., object]) -> bool:
+    if not values:
         return True
     try:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        defaults = inspect.signature(module.forward).parameters
+        defaults = [parameter.default for parameter in inspect.signature(forward).parameters.values()]
     except (TypeError, ValueError):
         return False
-    return all(value is args[0] or value is defaults[name].default for name, value in bound.items())
+    return all(any(value is default for default in defaults) for value in values)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from baselines.network.quantizable import is_subclass, quantizable_layers
-from baselines.network.trace import Call, Trace
+from baselines.network.trace import Arguments, Call, Trace
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +27,18 @@ class Unit:
         activation: name of the activation that the output goes straight into, if any. The output is compared behind
             it: what the activation removes need not be reconstructed.
         channel_axis: axis of the output over which the squared error is summed.
+        arguments: how the network calls it.
         block: name of the block that a layer unit lies in, if any.
+        block_arguments: how the network calls that.
     """
 
     name: str
     layers: tuple[str, ...]
     activation: str | None
     channel_axis: int
+    arguments: Arguments
     block: str | None = None
+    block_arguments: Arguments | None = None
 
 
 def find_units(model: nn.Module, record: Trace, blocks: Iterable[str], kind: str) -> list[Unit]:
@@ -101,7 +105,7 @@ def per_image(
 
 def _one_to_one(call: Call) -> bool:
     """Torch's own layers are never called otherwise."""
-    return not is_subclass(call.module) or (call.simple and call.output is not None)
+    return not is_subclass(call.module) or call.one_to_one
 
 
 def _rows(call: Call, images: int) -> tuple[object, ...] | None:
@@ -118,7 +122,8 @@ def _unit(name: str, layers: tuple[str, ...], modules: dict[str, nn.Module], rec
     if isinstance(last, nn.Linear) and output is not None:  # whose channels may have been moved behind the batch
         moved = output.tensor.shape[-1] != last.out_features and output.tensor.shape[1] == last.out_features
         axis = 1 if moved else -1
-    return Unit(name, layers, _activation_behind(name, record), axis, block)
+    how, how_block = (None if each is None else record.of(each)[0].arguments for each in (name, block))
+    return Unit(name, layers, _activation_behind(name, record), axis, how, block, how_block)
 
 
 def _activation_behind(name: str, record: Trace) -> str | None:

@@ -83,7 +83,7 @@ def _place_input_quantizers(
         block = network.get_submodule(entered[name])
         if not hasattr(block, "input_quantizer"):
             block.input_quantizer = quantizer
-            block.register_forward_pre_hook(quantize_on_entry)
+            block.register_forward_pre_hook(quantize_on_entry, with_kwargs=True)
 
 
 def _place_factor_quantizers(network: nn.Module, record: Trace, spec: QuantSpec, edges: Edges) -> None:

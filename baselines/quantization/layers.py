@@ -145,6 +145,6 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 
-def quantize_on_entry(block: nn.Module, args: tuple) -> tuple:
+def quantize_on_entry(block: nn.Module, args: tuple, kwargs: dict[str, object]) -> tuple[tuple, dict[str, object]]:
     """Forward pre-hook of a block with an `input_quantizer`: all readers of its input see the quantized tensor."""
-    return (block.input_quantizer(args[0]), *args[1:])
+    return with_first_tensor(block.input_quantizer, args, kwargs)

@@ -2,11 +2,11 @@
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from baselines.network.trace import Trace
 from baselines.network.units import Unit
@@ -91,9 +91,9 @@ class Cached:
         return self.tensor[start : start + size].to(self.plan.compute_device, self.dtype, copy=True)
 
     @torch.no_grad()
-    def mapped(self, module: nn.Module, batch_size: int) -> "Cached":
-        """What `module` makes of the data."""
-        return Cached.collect(map(module, self.batches(batch_size)), len(self), self.plan)
+    def mapped(self, function: Callable[[Tensor], Tensor], batch_size: int) -> "Cached":
+        """What `function` makes of the data."""
+        return Cached.collect(map(function, self.batches(batch_size)), len(self), self.plan)
 
 
 def _empty_like(part: Tensor, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ class Corrector:
         if (not inside and behind is None) or not inputs.dtype.is_floating_point:
             return inputs
         # As large as each other: statistics of a small remainder would not be those of the network.
-        batches = (self._corrected(module, inside, behind, x) for x in inputs.even_batches(batch_size))
+        run = self._record.of(unit)[0].arguments.of(module)
+        batches = (self._corrected(run, inside, behind, x) for x in inputs.even_batches(batch_size))
         return Cached.collect(batches, len(inputs), inputs.plan)
 
     def _norm_behind(self, unit: str) -> nn.Module | None:
@@ -56,7 +57,9 @@ class Corrector:
         readers = [] if output is None else self._record.readers(output)
         return next((call.module for call in readers if _has_statistics(call.module)), None)
 
-    def _corrected(self, unit: nn.Module, inside: list[nn.Module], behind: nn.Module | None, start: Tensor) -> Tensor:
+    def _corrected(
+        self, unit: Callable[[Tensor], Tensor], inside: list[nn.Module], behind: nn.Module | None, start: Tensor
+    ) -> Tensor:
         correction, x = self._correction, start.clone().requires_grad_()
         optimizer = adam([{"params": [x], "lr": correction.lr}])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=correction.steps)

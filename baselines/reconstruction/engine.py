@@ -92,7 +92,7 @@ def _walk(job: Job, number: int) -> Iterator[UnitRun]:
             corrected = fp_input if job.corrector is None else job.corrector.correct(unit.name, fp_input, size)
             if corrected is not fp_input:
                 fp_input = corrected
-                target = fp_input.mapped(job.folded.get_submodule(unit.name), size)
+                target = fp_input.mapped(unit.arguments.of(job.folded.get_submodule(unit.name)), size)
             del corrected
             if unit.activation:
                 target = target.mapped(job.folded.get_submodule(unit.activation), size)

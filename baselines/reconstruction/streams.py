@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from baselines.network.trace import Arguments, tensors_in
 from baselines.network.units import Unit
 from baselines.quantization.quantizers import bypassed
 from baselines.reconstruction.cache import Cached
@@ -38,21 +39,23 @@ class Stream:
     def arrive(self, unit: Unit) -> Cached:
         """The input (N, ...) of `unit`, the next one in calling order, before its own quantization."""
         if unit.block != self._block:
-            self._change_block(unit.block)
+            self._change_block(unit)
         return (self._inner or self._outer).arrive(self._network.get_submodule(unit.name), unit.name)
 
     @torch.no_grad()
     def leave(self, unit: Unit, arrived: Cached) -> Cached:
         """The output (N, ...) of `unit` for the input that `arrive` gave."""
-        return (self._inner or self._outer).leave(self._network.get_submodule(unit.name), arrived)
+        module = self._network.get_submodule(unit.name)
+        return (self._inner or self._outer).leave(module, unit.arguments, arrived)
 
-    def _change_block(self, block: str | None) -> None:
+    def _change_block(self, unit: Unit) -> None:
         if self._inner is not None:
             self._outer.passed(self._network.get_submodule(self._block), self._inner.finish())
-        self._block, self._inner = block, None
-        if block is not None:
-            module = self._network.get_submodule(block)
-            self._inner = self._outer.within(module, self._outer.arrive(module, block))
+        self._block, self._inner = unit.block, None
+        if unit.block is not None:
+            module = self._network.get_submodule(unit.block)
+            arrived = self._outer.arrive(module, unit.block)
+            self._inner = self._outer.within(unit.block_arguments.of(module), arrived)
 
 
 class _Level:
@@ -63,7 +66,9 @@ class _Level:
     network has a connection past a unit, and the units are run again for this step.
     """
 
-    def __init__(self, network: nn.Module, inputs: Cached, batch_size: int, keep_all: bool = False) -> None:
+    def __init__(
+        self, network: Callable[[Tensor], object], inputs: Cached, batch_size: int, keep_all: bool = False
+    ) -> None:
         self._network = network
         self._inputs = inputs
         self._batch_size = batch_size
@@ -71,7 +76,7 @@ class _Level:
         # Shape and type are those of the output for one of the inputs.
         self._passed: list[tuple[nn.Module, torch.Size, torch.dtype, Cached | None]] = []
 
-    def within(self, block: nn.Module, inputs: Cached) -> "_Level":
+    def within(self, block: Callable[[Tensor], object], inputs: Cached) -> "_Level":
         """The level of the units inside of `block`."""
         return _Level(block, inputs, self._batch_size, keep_all=True)
 
@@ -84,8 +89,8 @@ class _Level:
             self._passed[-1] = *self._passed[-1][:3], None
         return arrived
 
-    def leave(self, unit: nn.Module, arrived: Cached) -> Cached:
-        output = arrived.mapped(unit, self._batch_size)
+    def leave(self, unit: nn.Module, arguments: Arguments, arrived: Cached) -> Cached:
+        output = arrived.mapped(arguments.of(unit), self._batch_size)
         self.passed(unit, output)
         return output
 
@@ -153,8 +158,8 @@ class _Level:
             yield
 
 
-def _raise_arrived(*args: Tensor, **kwargs: Tensor) -> None:
-    raise _Arrived(*args, *kwargs.values())  # one tensor: units are called with nothing else
+def _raise_arrived(*args: object, **kwargs: object) -> None:
+    raise _Arrived(*tensors_in(args, kwargs))  # one: beside it are constants
 
 
 def _nans(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:

@@ -113,6 +113,54 @@ def test_the_same_network_written_in_another_way(written, plain, method):
     assert (outputs - expected).norm() < 0.02 * expected.norm()
 
 
+class Blocks(nn.Module):
+    """Residual blocks, called with nothing but a tensor."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(6)
+            self.first, self.second = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
+            self.share = 1
+
+        def forward(self, x, share=None, way="mean"):
+            x = x[0] if isinstance(x, list) else x
+            share = self.share if share is None else share
+            return x + share * self.second(F.relu(self.norm(self.first(x))))
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.stem, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+            self.blocks = nn.ModuleList([self.Block() for _ in range(3)])
+            for block, share in zip(self.blocks, (0.5, 1.5, 2.0), strict=True):
+                block.share = share
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+class BlocksWithConstants(Blocks):
+    def forward(self, x):
+        first, second, third = self.blocks
+        x = first(self.stem(x), 0.5, way="sum")
+        x = third(x=second([x], share=1.5), share=2.0)
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["rtn", "adaround", "brecq", "qdrop", "pd_quant"])
+def test_blocks_called_with_constants_are_those_called_without(method):
+    x, fresh, options = images(32), images(16, seed=2), {"method": method, "w_bits": 4, "a_bits": 4, "iters": 5}
+    made, plain = (quantize(kind().eval(), x, batch_size=8, **options) for kind in (BlocksWithConstants, Blocks))
+    for (name, tensor), (_, other) in zip(made.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert torch.equal(tensor, other), name
+    assert torch.equal(made(fresh), plain(fresh))
+
+
 @pytest.mark.parametrize("method", ["rtn", "brecq", "qdrop", "pd_quant"])
 def test_views_of_what_convolutions_give(method):
     """They need the usual order of axes; with the faster one the same draws fall on other elements."""

@@ -39,34 +39,63 @@ def test_a_module_called_twice_is_no_unit():
     assert [u.name for u in find_units(model, trace(model, images(1)), [], "layer")] == ["fc"]
 
 
-@pytest.mark.parametrize("call", ["extra", "keyword", "list"])
-def test_block_called_with_more_than_a_tensor_is_no_block(call):
+class Called(nn.Module):
+    """A block that is called in some way."""
+
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
 
-        def forward(self, x, times=1):
+        def forward(self, x, times=1, hook=len):
             x = x[0] if isinstance(x, list) else x
-            return self.b(self.a(x)) * times
+            return self.b(self.a(x)) * (times if isinstance(times, (int, float, torch.Tensor)) else 1)
 
-    class Whole(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.block = Block()
+    def __init__(self, call):
+        super().__init__()
+        self.block, self.call = self.Block(), call
 
-        def forward(self, x):
-            calls = {
-                "extra": lambda: self.block(x, 3),
-                "keyword": lambda: self.block(x=x),
-                "list": lambda: self.block([x]),
-            }
-            return calls[call]().mean((2, 3))
+    def forward(self, x):
+        return self.call(self.block, x).mean((2, 3))
 
-    model = Whole().eval()
-    record = trace(model, images(1))
-    assert find_blocks(model, record) == []
-    assert [u.name for u in find_units(model, record, [], "block")] == ["block.a", "block.b"]
+
+def blocks_confirmed(model):
+    torch.manual_seed(0)
+    few, more = images(2, seed=1), images(4, seed=2)
+    record = trace(model.eval(), few).confirmed_by(trace(model, more))
+    return [u.name for u in find_units(model, record, find_blocks(model, record), "block")]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda block, x: block(x, 3),
+        lambda block, x: block(x, times=0.5),
+        lambda block, x: block(x=x),
+        lambda block, x: block([x], hook=len),
+        lambda block, x: block(x, times=tuple(x.shape[2:])),
+        lambda block, x: block(x, times=[None, {"way": "mean"}]),
+    ],
+    ids=["number", "named number", "named tensor", "list", "sizes", "nested"],
+)
+def test_constants_beside_the_tensor_do_not_matter(call):
+    assert blocks_confirmed(Called(call)) == ["block"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda block, x: block(x, len(x)),
+        lambda block, x: block(x, times=[x.shape]),
+        lambda block, x: block(x, x.mean().item()),
+        lambda block, x: block(x, x.mean()),
+        lambda block, x: block(x, hook=lambda: None),
+        lambda block, x: block(x, **({"times": 2} if len(x) == 2 else {})),
+    ],
+    ids=["number of images", "shape", "value", "second tensor", "function", "not always"],
+)
+def test_blocks_called_with_what_may_vary_are_no_blocks(call):
+    assert blocks_confirmed(Called(call)) == ["block.a", "block.b"]
 
 
 def test_activation_that_is_not_the_only_reader_is_not_part_of_the_unit():
