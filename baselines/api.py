@@ -23,7 +23,7 @@ from baselines.network.floating_point import unseen_products
 from baselines.network.plain_copy import plain_copy
 from baselines.network.quantizable import quantizable_layers
 from baselines.network.reference_copy import HALF, held_network, holds_half, reference_copy, restore_types
-from baselines.network.trace import EXAMPLES, called_as_recorded, trace
+from baselines.network.trace import EXAMPLES, Trace, called_as_recorded, trace
 from baselines.network.units import find_units, per_image, warn_of_repeated
 from baselines.quantization.convert import quantized_copy, set_activation_ranges
 from baselines.quantization.specs import QuantSpec
@@ -186,7 +186,7 @@ def prepare(
     folded = folded_copy(fp_model, example, inputs.batch(0, _CHECK_IMAGES))
     _set_layout(folded, layout)
     larger = torch.cat([inputs.batch(EXAMPLES, 2 * EXAMPLES), example, example])[: 2 * EXAMPLES]
-    larger_record = trace(folded, larger)
+    larger_record = _second_trace(folded, larger, needed=bool(recipe.stages))
     record = trace(folded, example).confirmed_by(larger_record)
     record.unseen = unseen_products(folded, example)
     blocks = find_blocks(folded, record) if blocks is None else named_blocks(folded, record, blocks)
@@ -196,24 +196,37 @@ def prepare(
             "that it was traced from",
             type(fp_model).__name__,
         )
-    started = time.perf_counter()
-    network = quantized_copy(folded, record, blocks, spec)
-    with called_as_recorded(folded, record, quantizable_layers(folded)):
-        set_activation_ranges(folded, network, sample, spec, batch_size=settings.batch_size, generator=generator)
-    range_seconds = time.perf_counter() - started
     units = find_units(folded, record, blocks, recipe.unit)
     if recipe.stages:
         warn_of_repeated(folded, record, units)
         passes = (len(example), record), (len(larger), larger_record)
         units = per_image(units, *passes, one_row=recipe.looks_ahead)
-        logger.info("%d units, %d of them blocks", len(units), len({unit.name for unit in units} & set(blocks)))
+        if recipe.unit == "block":
+            logger.info("%d units, %d of them blocks", len(units), len({unit.name for unit in units} & set(blocks)))
         log_cache_size(units, record, len(inputs), inputs.plan, recipe)
+    del larger_record
+    started = time.perf_counter()
+    network = quantized_copy(folded, record, blocks, spec)
+    with called_as_recorded(folded, record, quantizable_layers(folded)):
+        set_activation_ranges(folded, network, sample, spec, batch_size=settings.batch_size, generator=generator)
+    range_seconds = time.perf_counter() - started
     corrector = None
     if recipe.correction is not None:
         unfolded = plain_copy(fp_model, example)
         _set_layout(unfolded, layout)
         corrector = Corrector(unfolded, example, recipe.correction)
     return Job(folded, network, units, inputs, recipe, settings, generator, range_seconds, corrector)
+
+
+def _second_trace(folded: nn.Module, images: Tensor, *, needed: bool) -> Trace | None:
+    """A trace of these images; `None` where the network does not take so many and it is not needed."""
+    try:
+        return trace(folded, images)
+    except Exception:  # the user's code, which may raise anything
+        if needed:
+            raise
+        logger.info("%s does not take %d images", type(folded).__name__, len(images), exc_info=True)
+        return None
 
 
 def _say_tied(model: nn.Module) -> None:

@@ -68,7 +68,7 @@ def named_blocks(model: nn.Module, record: Trace, names: Sequence[str]) -> list[
         if len(calls) != 1 or not calls[0].one_to_one:
             raise ValueError(
                 f"blocks names {name!r} ({type(modules[name]).__name__}), which is {_called_how(calls)}; a block is "
-                "called once, from one tensor to one tensor: name a module inside of it or around it"
+                "called once, from one tensor and constants to one tensor: name a module inside of it or around it"
             )
     return record.order(list(names))
 
@@ -79,7 +79,7 @@ def _called_how(calls: list[Call]) -> str:
     if len(calls[0].inputs) != 1:
         return f"called with {len(calls[0].inputs)} tensors"
     if calls[0].arguments is None:
-        return "called with arguments that are no constants, or not the same for all images"
+        return "called with further arguments that are no constants, or not the same for all images"
     return "giving something else than one tensor"
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 EXAMPLES = 2
 """So many images are enough to see how a network computes."""
@@ -41,37 +41,67 @@ class Value(NamedTuple):
         return other is not None and self.tensor is other.tensor and self.version == other.version
 
 
-_CONSTANTS = (type(None), numbers.Number, str, bytes, torch.Size, torch.dtype, torch.device, Enum)
+_CONSTANTS = (type(None), numbers.Number, str, bytes, torch.dtype, torch.device, Enum)
 
 
+@dataclass(frozen=True)
 class Arguments:
-    """How a module was called with one tensor, beside which there were only constants: numbers, names and the like."""
+    """How a module was called with one tensor, beside which there were only constants: numbers, names, tuples of them.
 
-    def __init__(self, args: tuple, kwargs: dict[str, object]) -> None:
-        self._leaves, self._structure = tree_flatten((args, kwargs))
-        self._place = next(index for index, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor))
-        self._leaves[self._place] = None
-        self._alone = self._structure == tree_flatten(((None,), {}))[1]
+    Attributes:
+        args, kwargs: of the call, with `None` where the tensor was.
+        place: of the tensor, its position or its name.
+    """
 
-    def call(self, module: nn.Module, x: Tensor) -> object:
+    args: tuple
+    kwargs: dict[str, object]
+    place: int | str
+
+    @property
+    def alone(self) -> bool:
+        """Whether the call was `module(tensor)`."""
+        return self.place == 0 and len(self.args) == 1 and not self.kwargs
+
+    def call(self, module: nn.Module, x: Tensor) -> Tensor:
         """What `module` gives where it is called with `x` instead of that tensor."""
-        if self._alone:
-            return module(x)
-        leaves = list(self._leaves)
-        leaves[self._place] = x
-        args, kwargs = tree_unflatten(leaves, self._structure)
+        args, kwargs = at_place(self.place, lambda _: x, self.args, self.kwargs)
         return module(*args, **kwargs)
 
-    def of(self, module: nn.Module) -> Callable[[Tensor], object]:
+    def of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """`module` as a function of the one tensor."""
-        return module if self._alone else functools.partial(self.call, module)
+        return module if self.alone else functools.partial(self.call, module)
+
+    def tensor_of(self, args: tuple, kwargs: dict[str, object]) -> Tensor | None:
+        """The tensor of a call that is the same otherwise; `None` of any other call."""
+        tensor = kwargs.get(self.place) if isinstance(self.place, str) else next(iter(args[self.place :]), None)
+        if not isinstance(tensor, Tensor):
+            return None
+        return tensor if self.same(Arguments(*at_place(self.place, _nothing, args, kwargs), self.place)) else None
 
     def same(self, other: "Arguments | None") -> bool:
-        """Whether tensors and constants are in the same places, and the constants are the same."""
-        if other is None or (self._structure, self._place) != (other._structure, other._place):
+        """Whether the tensor has the same place in both, and the constants are the same."""
+        if other is None or self.place != other.place or self.kwargs.keys() != other.kwargs.keys():
             return False
-        pairs = zip(self._leaves, other._leaves, strict=True)
-        return all(one is two or (type(one) is type(two) and bool(one == two)) for one, two in pairs)
+        return _same((self.args, *self.kwargs.values()), (other.args, *(other.kwargs[name] for name in self.kwargs)))
+
+
+def _same(one: object, two: object) -> bool:
+    if isinstance(one, tuple) and type(one) is type(two):
+        return len(one) == len(two) and all(map(_same, one, two))
+    return one is two or (isinstance(one, _CONSTANTS) and type(one) is type(two) and one == two)
+
+
+def _nothing(_: object) -> None:
+    return None
+
+
+def at_place(
+    place: int | str, function: Callable[[Tensor], Tensor], args: tuple, kwargs: dict[str, object]
+) -> tuple[tuple, dict[str, object]]:
+    """The arguments of a call, with `function` of the one at this place, a position or a name, instead of it."""
+    if isinstance(place, str):
+        return args, kwargs | {place: function(kwargs[place])}
+    return (*args[:place], function(args[place]), *args[place + 1 :]), kwargs
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,17 +173,18 @@ class Trace:
         """The calls of the module called `name`."""
         return [call for call in self.calls if call.name == name]
 
-    def confirmed_by(self, other: "Trace") -> "Trace":
-        """This trace, in which nothing counts as a constant that the pass `other`, of other images and another number
-        of them, does otherwise: it comes from the images, or is the number of them."""
+    def confirmed_by(self, other: "Trace | None") -> "Trace":
+        """This trace, less the arguments of calls that `other` made with other constants. It is the same network's, of
+        other images and another number of them, and without it nothing counts as a constant."""
         others: dict[str, list[Call]] = {}
-        for call in reversed(other.calls):
+        for call in reversed([] if other is None else other.calls):
             others.setdefault(call.name, []).append(call)
         calls = []
         for call in self.calls:
             same = others[call.name].pop() if others.get(call.name) else None
-            varies = call.arguments is not None and same is not None and not call.arguments.same(same.arguments)
-            calls.append(dataclasses.replace(call, arguments=None) if varies else call)
+            alone = call.arguments is None or call.arguments.alone
+            confirmed = alone if same is None else alone or call.arguments.same(same.arguments)
+            calls.append(call if confirmed else dataclasses.replace(call, arguments=None))
         return dataclasses.replace(self, calls=calls)
 
     def order(self, names: list[str]) -> list[str]:
@@ -316,17 +347,23 @@ class _Watch(TorchFunctionMode):
 
 
 def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> Arguments | None:
-    """Those of a call with one tensor and constants, to which every default belongs that is spelled out."""
-    leaves = tree_leaves((args, kwargs))
-    odd = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, *_CONSTANTS))]
-    if sum(isinstance(leaf, Tensor) for leaf in leaves) != 1 or not _are_defaults(odd, module.forward):
+    """Those of a call with one tensor and constants; the module's own defaults are constants, too."""
+    given = dict(enumerate(args)) | kwargs
+    places = [place for place, value in given.items() if isinstance(value, Tensor)]
+    others = [value for value in given.values() if not isinstance(value, Tensor)]
+    odd = [value for value in others if not _is_constant(value)]
+    if len(places) != 1 or (odd and not _are_defaults(odd, module.forward)):
         return None
-    return Arguments(args, kwargs)
+    return Arguments(*at_place(places[0], _nothing, args, kwargs), places[0])
+
+
+def _is_constant(value: object) -> bool:
+    """Nothing that can be written into: the module might, and others might read it."""
+    return isinstance(value, _CONSTANTS) or (isinstance(value, tuple) and all(map(_is_constant, value)))
 
 
 def _are_defaults(values: list[object], forward: Callable[..., object]) -> bool:
-    if not values:
-        return True
+    """Whether all of them are default values of parameters."""
     try:
         defaults = [parameter.default for parameter in inspect.signature(forward).parameters.values()]
     except (TypeError, ValueError):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from baselines.network.quantizable import is_subclass, quantizable_layers
+from baselines.network.quantizable import quantizable_layers
 from baselines.network.trace import Arguments, Call, Trace
 
 logger = logging.getLogger(__name__)
@@ -43,11 +43,11 @@ class Unit:
 
 def find_units(model: nn.Module, record: Trace, blocks: Iterable[str], kind: str) -> list[Unit]:
     """The units of `model` in calling order. `kind` is `"block"` (layers outside of blocks are units of their
-    own) or `"layer"`. Layers that are called more than once, never, or otherwise than from one tensor to one tensor,
-    belong to no unit."""
+    own) or `"layer"`. Layers that are called more than once, never, or otherwise than from one tensor and constants
+    to one tensor, belong to no unit."""
     known, blocks = list(blocks), list(blocks) if kind == "block" else []
     layers = record.order(quantizable_layers(model))
-    once = [name for name in layers if len(record.of(name)) == 1 and _one_to_one(record.of(name)[0])]
+    once = [name for name in layers if len(record.of(name)) == 1 and record.of(name)[0].one_to_one]
     members = {block: tuple(name for name in layers if name.startswith(f"{block}.")) for block in blocks}
     members = {block: names for block, names in members.items() if names}
     in_blocks = {name for names in members.values() for name in names}
@@ -71,8 +71,8 @@ def warn_of_repeated(model: nn.Module, record: Trace, units: Iterable[Unit]) -> 
         )
     if odd:
         logger.warning(
-            "only rounded, not reconstructed, since they are not called from one tensor to one tensor: %s; name blocks "
-            "around them",
+            "only rounded, not reconstructed, since they are not called from one tensor and constants to one tensor: "
+            "%s; name blocks around them",
             odd,
         )
 
@@ -91,7 +91,7 @@ def per_image(
 
     kept, left = [], []
     for unit in units:
-        few, many = (_rows(record.of(unit.name)[0], count) for count, record in (small, large))
+        few, many = (_rows(record.of(unit.name), count) for count, record in (small, large))
         fits = few is not None and few == many and (few[0] == 1 or not one_row)
         (kept if fits else left).append(unit)
     if left:
@@ -103,14 +103,12 @@ def per_image(
     return kept
 
 
-def _one_to_one(call: Call) -> bool:
-    """Torch's own layers are never called otherwise."""
-    return not is_subclass(call.module) or call.one_to_one
-
-
-def _rows(call: Call, images: int) -> tuple[object, ...] | None:
-    """Rows an image, the same before and behind the unit, and shapes of a row; `None` if that is no whole number."""
-    before, behind = call.inputs[0].tensor, call.output.tensor
+def _rows(calls: list[Call], images: int) -> tuple[object, ...] | None:
+    """Rows an image, the same before and behind the unit, and shapes of a row; `None` if that is no whole number, or
+    where it was not called."""
+    if not calls:
+        return None
+    before, behind = calls[0].inputs[0].tensor, calls[0].output.tensor
     if len(before) != len(behind) or len(before) % images:
         return None
     return len(before) // images, before.shape[1:], behind.shape[1:]

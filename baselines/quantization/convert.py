@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import logging
 
 import torch
@@ -83,7 +84,8 @@ def _place_input_quantizers(
         block = network.get_submodule(entered[name])
         if not hasattr(block, "input_quantizer"):
             block.input_quantizer = quantizer
-            block.register_forward_pre_hook(quantize_on_entry, with_kwargs=True)
+            hook = functools.partial(quantize_on_entry, record.of(entered[name])[0].arguments.place)
+            block.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _place_factor_quantizers(network: nn.Module, record: Trace, spec: QuantSpec, edges: Edges) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from baselines.network.trace import by_signature, with_first_tensor
+from baselines.network.trace import at_place, by_signature, with_first_tensor
 from baselines.quantization.quantizers import ActivationQuantizer, WeightQuantizer
 
 
@@ -145,6 +145,9 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 
-def quantize_on_entry(block: nn.Module, args: tuple, kwargs: dict[str, object]) -> tuple[tuple, dict[str, object]]:
-    """Forward pre-hook of a block with an `input_quantizer`: all readers of its input see the quantized tensor."""
-    return with_first_tensor(block.input_quantizer, args, kwargs)
+def quantize_on_entry(
+    place: int | str, block: nn.Module, args: tuple, kwargs: dict[str, object]
+) -> tuple[tuple, dict[str, object]]:
+    """Forward pre-hook, once `place` is bound, of a block with an `input_quantizer`: all readers of its input, which is
+    the argument at this place, see the quantized tensor."""
+    return at_place(place, block.input_quantizer, args, kwargs)

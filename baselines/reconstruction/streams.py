@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from baselines.network.trace import Arguments, tensors_in
+from baselines.network.trace import Arguments
 from baselines.network.units import Unit
 from baselines.quantization.quantizers import bypassed
 from baselines.reconstruction.cache import Cached
@@ -40,7 +40,8 @@ class Stream:
         """The input (N, ...) of `unit`, the next one in calling order, before its own quantization."""
         if unit.block != self._block:
             self._change_block(unit)
-        return (self._inner or self._outer).arrive(self._network.get_submodule(unit.name), unit.name)
+        module = self._network.get_submodule(unit.name)
+        return (self._inner or self._outer).arrive(module, unit.name, unit.arguments)
 
     @torch.no_grad()
     def leave(self, unit: Unit, arrived: Cached) -> Cached:
@@ -54,7 +55,7 @@ class Stream:
         self._block, self._inner = unit.block, None
         if unit.block is not None:
             module = self._network.get_submodule(unit.block)
-            arrived = self._outer.arrive(module, unit.block)
+            arrived = self._outer.arrive(module, unit.block, unit.block_arguments)
             self._inner = self._outer.within(unit.block_arguments.of(module), arrived)
 
 
@@ -80,11 +81,11 @@ class _Level:
         """The level of the units inside of `block`."""
         return _Level(block, inputs, self._batch_size, keep_all=True)
 
-    def arrive(self, unit: nn.Module, name: str) -> Cached:
-        arrived = self._collect(unit, name, self._replayed)
+    def arrive(self, unit: nn.Module, name: str, arguments: Arguments) -> Cached:
+        arrived = self._collect(unit, name, arguments, self._replayed)
         if arrived.tensor.is_floating_point() and torch.isnan(arrived.tensor).any() and len(self._passed) > 1:
             logger.debug("a connection passes a unit before %s: running all units up to it", type(unit).__name__)
-            arrived = self._collect(unit, name, lambda start: contextlib.nullcontext())
+            arrived = self._collect(unit, name, arguments, lambda start: contextlib.nullcontext())
         if not self._keep_all and self._passed:
             self._passed[-1] = *self._passed[-1][:3], None
         return arrived
@@ -120,10 +121,14 @@ class _Level:
         return Cached.collect(itertools.chain([first], parts), rows * len(self._inputs), self._inputs.plan)
 
     def _collect(
-        self, unit: nn.Module, name: str, replay: Callable[[int], contextlib.AbstractContextManager]
+        self,
+        unit: nn.Module,
+        name: str,
+        arguments: Arguments,
+        replay: Callable[[int], contextlib.AbstractContextManager],
     ) -> Cached:
         reached: list[int] = []
-        with forward_replaced(unit, _raise_arrived), _without_entry_quantizer(unit):
+        with forward_replaced(unit, _raising_arrived(unit, name, arguments)), _without_entry_quantizer(unit):
             collected = self._cached(self._inputs_of_unit(replay, reached))
         if len(reached) != len(self._starts()):
             raise ValueError(
@@ -158,8 +163,17 @@ class _Level:
             yield
 
 
-def _raise_arrived(*args: object, **kwargs: object) -> None:
-    raise _Arrived(*tensors_in(args, kwargs))  # one: beside it are constants
+def _raising_arrived(unit: nn.Module, name: str, arguments: Arguments) -> Callable[..., None]:
+    def forward(*args: object, **kwargs: object) -> None:
+        x = arguments.tensor_of(args, kwargs)
+        if x is None:
+            raise ValueError(
+                f"{name} ({type(unit).__name__}) is called with other arguments for some calibration images than for "
+                "the first ones: let them be the same for all images, or give blocks= without it"
+            )
+        raise _Arrived(x)
+
+    return forward
 
 
 def _nans(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:

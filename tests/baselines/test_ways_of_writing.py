@@ -117,25 +117,24 @@ class Blocks(nn.Module):
     """Residual blocks, called with nothing but a tensor."""
 
     class Block(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, share) -> None:
             super().__init__()
             self.norm = nn.BatchNorm2d(6)
             self.first, self.second = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
-            self.share = 1
+            self.share = share
 
-        def forward(self, x, share=None, way="mean"):
-            x = x[0] if isinstance(x, list) else x
+        def forward(self, x, share=None, size=None):
+            x = x.pop() if isinstance(x, list) else x
             share = self.share if share is None else share
-            return x + share * self.second(F.relu(self.norm(self.first(x))))
+            out = x + share * self.second(F.relu(self.norm(self.first(x))))
+            return out if size is None else out / (size.numel() / 36)
 
-    def __init__(self) -> None:
+    def __init__(self, shares=(0.5, 1.5, 2.0)) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.stem, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
-            self.blocks = nn.ModuleList([self.Block() for _ in range(3)])
-            for block, share in zip(self.blocks, (0.5, 1.5, 2.0), strict=True):
-                block.share = share
+            self.blocks = nn.ModuleList([self.Block(share) for share in shares])
 
     def forward(self, x):
         x = self.stem(x)
@@ -145,10 +144,16 @@ class Blocks(nn.Module):
 
 
 class BlocksWithConstants(Blocks):
+    """The same network where the constants come from its calls."""
+
+    def __init__(self) -> None:
+        super().__init__(shares=(9.0, 9.0, 9.0))
+
     def forward(self, x):
         first, second, third = self.blocks
-        x = first(self.stem(x), 0.5, way="sum")
-        x = third(x=second([x], share=1.5), share=2.0)
+        x = self.stem(x)
+        x = first(x, 0.5, size=x.shape[2:])
+        x = third(x=second(share=1.5, x=x), share=2.0)
         return self.head(F.relu(x).mean((2, 3)))
 
 
@@ -156,9 +161,66 @@ class BlocksWithConstants(Blocks):
 def test_blocks_called_with_constants_are_those_called_without(method):
     x, fresh, options = images(32), images(16, seed=2), {"method": method, "w_bits": 4, "a_bits": 4, "iters": 5}
     made, plain = (quantize(kind().eval(), x, batch_size=8, **options) for kind in (BlocksWithConstants, Blocks))
-    for (name, tensor), (_, other) in zip(made.state_dict().items(), plain.state_dict().items(), strict=True):
-        assert torch.equal(tensor, other), name
+    for (name, tensor), (other_name, other) in zip(made.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert name == other_name and torch.equal(tensor, other), name
     assert torch.equal(made(fresh), plain(fresh))
+    assert torch.equal(torch.fx.symbolic_trace(plain)(fresh), plain(fresh))
+
+
+class Varying(Blocks):
+    """Its blocks get what differs from batch to batch, or what they write into."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        x = self.stem(x)
+        given = {"images": 1 + len(x) / 1e4, "content": x.mean().item()}
+        for block in self.blocks:
+            x = block([x]) if self.how == "written" else block(x, given[self.how])
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["adaround", "brecq", "qdrop"])
+@pytest.mark.parametrize("how", ["images", "content", "written"])
+def test_blocks_called_with_what_varies_are_no_blocks_and_quantized_as_they_run(how, method, caplog):
+    network = Varying(how).eval()
+    with caplog.at_level("INFO", "baselines"):
+        made = quantize(network, images(32), method=method, w_bits=8, a_bits=8, iters=3, batch_size=8)
+    assert method == "adaround" or "8 units, 0 of them blocks" in caplog.text
+    fresh = images(16, seed=2)
+    assert (made(fresh) - network(fresh)).norm() < 0.05 * network(fresh).norm()
+
+
+class Late(Blocks):
+    """Its constants are those of the first images until a brighter one comes."""
+
+    def forward(self, x):
+        bright, x = bool(x.max() > 50), self.stem(x)
+        for block in self.blocks:
+            x = block(x, 1.0 + bright)
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["adaround", "brecq"])
+def test_constants_that_change_later_are_a_clear_error(method):
+    x, options = images(32), {"method": method, "w_bits": 8, "a_bits": 8, "iters": 3, "batch_size": 8}
+    x[30] *= 100
+    with pytest.raises(ValueError, match=r"blocks\.0 \(Block\) is called with other arguments for some calib"):
+        quantize(Late().eval(), x, **options)
+    assert quantize(Late().eval(), x, blocks=[], **options)(x).isfinite().all()
+
+
+def test_rounding_takes_networks_of_one_image_at_a_time():
+    class One(Blocks):
+        def forward(self, x):
+            assert len(x) == 1
+            return super().forward(x)
+
+    network, x = One().eval(), images(1)
+    made = quantize(network, x, method="rtn", w_bits=8, a_bits=8)
+    assert (made(x) - network(x)).norm() < 0.05 * network(x).norm()
 
 
 @pytest.mark.parametrize("method", ["rtn", "brecq", "qdrop", "pd_quant"])

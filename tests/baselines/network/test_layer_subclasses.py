@@ -217,7 +217,7 @@ def test_layer_with_further_arguments_is_rounded_and_that_is_said(method, caplog
     assert network.layer.input_quantizer.scale.item() == pytest.approx(highest / 7, rel=1e-3)  # not that of the mask
     assert [row.input_bits for row in summarize(network).layers] == [32, 3, 8]
     assert all(len(channel.unique()) <= 8 for channel in network.layer.weight)
-    assert ("not called from one tensor to one tensor: ['layer']" in caplog.text) == (method == "qdrop")
+    assert ("not called from one tensor and constants to one tensor: ['layer']" in caplog.text) == (method == "qdrop")
 
 
 def test_what_a_subclass_computes_beside_its_own_product_is_said():

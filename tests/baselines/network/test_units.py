@@ -59,10 +59,9 @@ class Called(nn.Module):
         return self.call(self.block, x).mean((2, 3))
 
 
-def blocks_confirmed(model):
-    torch.manual_seed(0)
-    few, more = images(2, seed=1), images(4, seed=2)
-    record = trace(model.eval(), few).confirmed_by(trace(model, more))
+def blocks_confirmed(model, confirmed=True):
+    model.eval()
+    record = trace(model, images(2, seed=1)).confirmed_by(trace(model, images(4, seed=2)) if confirmed else None)
     return [u.name for u in find_units(model, record, find_blocks(model, record), "block")]
 
 
@@ -72,30 +71,43 @@ def blocks_confirmed(model):
         lambda block, x: block(x, 3),
         lambda block, x: block(x, times=0.5),
         lambda block, x: block(x=x),
-        lambda block, x: block([x], hook=len),
-        lambda block, x: block(x, times=tuple(x.shape[2:])),
-        lambda block, x: block(x, times=[None, {"way": "mean"}]),
+        lambda block, x: block(x, hook=len),
+        lambda block, x: block(x, x.shape[2:]),
+        lambda block, x: block(x, times=(None, ("way", 2))),
     ],
-    ids=["number", "named number", "named tensor", "list", "sizes", "nested"],
+    ids=["number", "named number", "named tensor", "default", "sizes", "nested"],
 )
 def test_constants_beside_the_tensor_do_not_matter(call):
     assert blocks_confirmed(Called(call)) == ["block"]
+    assert blocks_confirmed(Called(call), confirmed=False) == ["block.a", "block.b"]
 
 
 @pytest.mark.parametrize(
     "call",
     [
         lambda block, x: block(x, len(x)),
-        lambda block, x: block(x, times=[x.shape]),
+        lambda block, x: block(x, x.shape),
         lambda block, x: block(x, x.mean().item()),
         lambda block, x: block(x, x.mean()),
         lambda block, x: block(x, hook=lambda: None),
+        lambda block, x: block([x]),
+        lambda block, x: block(x, {}),
         lambda block, x: block(x, **({"times": 2} if len(x) == 2 else {})),
+        lambda block, x: block(x, 1 if len(x) == 2 else True),
     ],
-    ids=["number of images", "shape", "value", "second tensor", "function", "not always"],
+    ids=["images", "shape", "value", "two tensors", "function", "list", "dict", "not always", "type"],
 )
-def test_blocks_called_with_what_may_vary_are_no_blocks(call):
+def test_blocks_called_with_what_may_vary_or_be_written_into_are_no_blocks(call):
     assert blocks_confirmed(Called(call)) == ["block.a", "block.b"]
+
+
+def test_unit_that_the_other_images_do_not_reach_is_left(caplog):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Linear(4, 2)).eval()
+    record, other = trace(model, images(2)), trace(model, images(4))
+    other.calls = [call for call in other.calls if call.name != "1"]
+    units = find_units(model, record, [], "layer")
+    assert [u.name for u in per_image(units, (2, record), (4, other))] == ["2"]
+    assert "do not have one row" in caplog.text and "['1']" in caplog.text
 
 
 def test_activation_that_is_not_the_only_reader_is_not_part_of_the_unit():
