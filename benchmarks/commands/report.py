@@ -20,6 +20,7 @@ KINDS: dict[str, ModuleType] = {module.NAME: module for module in (compare, abla
 def _report(args: argparse.Namespace) -> None:
     """Every figure is computed from predictions of single images; a row that says otherwise is an error."""
     compared: list[tuple[str | None, list[Measurement]]] = []
+    made_by: dict[Path, tuple[str | None, ...]] = {}
     for folder in args.runs:
         settings = read_settings(folder)
         kind = settings.get("kind", compare.NAME)  # runs of earlier versions do not say
@@ -30,12 +31,15 @@ def _report(args: argparse.Namespace) -> None:
             weights = compare.weights_of(settings)
             files = write_report(folder, measured, weights) | plot_comparison(folder, measured, settings.get("classes"))
             _join(compared, measured, weights)
+            made_by[folder] = tuple(settings.get(digest) for digest in ("code_digest", "network_digest"))
         else:
             text, files = KINDS[kind].recompute(folder, settings)
             print(f"{text}\n")
         _print_files(folder, files)
     for weights, measured in compared:
         print("\n" + "\n\n".join(filter(None, [to_markdown(measured, weights), cost_report.to_markdown(measured)])))
+    if len(compared) < len(made_by) and len(set(made_by.values())) > 1:
+        print(f"\nNot all by the same code and the same definition of the network: {_groups(made_by)}.")
 
 
 main = command_line("report", parse_report, _report, resumes=False)
@@ -51,6 +55,14 @@ def _join(tables: list[tuple[str | None, list[Measurement]]], measured: list[Mea
             table += measured
             return
     tables.append((weights, list(measured)))
+
+
+def _groups(made_by: dict[Path, tuple[str | None, ...]]) -> str:
+    """The folders, those that were made by the same together."""
+    groups: dict[tuple[str | None, ...], list[str]] = {}
+    for folder, digests in made_by.items():
+        groups.setdefault(digests, []).append(str(folder))
+    return "; ".join(", ".join(names) for names in groups.values())
 
 
 def _cell(measurement: Measurement) -> tuple[str, int, int, int]:

@@ -100,6 +100,30 @@ def test_runs_of_one_network_share_a_table_unless_they_measured_the_same(tmp_pat
     assert printed.count("Top-1 in percent") == 3
 
 
+@pytest.mark.parametrize(
+    ("digests", "said"),
+    [
+        (
+            [{"code_digest": "a"}, {"code_digest": "b"}, {"code_digest": "a"}],
+            "definition of the network: {0}, {2}; {1}.",
+        ),
+        ([{"network_digest": "a"}, {"network_digest": "b"}], "definition of the network: {0}; {1}."),
+        ([{"code_digest": "a"}, {"code_digest": "a"}], None),
+        ([{"code_digest": "a"}], None),
+    ],
+    ids=["code", "network", "same", "one"],
+)
+def test_a_table_of_runs_by_different_code_says_so(tmp_path, capsys, digests, said):
+    folders = [tmp_path / str(index) for index in range(len(digests))]
+    for seed, (folder, made_by) in enumerate(zip(folders, digests, strict=True)):
+        make_measurement(Setting("rtn", 2, 2, seed)).store(folder / "rows" / "cell.json")
+        (folder / "settings.json").write_text(json.dumps({"grid": ["cell"], **made_by}))
+    assert main([str(folder) for folder in folders]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("Top-1 in percent") == 1
+    assert said.format(*folders) in printed if said else "Not all by the same code" not in printed
+
+
 def change(run, **figures):
     """Change a stored row."""
     path = sorted((run / "rows").glob("*.json"))[0]
