@@ -57,26 +57,30 @@ class Arguments:
     kwargs: dict[str, object]
     place: int | str
 
+    @classmethod
+    def around(cls, place: int | str, args: tuple, kwargs: dict[str, object]) -> "Arguments":
+        """Those of a call whose tensor is at `place`."""
+        return cls(*at_place(place, lambda _: None, args, kwargs), place)
+
     @property
     def alone(self) -> bool:
         """Whether the call was `module(tensor)`."""
         return self.place == 0 and len(self.args) == 1 and not self.kwargs
 
-    def call(self, module: nn.Module, x: Tensor) -> Tensor:
-        """What `module` gives where it is called with `x` instead of that tensor."""
-        args, kwargs = at_place(self.place, lambda _: x, self.args, self.kwargs)
-        return module(*args, **kwargs)
-
     def of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """`module` as a function of the one tensor."""
-        return module if self.alone else functools.partial(self.call, module)
+        return module if self.alone else functools.partial(self._call, module)
+
+    def _call(self, module: nn.Module, x: Tensor) -> Tensor:
+        args, kwargs = at_place(self.place, lambda _: x, self.args, self.kwargs)
+        return module(*args, **kwargs)
 
     def tensor_of(self, args: tuple, kwargs: dict[str, object]) -> Tensor | None:
         """The tensor of a call that is the same otherwise; `None` of any other call."""
         tensor = kwargs.get(self.place) if isinstance(self.place, str) else next(iter(args[self.place :]), None)
         if not isinstance(tensor, Tensor):
             return None
-        return tensor if self.same(Arguments(*at_place(self.place, _nothing, args, kwargs), self.place)) else None
+        return tensor if self.same(Arguments.around(self.place, args, kwargs)) else None
 
     def same(self, other: "Arguments | None") -> bool:
         """Whether the tensor has the same place in both, and the constants are the same."""
@@ -89,10 +93,6 @@ def _same(one: object, two: object) -> bool:
     if isinstance(one, tuple) and type(one) is type(two):
         return len(one) == len(two) and all(map(_same, one, two))
     return one is two or (isinstance(one, _CONSTANTS) and type(one) is type(two) and one == two)
-
-
-def _nothing(_: object) -> None:
-    return None
 
 
 def at_place(
@@ -354,7 +354,7 @@ def _arguments(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> Arg
     odd = [value for value in others if not _is_constant(value)]
     if len(places) != 1 or (odd and not _are_defaults(odd, module.forward)):
         return None
-    return Arguments(*at_place(places[0], _nothing, args, kwargs), places[0])
+    return Arguments.around(places[0], args, kwargs)
 
 
 def _is_constant(value: object) -> bool:

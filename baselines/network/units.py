@@ -120,8 +120,9 @@ def _unit(name: str, layers: tuple[str, ...], modules: dict[str, nn.Module], rec
     if isinstance(last, nn.Linear) and output is not None:  # whose channels may have been moved behind the batch
         moved = output.tensor.shape[-1] != last.out_features and output.tensor.shape[1] == last.out_features
         axis = 1 if moved else -1
-    how, how_block = (None if each is None else record.of(each)[0].arguments for each in (name, block))
-    return Unit(name, layers, _activation_behind(name, record), axis, how, block, how_block)
+    arguments = record.of(name)[0].arguments
+    block_arguments = None if block is None else record.of(block)[0].arguments
+    return Unit(name, layers, _activation_behind(name, record), axis, arguments, block, block_arguments)
 
 
 def _activation_behind(name: str, record: Trace) -> str | None:

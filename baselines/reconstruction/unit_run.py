@@ -234,7 +234,7 @@ class UnitRun:
         return error + prediction.weight_for(predicted.shape[1]) * difference
 
     def _output(self, x: Tensor) -> Tensor:
-        output = self.unit.arguments.call(self.module, x)
+        output = self.unit.arguments.of(self.module)(x)
         return output if self.activation is None else self.activation(output)
 
     def weigh(self, batch_size: int) -> None:

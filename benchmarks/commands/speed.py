@@ -229,7 +229,7 @@ def _fp_steps(run: UnitRun, batch_size: int, with_inputs: bool) -> Iterator[Tens
     with_gradient = batch.detach().requires_grad_(batch.is_floating_point())
     gradient: Tensor | None = None
     for given in itertools.cycle((batch, with_gradient) if with_inputs else (batch,)):
-        output = run.unit.arguments.call(unit, given)
+        output = run.unit.arguments.of(unit)(given)
         if run.activation is not None:
             output = run.activation(output)
         if gradient is None:
